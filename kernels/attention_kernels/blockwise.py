@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over spans in plain torch: what CPU tensors run, and devices that Triton does not serve.
+
+The rows are cut into pieces that see a simple part of the keys: a rectangle or a causal triangle without any mask, or a
+tile with a small one. On the CPU a piece runs torch's own fused attention where that can express it; everything else
+(softcap, gradients of a bias, other devices, NaN among the inputs) runs a softmax over the tile, written out. Partial
+results over disjoint keys are merged by their log-sum-exp. Memory grows with tokens, never with their square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 256
+"""Rows of a masked tile: large enough to keep two cores busy, small enough to hug a sliding window."""
+
+SHORTEST_RUN = 64
+"""Rows that must share one simple pattern to be worth a call of their own."""
+
+TILE_SCORES = 1 << 22
+"""Scores that the written-out softmax holds at once, over all heads of a tile."""
+
+
+class Piece(NamedTuple):
+    """Rows and the keys they see: all of them, a causal triangle whose last row sees all, or what a mask says."""
+
+    rows: slice
+    keys: slice
+    kind: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one attention call, validated by `operators.attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    start: Tensor
+    end: Tensor
+    key_mask: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether every tile needs a mask of its own, beyond what spans say."""
+        return self.key_mask is not None or self.mask is not None or self.bias is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused CPU attention can express this call."""
+        return self.query.device.type == "cpu" and self.softcap is None
+
+    def elements(self) -> Iterator[tuple[slice, list[Piece]]]:
+        """Slices of the batch that share a mask, with their pieces."""
+        shared = max(self.start.shape[0], self.end.shape[0]) == 1
+        batch, query_len = self.query.shape[0], self.query.shape[2]
+        start = self.start.cpu().expand(1 if shared else batch, query_len)
+        end = self.end.cpu().expand(start.shape)
+        for index in range(start.shape[0]):
+            elements = slice(None) if shared else slice(index, index + 1)
+            yield elements, plan(start[index], end[index], tiles_only=self.has_tiles)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`.
+
+    The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for float64).
+    """
+    output, lse = _forward(problem, fused=problem.fused)
+    if problem.fused and output.isnan().any():
+        # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. Whose NaN this is, only the careful loop tells.
+        output, lse = _forward(problem, fused=False)
+    return output, lse
+
+
+def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
+    query, value = problem.query, problem.value
+    batch, num_heads, query_len, _ = query.shape
+    output = query.new_zeros(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    lse = query.new_full((batch, num_heads, query_len), -math.inf, dtype=accumulator(query.dtype))
+    attend = attend_fused if fused else attend_written_out
+    for elements, pieces in problem.elements():
+        for piece in pieces:
+            part, part_lse = attend(problem, elements, piece)
+            place = (elements, slice(None), piece.rows)
+            if piece.kind == "causal":  # the triangle follows the rectangle of the same rows, if there is one
+                part, part_lse = merge(output[place], lse[place], part, part_lse)
+            output[place], lse[place] = part, part_lse
+    if problem.sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, problem.sinks.to(lse.dtype)[:, None])
+    share = torch.where(lse == -math.inf, 0.0, torch.exp(lse - total))
+    return output.mul_(share[..., None]), total
+
+
+def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:
+    """Pieces that cover the visible keys of rows with the given spans, each int32 `[query_len]` on the CPU.
+
+    Rows whose spans are constant see a rectangle; rows whose end grows by one from row to row see a rectangle and a
+    causal triangle. Other rows are cut into masked tiles. Rows that see nothing are in no piece, unless their
+    neighbours' tile has them.
+    """
+    empty = end <= start
+    start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
+    query_len = start.numel()
+    pieces: list[Piece] = []
+    planned = 0
+    if not tiles_only and query_len > SHORTEST_RUN:
+        for first, last, slopes in _linear_runs(start, end):
+            first = max(first, planned)
+            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1)):
+                continue
+            pieces += _tiles(start, end, planned, first)
+            pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
+            planned = last
+    return [*pieces, *_tiles(start, end, planned, query_len)]
+
+
+def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """First row, one past the last row, and slopes of start and end, for every stretch of rows with constant slopes."""
+    slopes = torch.stack([start.diff(), end.diff()])
+    changes = (slopes[:, 1:] != slopes[:, :-1]).any(0).nonzero()[:, 0] + 1
+    firsts = [0, *changes.tolist()]
+    for first, following in zip(firsts, [*firsts[1:], start.numel() - 1], strict=True):
+        yield first, following + 1, (int(slopes[0, first]), int(slopes[1, first]))
+
+
+def _run(first: int, last: int, start: int, end: int, *, grows: bool) -> Iterator[Piece]:
+    """Pieces of rows `[first, last)` that all start at `start`; the first ends at `end`, each next one key later."""
+    rows = slice(first, last)
+    if not grows:
+        if end > start:
+            yield Piece(rows, slice(start, end), "all")
+        return
+    if end - 1 > start:
+        yield Piece(rows, slice(start, end - 1), "all")
+    yield Piece(rows, slice(end - 1, end - 1 + last - first), "causal")
+
+
+def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]:
+    for row in range(first, last, TILE_ROWS):
+        rows = slice(row, min(row + TILE_ROWS, last))
+        sees = end[rows] > start[rows]
+        if not sees.any():
+            continue
+        keys = slice(int(start[rows][sees].min()), int(end[rows].max()))
+        same = bool((start[rows] == keys.start).all() and (end[rows] == keys.stop).all())
+        yield Piece(rows, keys, "all" if same else "masked")
+
+
+def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from attention over each."""
+    total = torch.logaddexp(lse, other_lse)
+    safe = total.masked_fill(total == -math.inf, 0.0)
+    weight, other_weight = torch.exp(lse - safe)[..., None], torch.exp(other_lse - safe)[..., None]
+    return (output * weight + other * other_weight).to(output.dtype), total
+
+
+def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor | None:
+    """Boolean mask `[batch or 1, heads or 1, rows, keys]` of a piece, or None if its rows see all of its keys."""
+    device = problem.query.device
+    visible = None
+    if piece.kind != "all":
+        keys = torch.arange(piece.keys.start, piece.keys.stop, device=device)
+        start, end = (_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
+        visible = ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
+    if problem.key_mask is not None:
+        shown = _cut(problem.key_mask[:, None, None], elements, piece)
+        visible = shown if visible is None else visible & shown
+    if problem.mask is not None:
+        shown = _cut(problem.mask, elements, piece)
+        visible = shown if visible is None else visible & shown
+    return visible
+
+
+def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.dtype) -> Tensor | None:
+    """Bias and mask of a piece as one tensor to add to scores, -inf where hidden, or None if there is nothing to add."""
+    visible = visible_keys(problem, elements, piece)
+    if problem.bias is None and visible is None:
+        return None
+    bias = torch.zeros((), dtype=dtype, device=problem.query.device)
+    if problem.bias is not None:
+        bias = _cut(problem.bias, elements, piece).to(dtype)
+    return bias if visible is None else torch.where(visible, bias, -math.inf)
+
+
+def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a piece by torch's fused CPU attention."""
+    query, key, value = _equal_dims(*_operands(problem, elements, piece))
+    added = None
+    if piece.kind != "causal":
+        added = _four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, piece.kind == "causal", attn_mask=added, scale=problem.scale
+    )
+    output = output[..., : problem.value.shape[-1]]
+    if added is not None:
+        # Rows that see nothing of the tile: what the fused attention makes of them is not specified.
+        nothing = (added == -math.inf).all(-1)
+        output, lse = output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
+    return output, lse
+
+
+def attend_written_out(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a piece, a few rows at a time. NaN reaches only the rows that see it."""
+    parts = [_attend_rows(problem, elements, rows) for rows in _narrow(problem, piece)]
+    return torch.cat([output for output, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
+    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in _operands(problem, elements, piece))
+    scores, visible = _scores(problem, elements, piece, query, key)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    finite = value.isfinite()
+    if finite.all():
+        output = _per_group(weights, value)
+    else:
+        output = _per_group(weights, value.masked_fill(~finite, 0.0))
+        sees_nonfinite = _per_group(visible.expand(scores.shape).to(value.dtype), (~finite).to(value.dtype)) > 0
+        output = output.masked_fill(sees_nonfinite, math.nan)
+    return output.to(problem.query.dtype), lse
+
+
+def _scores(
+    problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores `[batch, num_heads, rows, keys]`, -inf where hidden, and where they are not hidden."""
+    scores = _per_group(query, key.transpose(-1, -2)) * problem.scale
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    added = additive_mask(problem, elements, piece, scores.dtype)
+    if added is None:
+        return scores, torch.ones((), dtype=torch.bool, device=scores.device)
+    visible = added != -math.inf
+    return torch.where(visible, scores + added, -math.inf), visible
+
+
+def backward(
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, bias (if wanted) and sinks (if given), recomputed from `lse`."""
+    fused = problem.fused and not wants_bias and grad_lse is None
+    gradients = _backward(problem, output, lse, grad_output, grad_lse, fused=fused, wants_bias=wants_bias)
+    if fused and any(gradient is not None and gradient.isnan().any() for gradient in gradients):
+        return _backward(problem, output, lse, grad_output, grad_lse, fused=False, wants_bias=wants_bias)
+    return gradients
+
+
+def _backward(
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    fused: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    wide = accumulator(problem.query.dtype)
+    inputs = (problem.query, problem.key, problem.value)
+    gradients = tuple(torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in inputs)
+    grad_bias = torch.zeros_like(problem.bias, dtype=wide) if wants_bias else None
+    # A row that saw nothing has no weights: exp(score - inf) is 0, where exp(score + inf) is not.
+    safe_lse = lse.masked_fill(lse == -math.inf, math.inf)
+    delta = (grad_output.to(wide) * output.to(wide)).sum(-1)  # [batch, num_heads, query_len]
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(wide)
+    grad_sinks = None
+    if problem.sinks is not None:
+        grad_sinks = -(torch.exp(problem.sinks.to(wide)[:, None] - safe_lse) * delta).sum((0, 2))
+        grad_sinks = grad_sinks.to(problem.sinks.dtype)
+    for elements, pieces in problem.elements():
+        for piece in pieces:
+            if fused:
+                _backward_fused(problem, elements, piece, output, safe_lse, grad_output, gradients)
+            else:
+                for rows in _narrow(problem, piece):
+                    _backward_rows(problem, elements, rows, safe_lse, grad_output, delta, gradients, grad_bias)
+    narrow = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
+    return *narrow, None if grad_bias is None else grad_bias.to(problem.bias.dtype), grad_sinks
+
+
+def _backward_fused(
+    problem: Problem,
+    elements: slice,
+    piece: Piece,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """Add a piece's gradients. Given the whole row's output and log-sum-exp, the fused backward yields its share."""
+    query, key, value = _operands(problem, elements, piece)
+    group_size = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
+    place = (elements, slice(None), piece.rows)
+    query, wide_key, wide_value, part, grad = _equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
+    added = None
+    if piece.kind != "causal":
+        added = _four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+    parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
+        piece.kind == "causal", attn_mask=added, scale=problem.scale,
+    )  # fmt: skip
+    grad_query, grad_key, grad_value = gradients
+    grad_query[place] += parts[0][..., : problem.query.shape[-1]]
+    for total, part in ((grad_key, parts[1]), (grad_value, parts[2])):
+        share = part[..., : total.shape[-1]].to(total.dtype).unflatten(1, (-1, group_size)).sum(2)
+        total[elements, :, piece.keys] += share
+
+
+def _backward_rows(
+    problem: Problem,
+    elements: slice,
+    piece: Piece,
+    lse: Tensor,
+    grad_output: Tensor,
+    delta: Tensor,
+    gradients: tuple[Tensor, ...],
+    grad_bias: Tensor | None,
+) -> None:
+    """Add the gradients of a few rows, by the chain rule written out (FlashAttention-2, Algorithm 2)."""
+    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in _operands(problem, elements, piece))
+    grad_query, grad_key, grad_value = gradients
+    place = (elements, slice(None), piece.rows)
+    scores, visible = _scores(problem, elements, piece, query, key)
+    weights = torch.exp(scores - lse[place][..., None])
+    grad = grad_output[place].to(weights.dtype)
+    clean = value.nan_to_num(0.0, 0.0, 0.0)
+    grad_weights = _per_group(grad, clean.transpose(-1, -2))
+    grad_scores = torch.where(visible, weights * (grad_weights - delta[place][..., None]), 0.0)
+    if grad_bias is not None:
+        _cut(grad_bias, elements, piece).add_(grad_scores.sum_to_size(_cut(grad_bias, elements, piece).shape))
+    if problem.softcap is not None:
+        raw = _per_group(query, key.transpose(-1, -2)) * problem.scale
+        slope = 1 - torch.tanh(raw / problem.softcap).square()
+        grad_scores = torch.where(visible, grad_scores * slope, 0.0)
+    # A key that no row of the tile sees takes no part in the product, so a NaN in it harms nobody.
+    grad_query[place] += _per_group(grad_scores, key.nan_to_num(0.0, 0.0, 0.0)) * problem.scale
+    grad_key[elements, :, piece.keys] += _over_group(grad_scores, query, key.shape[1]) * problem.scale
+    grad_value[elements, :, piece.keys] += _over_group(weights, grad, key.shape[1])
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of softmax statistics and of sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _operands(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    keys = (elements, slice(None), piece.keys)
+    return problem.query[elements, :, piece.rows], problem.key[keys], problem.value[keys]
+
+
+def _narrow(problem: Problem, piece: Piece) -> Iterator[Piece]:
+    """The piece in fewer rows at a time, so that its scores over all heads fit TILE_SCORES."""
+    scores_per_row = problem.query.shape[0] * problem.query.shape[1] * (piece.keys.stop - piece.keys.start)
+    step = max(1, TILE_SCORES // max(1, scores_per_row))
+    for row in range(piece.rows.start, piece.rows.stop, step):
+        yield piece._replace(rows=slice(row, min(row + step, piece.rows.stop)))
+
+
+def _rows(bound: Tensor, elements: slice, rows: slice) -> Tensor:
+    bound = bound if bound.shape[0] == 1 else bound[elements]
+    return bound if bound.shape[1] == 1 else bound[:, rows]
+
+
+def _cut(tensor: Tensor, elements: slice, piece: Piece) -> Tensor:
+    """The piece's part of a `[batch, heads, rows, keys]` tensor; dimensions of size 1 are broadcast and stay."""
+    tensor = tensor if tensor.shape[0] == 1 else tensor[elements]
+    tensor = tensor if tensor.shape[2] == 1 else tensor[:, :, piece.rows]
+    return tensor if tensor.shape[3] == 1 else tensor[..., piece.keys]
+
+
+def _four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
+    """Fused attention broadcasts a mask over batch and heads, not over rows and keys."""
+    if added is None:
+        return None
+    rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+    added = added.reshape((1,) * (4 - added.ndim) + added.shape)
+    return added.expand(*added.shape[:2], rows, keys)
+
+
+def _equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Fused attention takes one head dim for all: pad the narrower ones with zeros, which change no product."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    return tuple(
+        tensor if tensor.shape[-1] == widest else torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1]))
+        for tensor in tensors
+    )
+
+
+def _per_group(left: Tensor, right: Tensor) -> Tensor:
+    """`left [batch, num_heads, rows, n] @ right [batch, num_kv_heads, n, m]`; heads of a group share one right matrix."""
+    batch, num_heads, rows, inner = left.shape
+    num_kv_heads = right.shape[1]
+    grouped = left.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, inner)
+    return (grouped @ right).reshape(batch, num_heads, rows, right.shape[-1])
+
+
+def _over_group(left: Tensor, right: Tensor, num_kv_heads: int) -> Tensor:
+    """`left^T @ right` summed over the heads of each group: `[batch, num_kv_heads, keys, dim]`."""
+    batch, num_heads, rows, _ = left.shape
+    grouped_rows = num_heads // num_kv_heads * rows
+    left = left.reshape(batch, num_kv_heads, grouped_rows, left.shape[-1])
+    right = right.reshape(batch, num_kv_heads, grouped_rows, right.shape[-1])
+    return left.transpose(-1, -2) @ right

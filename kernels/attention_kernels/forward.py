@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward pass over spans: one program per tile of query rows and head, three loops over key tiles.
+
+The loops are the masked head, the unmasked body and the masked tail of what the tile's rows see; tiles outside are never
+touched. FlashAttention-2 (Dao, 2023) is the source of the order of work.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import ForwardConfig, architecture, forward_config, padded_dim
+from .tiles import (
+    LOG2E,
+    NEG_INF,
+    Operand,
+    SpanOperand,
+    any_nan,
+    bias_and_mask,
+    finish,
+    key_bounds,
+    load_spans,
+    dot_query_key,
+    load_queries,
+    load_tile,
+    score_tile,
+    softmax_step,
+    span_mask,
+    tile_pointers,
+)
+
+
+NARROW = tl.constexpr(16)
+"""Keys per step where values are searched for NaN: small, since that code must not cost the others registers."""
+
+
+@triton.jit
+def attend_keys(
+    state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len,
+    first_key, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,  # constexpr: the body's code has no mask at all
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Softmax state after the BLOCK_N keys from `first_key` on; the operands point at this program's head."""
+    m, l, acc = state
+    s = dot_query_key(
+        q, query, key, first_row, query_len, first_key, key_len, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, MASKED,
+        PRECISION,
+    )  # fmt: skip
+    s = score_tile(s, scale, softcap)
+    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, MASKED)
+    if MASKED:
+        s = span_mask(s, spans, b, start, end, first_key, key_len, BLOCK_N)
+    v = load_tile(
+        value.ptr, value.stride_m, value.stride_n, first_key, key_len, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED,
+        BLOCK_DV > VALUE_DIM,
+    )  # fmt: skip
+    return softmax_step(m, l, acc, s, v, CLEAN, PRECISION)
+
+
+@triton.jit
+def initial_state(sinks_ptr, h, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Running maximum `[M]`, sum `[M]` and output `[M, V]` before the first key."""
+    m = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        # A sink is a score without a value: the softmax starts from it instead of from nothing.
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+        m = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        l += tl.where(sink == NEG_INF, 0.0, 1.0)
+    return m, l, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+
+@triton.jit
+def at_head(operand, b, h):
+    """The operand moved to batch element `b` and head `h`."""
+    offset = tl.cast(b, tl.int64) * operand.stride_b + tl.cast(h, tl.int64) * operand.stride_h
+    return Operand(operand.ptr + offset, operand.stride_b, operand.stride_h, operand.stride_m, operand.stride_n)
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    output,
+    lse_ptr,
+    spans,
+    mask,
+    bias,
+    sinks_ptr,
+    scale,
+    softcap,
+    num_heads,
+    group_size,
+    query_len,
+    key_len,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_tiles = tl.cdiv(query_len, BLOCK_M)
+    # Last rows first: under a causal mask they have the most keys, and short programs at the end fill the gaps.
+    first_row = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
+    batch_head = tl.program_id(0) // num_tiles
+    b, h = batch_head // num_heads, batch_head % num_heads
+
+    query, output = at_head(query, b, h), at_head(output, b, h)
+    key, value = at_head(key, b, h // group_size), at_head(value, b, h // group_size)
+    if mask is not None:
+        mask = at_head(mask, b, h)
+    if bias is not None:
+        bias = at_head(bias, b, h)
+
+    q_pos = first_row + tl.arange(0, BLOCK_M)
+    q = load_queries(query, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
+    start, end = load_spans(spans, b, q_pos, query_len)
+    first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
+
+    state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
+    for first_key in tl.range(first, body_first, BLOCK_N):
+        state = attend_keys(
+            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
+            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
+            MASKED=True, CLEAN=False,
+        )  # fmt: skip
+    for first_key in tl.range(body_first, body_last, BLOCK_N):
+        state = attend_keys(
+            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
+            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
+            MASKED=False, CLEAN=False,
+        )  # fmt: skip
+    for first_key in tl.range(body_last, last, BLOCK_N):
+        state = attend_keys(
+            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
+            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
+            MASKED=True, CLEAN=False,
+        )  # fmt: skip
+    # A NaN may have come from a key that its row does not see (0 x NaN). Only then is it worth the care to find out.
+    if any_nan(state[2]):
+        state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
+        for first_key in tl.range(first, last, NARROW, num_stages=1):
+            state = attend_keys(
+                state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
+                key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, NARROW,
+                MASKED=True, CLEAN=True,
+            )  # fmt: skip
+
+    m, l, acc = state
+    out, lse = finish(m, l, acc)
+    inside = q_pos < query_len
+    tl.store(lse_ptr + batch_head.to(tl.int64) * query_len + q_pos, lse, mask=inside)
+    pointers = tile_pointers(output.ptr, output.stride_m, output.stride_n, first_row, BLOCK_M, BLOCK_DV)
+    columns = tl.arange(0, BLOCK_DV) < VALUE_DIM
+    tl.store(pointers, out.to(output.ptr.dtype.element_ty), mask=inside[:, None] & columns[None, :])
+
+
+INTERPRETED = not isinstance(forward_kernel, triton.runtime.jit.JITFunction)
+"""Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    key_mask: Tensor | None,
+    gap_count: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel on validated arguments (`operators.attention` says what they are).
+
+    Returns:
+        Output `[batch, num_heads, query_len, value_dim]` in the dtype of `query`, stored token by token so that its
+        transpose to `[batch, query_len, num_heads, value_dim]` is contiguous, and log-sum-exp
+        `[batch, num_heads, query_len]` float32.
+    """
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        # The interpreter computes bf16 products from the bits as if they were integers; float32 holds every bf16.
+        wide = (tensor.float() for tensor in (query, key, value))
+        output, lse = forward(*wide, start, end, key_mask, gap_count, mask, bias, sinks, scale, softcap)
+        return output.to(query.dtype), lse
+    batch, num_heads, query_len, _ = query.shape
+    output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    if query_len and batch:
+        spans = span_operand(start, end, key_mask, gap_count)
+        config = forward_config(architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len)
+        arguments = kernel_arguments(query, key, value, output, lse, spans, mask, bias, sinks, scale, softcap, config)
+        grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(query.device if query.is_cuda else -1):
+            forward_kernel[grid](**arguments)
+    return output, lse
+
+
+def kernel_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    spans: SpanOperand,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    config: ForwardConfig,
+) -> dict[str, Any]:
+    """Everything `forward_kernel` is called with but its grid; compiling ahead of time takes the same."""
+    batch, num_heads, query_len, head_dim = query.shape
+    key_len, value_dim = value.shape[2:]
+    scores = (batch, num_heads, query_len, key_len)
+    return dict(
+        query=operand(query),
+        key=operand(key),
+        value=operand(value),
+        output=operand(output),
+        lse_ptr=lse,
+        spans=spans,
+        mask=None if mask is None else operand(mask.expand(scores).view(torch.uint8)),
+        bias=None if bias is None else operand(bias.expand(scores)),
+        sinks_ptr=sinks,
+        scale=scale,
+        softcap=softcap,
+        num_heads=num_heads,
+        group_size=num_heads // key.shape[1],
+        query_len=query_len,
+        key_len=key_len,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=padded_dim(head_dim),
+        BLOCK_DV=padded_dim(value_dim),
+        CHUNK_D=config.chunk_d or padded_dim(head_dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        # float32 means float32: no tf32 products.
+        PRECISION=__import__('os').environ.get('PREC','ieee'),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def operand(tensor: Tensor) -> Operand:
+    """A four-dimensional tensor as kernels take it."""
+    return Operand(tensor, *tensor.stride())
+
+
+def span_operand(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count: Tensor | None) -> SpanOperand:
+    """Spans as kernels take them. Broadcast dimensions get stride 0."""
+    strides = [
+        0 if size == 1 else stride
+        for bound in (start, end)
+        for size, stride in zip(bound.shape, bound.stride(), strict=True)
+    ]
+    if key_mask is None or gap_count is None:
+        return SpanOperand(start, end, *strides, None, 0, None, 0)
+    key_mask = key_mask.contiguous()
+    key_mask_stride = 0 if key_mask.shape[0] == 1 else key_mask.stride(0)
+    gap_stride = 0 if gap_count.shape[0] == 1 else gap_count.stride(0)
+    return SpanOperand(start, end, *strides, key_mask.view(torch.uint8), key_mask_stride, gap_count, gap_stride)

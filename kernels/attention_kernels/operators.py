@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public operator: validation, the choice of path, torch.library registration and autograd."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import blockwise
+from .configs import unsupported_device
+from .spans import Spans
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_DIM = 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over spans, with gradients.
+
+    CUDA and ROCm tensors run the Triton kernel, as do CPU tensors under TRITON_INTERPRET=1; other tensors, float64 and
+    machines without Triton run the same loop in torch.
+
+    Args:
+        query: `[batch, num_heads, query_len, head_dim]`, float16, bfloat16, float32 or float64. Any strides.
+        key: `[batch, num_kv_heads, key_len, head_dim]`; `num_kv_heads` divides `num_heads` (grouped heads).
+        value: `[batch, num_kv_heads, key_len, value_dim]`. A batch of 1 beside a larger one is broadcast.
+        spans: the keys that each row sees; None means all.
+        mask: bool, broadcastable to `[batch, num_heads, query_len, key_len]`, True where visible, on top of `spans`.
+        bias: floating point, broadcastable likewise, added to the scaled scores; -inf hides a key.
+        sinks: floating point `[num_heads]`, a score per head without a value, in every row's softmax.
+        scale: factor of the scores; default `head_dim ** -0.5`.
+        softcap: if given, scores become `softcap * tanh(scores / softcap)` before bias and mask.
+        return_lse: also return the log-sum-exp of each row.
+
+    Returns:
+        Output `[batch, num_heads, query_len, value_dim]`; its transpose to `[batch, query_len, num_heads, value_dim]` is
+        contiguous. With `return_lse` also the natural log-sum-exp, float32 (float64 for float64)
+        `[batch, num_heads, query_len]`, sinks included. A row that sees no key has output 0 and log-sum-exp -inf (its
+        sink, where it has one). NaN and Inf in keys and values reach only the rows that see them.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the message says which, and what to do.
+        RuntimeError: the GPU is one that the kernels do not support.
+    """
+    query, key, value = _validated(query, key, value)
+    batch, num_heads, query_len, head_dim = query.shape
+    key_len = key.shape[2]
+    spans = Spans.full(query_len, key_len, device=query.device) if spans is None else spans
+    _check_spans(spans, query, key_len)
+    scores = (batch, num_heads, query_len, key_len)
+    mask, bias = _broadcastable("mask", mask, scores, query.device), _broadcastable("bias", bias, scores, query.device)
+    if sinks is not None and (sinks.shape != (num_heads,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"attention: `sinks` must be floating point of shape [num_heads] = [{num_heads}], got {sinks.dtype} "
+            f"{list(sinks.shape)}; sinks that differ between tokens belong in `bias`"
+        )
+    if sinks is not None and sinks.device != query.device:
+        raise ValueError(f"attention: `sinks` is on {sinks.device}, `query` on {query.device}; move it there")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"attention: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: `scale` must be finite, got {scale}")
+    output, lse = torch.ops.attention_kernels.forward(
+        query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, scale,
+        None if softcap is None else float(softcap),
+    )  # fmt: skip
+    return (output, lse) if return_lse else output
+
+
+def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"attention: `{name}` must be [batch, heads, tokens, dim], got {list(tensor.shape)}; unsqueeze the batch"
+            )
+        if tensor.dtype != query.dtype or tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"attention: query, key and value must share one dtype of {[str(dtype) for dtype in DTYPES]}, got "
+                f"{[str(each.dtype) for each in named.values()]}; cast them to one"
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                "attention: query, key and value must be on one device, got "
+                f"{[str(each.device) for each in named.values()]}; move them to one"
+            )
+    batch = max(tensor.shape[0] for tensor in named.values())
+    if any(tensor.shape[0] not in (1, batch) for tensor in named.values()):
+        raise ValueError(
+            f"attention: batch sizes must be equal or 1, got {[tensor.shape[0] for tensor in named.values()]}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"attention: `query` and `key` must share the head dim, got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            f"attention: `key` and `value` must share heads and length, got {list(key.shape)} and {list(value.shape)}"
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"attention: the number of query heads must be a multiple of the number of key heads, got {query.shape[1]} "
+            f"and {key.shape[1]}; shard or repeat the heads so that each group is whole"
+        )
+    for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention: the head dim of `{name}` must be 1 to {MAX_HEAD_DIM}, got {dim}; wider heads need "
+                'attn_implementation="eager"'
+            )
+    return tuple(tensor.expand(batch, -1, -1, -1) for tensor in named.values())
+
+
+def _check_spans(spans: Spans, query: Tensor, key_len: int) -> None:
+    batch, _, query_len, _ = query.shape
+    if (spans.query_len, spans.key_len) != (query_len, key_len) or spans.batch not in (1, batch):
+        raise ValueError(
+            f"attention: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} keys, but the "
+            f"tensors have batch {batch}, {query_len} queries and {key_len} keys; build it for their lengths"
+        )
+    if spans.device != query.device:
+        raise ValueError(f"attention: `spans` is on {spans.device}, `query` on {query.device}; use spans.to(...)")
+
+
+def _broadcastable(name: str, tensor: Tensor | None, scores: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The tensor with four dimensions, or an error if it does not broadcast to the shape of the scores."""
+    if tensor is None:
+        return None
+    if (tensor.dtype == torch.bool) != (name == "mask") or (name == "bias" and not tensor.is_floating_point()):
+        raise TypeError(
+            f"attention: `mask` must be bool (True where visible) and `bias` floating point (added to the scores), got "
+            f"`{name}` of {tensor.dtype}"
+        )
+    shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
+    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, scores, strict=True)):
+        raise ValueError(
+            f"attention: `{name}` of shape {list(tensor.shape)} does not broadcast to [batch, num_heads, query_len, "
+            f"key_len] = {list(scores)}; slice or expand it"
+        )
+    if tensor.device != device:
+        raise ValueError(f"attention: `{name}` is on {tensor.device}, `query` on {device}; move it there")
+    return tensor.reshape(shape)
+
+
+# ---------------------------------------------------------------------- paths
+
+
+@lru_cache
+def log_once(message: str) -> None:
+    """Say which path runs, once per process: nothing falls back in silence."""
+    logger.warning(message)
+
+
+@lru_cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, and so on CPU tensors."""
+    if not triton_installed():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether a call on this tensor runs the Triton kernel; where that may surprise, the log says why not."""
+    if tensor.device.type == "cpu" and not interpreting():
+        return False
+    if tensor.dtype == torch.float64:
+        log_once("float64 runs attention in torch: the Triton kernels are for float16, bfloat16 and float32")
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    if tensor.device.type != "cuda":
+        log_once(f"{tensor.device.type} tensors run attention in torch: the Triton kernels are for CUDA and ROCm devices")
+        return False
+    if not triton_installed():
+        log_once("Triton is not installed, so attention runs in torch; `pip install triton` brings the kernels")
+        return False
+    if (reason := unsupported_device(tensor.device)) is not None:
+        raise RuntimeError(reason)
+    return True
+
+
+# ---------------------------------------------------------------------- torch.library
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor start, Tensor end, Tensor? key_mask, Tensor? gap_count, "
+    "Tensor? mask, Tensor? bias, Tensor? sinks, float scale, float? softcap"
+)
+_library = torch.library.Library("attention_kernels", "DEF")
+_library.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"backward(Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, bool wants_bias, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _problem(query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, scale, softcap):
+    return blockwise.Problem(query, key, value, start, end, key_mask, mask, bias, sinks, scale, softcap)
+
+
+def _forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    if runs_triton(query):
+        from .forward import forward  # not before it is needed: importing Triton takes time
+
+        return forward(query, *arguments)
+    return blockwise.forward(_problem(query, *arguments))
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    batch, num_heads, query_len, _ = query.shape
+    output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, num_heads, query_len, dtype=blockwise.accumulator(query.dtype))
+
+
+def _backward(output, lse, grad_output, grad_lse, wants_bias, query, *arguments) -> tuple[Tensor, ...]:
+    if runs_triton(query):
+        log_once("gradients of attention run in torch: there is no Triton backward kernel yet")
+    problem = _problem(query, *arguments)
+    gradients = blockwise.backward(problem, output, lse, grad_output, grad_lse, wants_bias=wants_bias)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward_fake(output, lse, grad_output, grad_lse, wants_bias, query, key, value, *arguments):
+    bias, sinks = arguments[5], arguments[6]
+    return (
+        *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)),
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if wants_bias else query.new_empty(0),
+        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _autograd(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    output, lse, *tensors = ctx.saved_tensors
+    bias, sinks = tensors[8], tensors[9]
+    wants_bias = bias is not None and ctx.needs_input_grad[8]
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    *gradients, grad_bias, grad_sinks = torch.ops.attention_kernels.backward(
+        output, lse, grad_output, grad_lse, wants_bias, *tensors, ctx.scale, ctx.softcap
+    )
+    unspanned = (None,) * 5  # start, end, key_mask, gap_count, mask
+    return (
+        *gradients,
+        *unspanned,
+        grad_bias if wants_bias else None,
+        None if sinks is None else grad_sinks,
+        None,
+        None,
+    )
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attention_kernels::forward", _forward_fake, lib=_library)
+torch.library.register_fake("attention_kernels::backward", _backward_fake, lib=_library)
+torch.library.register_autograd("attention_kernels::forward", _autograd, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of attention kernels: locate a tile, load it, score it, take one online-softmax step, finish.
+
+Shapes in comments: M query rows and N keys of a tile, D head dim, V value dim, both padded to a power of two. Softmax
+statistics are float32 in base 2 (scores carry a factor log2(e)), as exp2 is what the hardware has.
+
+The online softmax is that of Milakov and Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+FAR = tl.constexpr(2**31 - 1)
+
+
+class Operand(NamedTuple):
+    """A four-dimensional tensor as kernels take it: `[batch, heads, rows, columns]`; stride 0 where it is broadcast."""
+
+    ptr: object
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_n: int
+
+
+class SpanOperand(NamedTuple):
+    """`Spans` as kernels take them; `key_mask_ptr` (uint8) and `gap_count_ptr` are None where no key is hidden."""
+
+    start_ptr: object
+    end_ptr: object
+    start_stride_b: int
+    start_stride_m: int
+    end_stride_b: int
+    end_stride_m: int
+    key_mask_ptr: object
+    key_mask_stride_b: int
+    gap_count_ptr: object
+    gap_count_stride_b: int
+
+
+@triton.jit
+def tile_pointers(ptr, stride_m, stride_n, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: offsets inside a tile always fit 32."""
+    origin = ptr + tl.cast(first_row, tl.int64) * stride_m
+    return origin + (tl.arange(0, ROWS)[:, None] * stride_m + tl.arange(0, COLUMNS)[None, :] * stride_n)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    stride_m,
+    stride_n,
+    first_row,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,  # constexpr: an unchecked load is a different, faster instruction
+    CHECK_COLUMNS: tl.constexpr,
+):
+    """Tile `[ROWS, COLUMNS]` from row `first_row` on, 0 in rows and columns beyond `num_rows` and `num_columns`."""
+    pointers = tile_pointers(ptr, stride_m, stride_n, first_row, ROWS, COLUMNS)
+    row_inside = (first_row + tl.arange(0, ROWS) < num_rows)[:, None]
+    column_inside = (tl.arange(0, COLUMNS) < num_columns)[None, :]
+    if CHECK_ROWS and CHECK_COLUMNS:
+        return tl.load(pointers, mask=row_inside & column_inside, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(pointers, mask=row_inside, other=0.0)
+    elif CHECK_COLUMNS:
+        return tl.load(pointers, mask=column_inside, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_spans(spans, b, q_pos, query_len):
+    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing."""
+    inside = q_pos < query_len
+    start = tl.load(spans.start_ptr + b * spans.start_stride_b + q_pos * spans.start_stride_m, mask=inside, other=0)
+    end = tl.load(spans.end_ptr + b * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
+    return start, end
+
+
+@triton.jit
+def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
+    """First and last key of a tile of rows and, between them, the body that all rows see; multiples of BLOCK_N but last.
+
+    Counting key tiles from key 0, not from the first visible key, keeps the order of summation of a row the same
+    whatever the other rows of its tile see.
+    """
+    sees = inside & (end > start)
+    first = tl.min(tl.where(sees, start, FAR), 0)
+    last = tl.max(tl.where(sees, end, 0), 0)
+    first = (tl.minimum(first, last) // BLOCK_N) * BLOCK_N
+    # Rows beyond the last must not bound the body: their start is 0 and their end is far.
+    body_first = ((tl.max(start, 0) + BLOCK_N - 1) // BLOCK_N) * BLOCK_N
+    body_first = tl.maximum(tl.minimum(body_first, last), first)
+    body_last = tl.maximum((tl.minimum(tl.min(end, 0), last) // BLOCK_N) * BLOCK_N, body_first)
+    if spans.gap_count_ptr is not None:
+        has_gaps = tl.load(spans.gap_count_ptr + b * spans.gap_count_stride_b) != 0
+        body_last = tl.where(has_gaps, body_first, body_last)
+    return first, body_first, body_last, last
+
+
+@triton.jit
+def tanh(x):
+    """tanh in exp2, accurate to a few units in the last place (libdevice has none that the interpreter can run)."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
+    # Near 0 the quotient cancels; the Taylor series does not.
+    y = x * x
+    series = -0.021869488536155203 + y * (0.008863235529902197 + y * -0.0035921280365724813)
+    small = x + x * y * (-0.3333333333333333 + y * (0.13333333333333333 + y * (-0.05396825396825397 - y * series)))
+    return tl.where(y < 0.1, small, large)
+
+
+@triton.jit
+def load_queries(
+    query, first_row, query_len, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):  # fmt: skip
+    """The tile's queries `[M, D]`, to stay with the program; None where they are read in pieces of CHUNK_D columns."""
+    if CHUNK_D == BLOCK_D:
+        return load_tile(
+            query.ptr, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+            BLOCK_D > HEAD_DIM,
+        )  # fmt: skip
+    else:
+        return None
+
+
+@triton.jit
+def dot_query_key(
+    q, query, key, first_row, query_len, first_key, key_len, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products `[M, N]` of queries and keys.
+
+    Heads too wide to hold whole (float32, where a product needs its operands in registers; 512 columns, where they fill
+    the shared memory) are multiplied in pieces of CHUNK_D columns.
+    """
+    if CHUNK_D == BLOCK_D:
+        k = load_tile(
+            key.ptr, key.stride_m, key.stride_n, first_key, key_len, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS,
+            BLOCK_D > HEAD_DIM,
+        )  # fmt: skip
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    else:
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in tl.range(0, HEAD_DIM, CHUNK_D, num_stages=1):
+            q_piece = load_tile(
+                query.ptr + d * query.stride_n, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM - d,
+                BLOCK_M, CHUNK_D, True, HEAD_DIM % CHUNK_D != 0,
+            )  # fmt: skip
+            k_piece = load_tile(
+                key.ptr + d * key.stride_n, key.stride_m, key.stride_n, first_key, key_len, HEAD_DIM - d,
+                BLOCK_N, CHUNK_D, CHECK_KEYS, HEAD_DIM % CHUNK_D != 0,
+            )  # fmt: skip
+            s = tl.dot(q_piece, tl.trans(k_piece), s, input_precision=PRECISION)
+        return s
+
+
+@triton.jit
+def score_tile(s, scale, softcap):
+    """Scores `[M, N]` in base 2 from products of queries and keys."""
+    if softcap is None:
+        return s * (scale * LOG2E)
+    else:
+        return tanh(s * (scale / softcap)) * (softcap * LOG2E)
+
+
+@triton.jit
+def bias_and_mask(
+    s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Scores `[M, N]` plus the tile of `bias`, and -inf where the tile of `mask` is 0 or the bias is -inf."""
+    inside = (first_row + tl.arange(0, BLOCK_M) < query_len)[:, None]
+    if CHECK_KEYS:
+        inside = inside & (first_key + tl.arange(0, BLOCK_N) < key_len)[None, :]
+    if bias is not None:
+        origin = bias.ptr + tl.cast(first_key, tl.int64) * bias.stride_n
+        pointers = tile_pointers(origin, bias.stride_m, bias.stride_n, first_row, BLOCK_M, BLOCK_N)
+        added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        # A key hidden by -inf stays hidden where its score is NaN.
+        s = tl.where(added == NEG_INF, NEG_INF, s + added * LOG2E)
+    if mask is not None:
+        origin = mask.ptr + tl.cast(first_key, tl.int64) * mask.stride_n
+        pointers = tile_pointers(origin, mask.stride_m, mask.stride_n, first_row, BLOCK_M, BLOCK_N)
+        s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, NEG_INF)
+    return s
+
+
+@triton.jit
+def span_mask(s, spans, b, start, end, first_key, key_len, BLOCK_N: tl.constexpr):
+    """Scores `[M, N]`, -inf where the row does not see the key."""
+    k_pos = first_key + tl.arange(0, BLOCK_N)
+    visible = (k_pos[None, :] >= start[:, None]) & (k_pos[None, :] < end[:, None])
+    if spans.key_mask_ptr is not None:
+        shown = tl.load(spans.key_mask_ptr + b * spans.key_mask_stride_b + k_pos, mask=k_pos < key_len, other=0)
+        visible = visible & (shown != 0)[None, :]
+    # Rows beyond the last have a far end; the keys themselves end at key_len.
+    return tl.where(visible & (k_pos < key_len)[None, :], s, NEG_INF)
+
+
+@triton.jit
+def softmax_step(m, l, acc, s, v, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
+    """One online-softmax step: state m `[M]`, l `[M]`, acc `[M, V]`, scores s `[M, N]`, values v `[N, V]`.
+
+    With CLEAN, a NaN or Inf in a value reaches only the rows that see its key: 0 x NaN is NaN, so such values are taken
+    out of the product and the rows that see one are made NaN as a whole.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == NEG_INF, 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    p = tl.exp2(s - m_safe[:, None])
+    l = l * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    if CLEAN:
+        difference = v - v  # 0 where finite, NaN where not
+        poison = tl.sum(difference.to(tl.float32), 1)
+        acc += tl.sum(tl.where(s == NEG_INF, 0.0, poison[None, :]), 1)[:, None]
+        v = tl.where(difference == 0, v, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return m_new, l, acc
+
+
+@triton.jit
+def any_nan(acc):
+    """Whether a tile `[M, V]` holds a NaN, as a scalar."""
+    return tl.max((acc != acc).to(tl.int32)) > 0
+
+
+@triton.jit
+def finish(m, l, acc):
+    """Output `[M, V]` and natural log-sum-exp `[M]`. A row whose sum is 0 saw nothing: output 0, log-sum-exp -inf."""
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, l)
+    return acc / total[:, None], tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)
