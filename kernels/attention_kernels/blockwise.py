@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,11 @@ class Piece(NamedTuple):
 
     rows: slice
     keys: slice
-    kind: str
+    kind: Literal["all", "causal", "masked"]
+    follows: bool = False
+    """Whether an earlier piece has the same rows, whose result this one's is merged into."""
+    blind: bool = False
+    """Whether some of its rows see nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Problem:
     sinks: Tensor | None
     scale: float
     softcap: float | None
+    tile_masks: dict[bytes, Tensor] = field(default_factory=dict)
+    """Additive masks by what the rows see relative to their tile: all tiles of a sliding window share one."""
 
     @property
     def has_tiles(self) -> bool:
@@ -78,28 +84,40 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for float64).
     """
     output, lse = _forward(problem, fused=problem.fused)
-    if problem.fused and output.isnan().any():
+    if problem.fused and has_nan(output):
         # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. Whose NaN this is, only the careful loop tells.
         output, lse = _forward(problem, fused=False)
     return output, lse
 
 
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
+    attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
-    output = query.new_zeros(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
-    lse = query.new_full((batch, num_heads, query_len), -math.inf, dtype=accumulator(query.dtype))
-    attend = attend_fused if fused else attend_written_out
-    for elements, pieces in problem.elements():
+    groups = list(problem.elements())
+    if len(groups) == 1 and len(groups[0][1]) == 1 and groups[0][1][0].rows == slice(0, query_len):
+        # One piece is the whole answer: nothing to gather.
+        output, lse = attend(problem, groups[0][0], groups[0][1][0])
+        return with_sinks(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), problem.sinks)
+    output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, query_len, dtype=accumulator(query.dtype))
+    for elements, pieces in groups:
+        for rows in uncovered(pieces, query_len):
+            output[elements, :, rows], lse[elements, :, rows] = 0, -math.inf
         for piece in pieces:
             part, part_lse = attend(problem, elements, piece)
             place = (elements, slice(None), piece.rows)
-            if piece.kind == "causal":  # the triangle follows the rectangle of the same rows, if there is one
+            if piece.follows:
                 part, part_lse = merge(output[place], lse[place], part, part_lse)
             output[place], lse[place] = part, part_lse
-    if problem.sinks is None:
+    return with_sinks(output, lse, problem.sinks)
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result after the sinks, which have no values, have taken their share of the softmax."""
+    if sinks is None:
         return output, lse
-    total = torch.logaddexp(lse, problem.sinks.to(lse.dtype)[:, None])
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     share = torch.where(lse == -math.inf, 0.0, torch.exp(lse - total))
     return output.mul_(share[..., None]), total
 
@@ -143,9 +161,10 @@ def _run(first: int, last: int, start: int, end: int, *, grows: bool) -> Iterato
         if end > start:
             yield Piece(rows, slice(start, end), "all")
         return
-    if end - 1 > start:
+    has_rectangle = end - 1 > start
+    if has_rectangle:
         yield Piece(rows, slice(start, end - 1), "all")
-    yield Piece(rows, slice(end - 1, end - 1 + last - first), "causal")
+    yield Piece(rows, slice(end - 1, end - 1 + last - first), "causal", follows=has_rectangle)
 
 
 def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]:
@@ -156,7 +175,16 @@ def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]
             continue
         keys = slice(int(start[rows][sees].min()), int(end[rows].max()))
         same = bool((start[rows] == keys.start).all() and (end[rows] == keys.stop).all())
-        yield Piece(rows, keys, "all" if same else "masked")
+        yield Piece(rows, keys, "all" if same else "masked", blind=not bool(sees.all()))
+
+
+def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:
+    """Rows that are in no piece, since they see nothing."""
+    covered = 0
+    for piece in [*pieces, Piece(slice(query_len, query_len), slice(0, 0), "all")]:
+        if piece.rows.start > covered:
+            yield slice(covered, piece.rows.start)
+        covered = piece.rows.stop
 
 
 def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +200,7 @@ def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor | No
     device = problem.query.device
     visible = None
     if piece.kind != "all":
-        keys = torch.arange(piece.keys.start, piece.keys.stop, device=device)
+        keys = torch.arange(piece.keys.start, piece.keys.stop, device=device, dtype=torch.int32)
         start, end = (_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
         visible = ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
     if problem.key_mask is not None:
@@ -186,13 +214,23 @@ def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor | No
 
 def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.dtype) -> Tensor | None:
     """Bias and mask of a piece as one tensor to add to scores, -inf where hidden, or None if there is nothing to add."""
-    visible = visible_keys(problem, elements, piece)
-    if problem.bias is None and visible is None:
+    if problem.has_tiles:
+        visible = visible_keys(problem, elements, piece)
+        bias = torch.zeros((), dtype=dtype, device=problem.query.device)
+        if problem.bias is not None:
+            bias = _cut(problem.bias, elements, piece).to(dtype)
+        return bias if visible is None else torch.where(visible, bias, -math.inf)
+    if piece.kind == "all":
         return None
-    bias = torch.zeros((), dtype=dtype, device=problem.query.device)
-    if problem.bias is not None:
-        bias = _cut(problem.bias, elements, piece).to(dtype)
-    return bias if visible is None else torch.where(visible, bias, -math.inf)
+    shape = (1, piece.rows.stop - piece.rows.start)
+    bounds = [_rows(bound, elements, piece.rows).expand(shape) for bound in (problem.start, problem.end)]
+    pattern = (torch.stack(bounds) - piece.keys.start).cpu().numpy().tobytes()
+    if pattern not in problem.tile_masks:
+        visible = visible_keys(problem, elements, piece)
+        problem.tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
+        problem.tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        problem.tile_masks[pattern].masked_fill_(~visible, -math.inf)
+    return problem.tile_masks[pattern]
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -200,14 +238,14 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     query, key, value = _equal_dims(*_operands(problem, elements, piece))
     added = None
     if piece.kind != "causal":
-        added = _four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+        added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, piece.kind == "causal", attn_mask=added, scale=problem.scale
     )
     output = output[..., : problem.value.shape[-1]]
-    if added is not None:
-        # Rows that see nothing of the tile: what the fused attention makes of them is not specified.
-        nothing = (added == -math.inf).all(-1)
+    if added is not None and (piece.blind or problem.has_tiles):
+        # What fused attention makes of rows that see nothing is not specified.
+        nothing = added.amax(-1) == -math.inf
         output, lse = output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
     return output, lse
 
@@ -259,7 +297,7 @@ def backward(
     """Gradients of query, key, value, bias (if wanted) and sinks (if given), recomputed from `lse`."""
     fused = problem.fused and not wants_bias and grad_lse is None
     gradients = _backward(problem, output, lse, grad_output, grad_lse, fused=fused, wants_bias=wants_bias)
-    if fused and any(gradient is not None and gradient.isnan().any() for gradient in gradients):
+    if fused and any(has_nan(gradient) for gradient in gradients[:3]):
         return _backward(problem, output, lse, grad_output, grad_lse, fused=False, wants_bias=wants_bias)
     return gradients
 
@@ -315,7 +353,7 @@ def _backward_fused(
     query, wide_key, wide_value, part, grad = _equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
     added = None
     if piece.kind != "causal":
-        added = _four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+        added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
     parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
         piece.kind == "causal", attn_mask=added, scale=problem.scale,
@@ -357,6 +395,11 @@ def _backward_rows(
     grad_query[place] += _per_group(grad_scores, key.nan_to_num(0.0, 0.0, 0.0)) * problem.scale
     grad_key[elements, :, piece.keys] += _over_group(grad_scores, query, key.shape[1]) * problem.scale
     grad_value[elements, :, piece.keys] += _over_group(weights, grad, key.shape[1])
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor may hold NaN, in one pass over it: a sum is NaN if a term is."""
+    return math.isnan(tensor.sum())
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile shapes of the kernels, as data: one table per class of GPU, one row per dtype width and head dim."""
+"""Tile shapes of the kernels, as data, and what each GPU has room for.
+
+Every row compiles without register spills on NVIDIA GPUs (a test compiles them all); none has been timed on a GPU yet.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+Work = Literal["spans", "tiles", "short"]
+"""What a call needs: spans alone; tiles of a mask, a bias or a softcap besides; or few query rows, with either."""
+
 
 class ForwardConfig(NamedTuple):
-    """Tile of query rows and of keys, warps per program, and stages of the software pipeline."""
+    """Tile shape of the forward kernel.
+
+    `chunk_d` is how many columns of a head are multiplied at a time; 0 means all.
+    """
 
     block_m: int
     block_n: int
@@ -28,13 +37,120 @@ SHARED_MEMORY = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-"""Bytes of shared memory that one program may use (CUDA C programming guide, table of compute capabilities; CDNA3 ISA)."""
+"""Bytes of shared memory that one program may use (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA)."""
+
+ARCHITECTURES = tuple(SHARED_MEMORY)
+
+_ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
+    # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
+    (2, 64, "spans"): ForwardConfig(64, 32, 4, 2),
+    (2, 64, "tiles"): ForwardConfig(64, 32, 4, 2),
+    (2, 64, "short"): ForwardConfig(16, 64, 4, 3),
+    (2, 128, "spans"): ForwardConfig(64, 32, 4, 2),
+    (2, 128, "tiles"): ForwardConfig(64, 32, 4, 2),
+    (2, 128, "short"): ForwardConfig(16, 64, 4, 2),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 1),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 1),
+    (2, 256, "short"): ForwardConfig(16, 32, 4, 2),
+    # 512 columns of queries and keys together would fill the shared memory: they are multiplied in pieces.
+    (2, 512, "spans"): ForwardConfig(64, 16, 8, 2, 64),
+    (2, 512, "tiles"): ForwardConfig(64, 16, 8, 2, 64),
+    (2, 512, "short"): ForwardConfig(16, 16, 8, 1, 64),
+    # Exact float32 products run on the ordinary units, which hold their operands in registers: small tiles, in pieces.
+    (4, 64, "spans"): ForwardConfig(32, 32, 4, 1),
+    (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1),
+    (4, 64, "short"): ForwardConfig(16, 32, 4, 1),
+    (4, 128, "spans"): ForwardConfig(32, 32, 8, 1, 32),
+    (4, 128, "tiles"): ForwardConfig(32, 32, 8, 1, 32),
+    (4, 128, "short"): ForwardConfig(16, 32, 4, 1, 32),
+    (4, 256, "spans"): ForwardConfig(32, 32, 8, 1, 32),
+    (4, 256, "tiles"): ForwardConfig(32, 32, 8, 1, 32),
+    (4, 256, "short"): ForwardConfig(16, 32, 8, 1, 32),
+    (4, 512, "spans"): ForwardConfig(16, 16, 8, 1, 64),
+    (4, 512, "tiles"): ForwardConfig(16, 16, 8, 1, 64),
+    (4, 512, "short"): ForwardConfig(16, 16, 8, 1, 64),
+}
+
+_HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
+    (2, 64, "spans"): ForwardConfig(128, 128, 8, 2),
+    (2, 64, "tiles"): ForwardConfig(128, 64, 8, 3),
+    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
+    (2, 256, "spans"): ForwardConfig(128, 32, 8, 2),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
+    (2, 256, "short"): ForwardConfig(16, 32, 4, 3),
+}
+
+_OVERRIDES: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_80": {
+        # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
+        (2, 64, "spans"): ForwardConfig(128, 64, 8, 3),
+        (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
+        (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
+        (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
+        (4, 64, "spans"): ForwardConfig(64, 32, 8, 2),
+        (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2),
+    },
+}
+# 99 KB of shared memory: as Ampere's data-centre chip, with shallower pipelines.
+_OVERRIDES |= dict.fromkeys(
+    ("sm_86", "sm_89", "sm_120"),
+    {
+        (2, 64, "spans"): ForwardConfig(128, 64, 8, 2),
+        (2, 128, "spans"): ForwardConfig(128, 32, 8, 2),
+        (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
+        (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
+    },
+)
+
+CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
+    architecture: _ANYWHERE | _OVERRIDES.get(architecture, {}) for architecture in ARCHITECTURES
+}
+"""Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
+
+SHORT = 16
+"""Query rows that count as few."""
+
+
+def forward_config(
+    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, query_len: int, *, has_tiles: bool
+) -> ForwardConfig:
+    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans."""
+    widest = max(64, padded_dim(head_dim), padded_dim(value_dim))
+    work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
+    config = CONFIGS[architecture][dtype.itemsize, widest, work]
+    # A head narrower than a piece is multiplied whole.
+    return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
 
 def padded_dim(dim: int) -> int:
     """Tile width that holds `dim` columns: a power of two, and at least the 16 that a matrix instruction takes."""
     return max(16, 1 << (dim - 1).bit_length())
 
-def architecture(device): return "sm_90"
-def forward_config(arch, dtype, head_dim, value_dim, query_len): return ForwardConfig(32,32,4,2)
-def unsupported_device(device): return None
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations serve a device. In the interpreter on the CPU, the one with the most rows."""
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    # Siblings share shared memory and matrix instructions: 8.7 with 8.0, 10.3 with 10.0, 12.1 with 12.0.
+    siblings = {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_121": "sm_120"}
+    return siblings.get(name, name)
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why the kernels do not run on a GPU, in words for its user, or None if they do."""
+    name = architecture(device)
+    if name in CONFIGS:
+        return None
+    return (
+        f"attention: the GPU {torch.cuda.get_device_name(device)!r} ({name}) is not supported by the Triton kernels, which "
+        f'run on {", ".join(ARCHITECTURES)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
+    )

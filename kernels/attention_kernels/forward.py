@@ -199,7 +199,10 @@ def forward(
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
         spans = span_operand(start, end, key_mask, gap_count)
-        config = forward_config(architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len)
+        has_tiles = mask is not None or bias is not None or softcap is not None or key_mask is not None
+        config = forward_config(
+            architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len, has_tiles=has_tiles
+        )
         arguments = kernel_arguments(query, key, value, output, lse, spans, mask, bias, sinks, scale, softcap, config)
         grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
         # Triton launches on the current device, which need not be the tensors'.
@@ -250,7 +253,7 @@ def kernel_arguments(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         # float32 means float32: no tf32 products.
-        PRECISION=__import__('os').environ.get('PREC','ieee'),
+        PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention for every model: importing this package registers `my_triton` with Hugging Face transformers.
+
+    import attention_plugin
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="my_triton")
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from . import support
+from .attention import attention_forward
+from .masks import SpanMask, span_mask
+
+__all__ = ["NAME", "SpanMask", "attention_forward", "register", "span_mask"]
+
+NAME = "my_triton"
+"""The name to pass as `attn_implementation`."""
+
+
+def register(name: str = NAME, *, scale: float | None = None, softcap: float | None = None) -> None:
+    """Register this attention with transformers, both the attention function and the mask function.
+
+    Importing the package has already registered `NAME`. Registering again under the same name replaces its options; doing
+    so twice, or in many processes, is harmless.
+
+    Args:
+        name: what to pass as `attn_implementation`.
+        scale: factor of the scores, in place of the one a model passes.
+        softcap: softcap of the scores, in place of the one a model passes.
+
+    Raises:
+        ValueError: a name that transformers gives a meaning of its own, or an option out of range.
+    """
+    if not name or "flash" in name or "|" in name or "/" in name or name in _TRANSFORMERS_OWN:
+        raise ValueError(
+            f"attention_plugin.register: `name` must not be empty, contain 'flash', '|' or '/', or be one of "
+            f"transformers' own {sorted(_TRANSFORMERS_OWN)}, to which transformers gives another meaning; got {name!r}, "
+            f"try {NAME + '_variant'!r}"
+        )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"attention_plugin.register: `softcap` must be a positive number or None, got {softcap}")
+    overrides = {key: value for key, value in (("scaling", scale), ("softcap", softcap)) if value is not None}
+    forward = partial(_with_overrides, overrides) if overrides else attention_forward
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, span_mask)
+    support.registered_names.add(name)
+
+
+def _with_overrides(overrides: dict[str, float], *args, **kwargs):
+    return attention_forward(*args, **{**kwargs, **overrides})
+
+
+_TRANSFORMERS_OWN = frozenset(AttentionInterface._global_mapping) | {"eager"}
+
+register()
+register_module_module_registration_hook(support.check_new_module)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AttentionInterface function: transformers' arguments in, one operator call, (output, None) out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_kernels import Spans, attention
+
+from .masks import SpanMask
+from .support import check_dropout, check_keywords, refuse_alignment, refuse_mask
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: SpanMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' models call it.
+
+    Args:
+        module: the attention layer; its `is_causal` decides where neither a mask nor the argument does.
+        query: `[batch, num_heads, query_len, head_dim]`.
+        key: `[batch, num_kv_heads, key_len, head_dim]`, before any repetition of heads.
+        value: `[batch, num_kv_heads, key_len, value_dim]`.
+        attention_mask: from the registered mask function; or a bool tensor, True where visible; or a floating point tensor
+            added to the scores; or None.
+        dropout: must be 0.
+        scaling: factor of the scores, default `head_dim ** -0.5`.
+        is_causal: overrides `module.is_causal`; both give way to a mask.
+        sliding_window: number of keys a row sees, used where there is no mask (a mask has it already).
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: sinks, `[num_heads]`.
+        position_bias: added to the scores, broadcastable to `[batch, num_heads, query_len, key_len]`.
+        position_ids: `[batch or 1, query_len]`; where they go back in causal attention without a cache, a packed document
+            begins.
+        cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
+        kwargs: refused by name unless known not to change attention.
+
+    Returns:
+        Output `[batch, query_len, num_heads, value_dim]`, contiguous, and None for the weights.
+
+    Raises:
+        ValueError, TypeError: an argument is not served or breaks a rule; the message names it and the alternative.
+    """
+    check_keywords(kwargs)
+    check_dropout(dropout, module.training)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scores = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
+    spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    output = attention(
+        query, key, value, spans, mask=mask, bias=bias, sinks=s_aux, scale=scaling, softcap=softcap
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def resolve_mask(
+    attention_mask: SpanMask | Tensor | None,
+    scores: tuple[int, int, int, int],
+    is_causal: bool,
+    sliding_window: int | None,
+    position_ids: Tensor | None,
+    device: torch.device,
+) -> tuple[Spans, Tensor | None, Tensor | None]:
+    """Spans, boolean mask and additive bias of whatever a model hands in as its mask.
+
+    Args:
+        scores: `(batch, num_heads, query_len, key_len)`; the other arguments as for `attention_forward`.
+
+    Raises:
+        ValueError: the mask is of no known kind or does not fit, or there is none and more than one reading of that.
+    """
+    query_len, key_len = scores[2:]
+    packable = is_causal and query_len == key_len and position_ids is not None and position_ids.ndim == 2
+    packable = packable and position_ids.shape[1] == query_len and query_len > 1
+    if attention_mask is None:
+        attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
+    if isinstance(attention_mask, SpanMask):
+        if tuple(attention_mask.shape[2:]) != (query_len, key_len):
+            refuse_mask(attention_mask, scores)
+        spans = attention_mask.spans_within_documents(position_ids) if packable else attention_mask.spans
+        return spans, attention_mask.holes, None
+    fits = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+    if not fits or any(size not in (1, full) for size, full in zip(attention_mask.shape, scores, strict=True)):
+        refuse_mask(attention_mask, scores)
+    spans = Spans.full(query_len, key_len, device=device)
+    if attention_mask.dtype == torch.bool:
+        return spans, attention_mask, None
+    if attention_mask.is_floating_point():
+        return spans, None, attention_mask
+    refuse_mask(attention_mask, scores)
+
+
+def _spans_without_mask(
+    query_len: int, key_len: int, is_causal: bool, sliding_window: int | None, device: torch.device
+) -> Spans:
+    """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys."""
+    if not is_causal or (query_len == 1 and sliding_window is None):
+        return Spans.full(query_len, key_len, device=device)
+    if query_len not in (1, key_len):
+        refuse_alignment(query_len, key_len)
+    left = None if sliding_window is None else sliding_window - 1
+    return Spans.sliding(query_len, key_len, left=left, device=device)
+
+
+def _within_lengths(
+    spans: Spans, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, scores: tuple[int, int, int, int]
+) -> Spans:
+    batch, _, query_len, key_len = scores
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or batch != 1:
+        raise ValueError(
+            "my_triton attention: `cu_seq_lens_q` and `cu_seq_lens_k` go together and describe a batch of 1, got "
+            f"{'only one of them' if batch == 1 else f'a batch of {batch}'}; pack the documents into one row"
+        )
+    documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len)
+    return spans & documents.to(spans.device)

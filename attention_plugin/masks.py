@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' mask arguments to spans: the AttentionMaskInterface function.
+
+transformers describes a mask as a `mask_function(batch, head, q_idx, kv_idx)`, a closure put together from a few known
+ones. Those are recognised by their code and read as spans, row by row in closed form, without touching a
+`query_len x key_len` array and without reading anything back from the device. Any other function is evaluated a few rows
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from attention_kernels import Spans
+
+from .support import log_once, refuse_foreign_use, refuse_model
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of an unknown mask function that are evaluated at once."""
+
+
+@dataclass(eq=False)
+class SpanMask:
+    """What travels through a model as its attention mask: spans, and the little of a tensor that models ask of a mask.
+
+    Attributes:
+        spans: what each row sees.
+        attended: bool `[batch, key_len]`, the 2D attention mask, or None: which tokens are real.
+        holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The kernels
+            apply it on top of `spans`.
+    """
+
+    spans: Spans
+    attended: Tensor | None = None
+    holes: Tensor | None = None
+    _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[batch or 1, 1, query_len, key_len]`, as that of a dense mask."""
+        return torch.Size((self.spans.batch, 1, self.spans.query_len, self.spans.key_len))
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def device(self) -> torch.device:
+        return self.spans.device
+
+    def dim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def contiguous(self) -> SpanMask:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> SpanMask:
+        """On another device. A change of dtype has no meaning for spans and is ignored."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or device == self.device:
+            return self
+        attended, holes = (None if part is None else part.to(device) for part in (self.attended, self.holes))
+        return SpanMask(self.spans.to(device), attended, holes)
+
+    def to_dense(self) -> Tensor:
+        """The boolean mask `[batch or 1, 1, query_len, key_len]` that transformers' `sdpa_mask` would have built."""
+        dense = self.spans.to_dense()[:, None]
+        return dense if self.holes is None else dense & self.holes
+
+    def spans_within_documents(self, position_ids: Tensor) -> Spans:
+        """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
+
+        transformers finds packed documents only where there is no 2D mask. Positions that go back, between two attended
+        tokens, are as clear a sign beside one. All layers of a model hand in the same tensor, so the answer is kept.
+        """
+        if self._packed is None or self._packed[0] is not position_ids:
+            spans = self.spans & Spans.packed(document_ids(position_ids, self.attended))
+            self._packed = (position_ids, spans)
+        return self._packed[1]
+
+    # A model that does arithmetic on its mask computes attention itself. It must not go on with an object it
+    # misunderstands, and the TypeError that Python would raise helps nobody.
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        refuse_foreign_use(getattr(function, "__name__", str(function)))
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        refuse_foreign_use("an operator")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __iter__ = __len__ = _refuse
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        refuse_foreign_use(f"`.{name}`", error=AttributeError)
+
+
+def span_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | SpanMask | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **kwargs: Any,
+) -> SpanMask:
+    """The mask that transformers asks for, as spans. Registered in `AttentionMaskInterface`.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the scores.
+        q_offset: position of the first query; a tensor with a static cache, which is never read back.
+        kv_offset: position of the first key (sliding caches forget the oldest).
+        mask_function: transformers' description of the mask.
+        attention_mask: `[batch, tokens]`, 0 at padding, or None; a mask that was prepared in advance is returned as it is.
+        use_vmap: whether `mask_function` holds a user's function that may not be index-based.
+        config: the model's configuration; used to refuse models that compute attention themselves.
+        kwargs: what transformers hands to other implementations, such as `dtype` and permissions to skip a mask.
+    """
+    refuse_model(config)
+    if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
+        return attention_mask
+    padding = None
+    if attention_mask is not None:
+        padding = _key_padding(attention_mask.to(device=device, dtype=torch.bool), kv_length, kv_offset)
+    frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, torch.device(device))
+    spans = read_spans(mask_function, frame)
+    if spans is not None:
+        if padding is not None:
+            spans = spans & Spans.padded(padding, q_length)
+        return SpanMask(spans, padding)
+    log_once(
+        f"the mask function {getattr(mask_function, '__qualname__', mask_function)!r} is not one of transformers' own: it "
+        "is evaluated for every query and key, some rows at a time"
+    )
+    return replace(evaluate(mask_function, frame, attention_mask, use_vmap), attended=padding)
+
+
+def _key_padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
+    """The part of a 2D mask that lies over the keys, bool `[batch, kv_length]`; keys beyond it are not attended to."""
+    missing = kv_offset + kv_length - attention_mask.shape[1]
+    if missing > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+# ---------------------------------------------------------------------- recognising mask functions
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where queries and keys lie: sizes, positions of the first query and key, and the device."""
+
+    batch: int
+    query_len: int
+    key_len: int
+    q_offset: int | Tensor
+    kv_offset: int
+    device: torch.device
+
+    @property
+    def offset(self) -> int | Tensor:
+        """Key index of the first query."""
+        return self.q_offset - self.kv_offset
+
+    def positions(self) -> Tensor:
+        """Absolute positions of the queries, int64 `[query_len]`."""
+        return torch.arange(self.query_len, device=self.device) + self.q_offset
+
+
+def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
+    """Spans of one of transformers' own mask functions, or None for a function that is not known to have any.
+
+    Every pattern read here holds the row's own position or nothing, so unions touch and need no check.
+    """
+    sizes = {"offset": frame.offset, "device": frame.device}
+    lengths = (frame.query_len, frame.key_len)
+    cells = _closure(mask_function)
+    if mask_function is masking_utils.causal_mask_function:
+        return Spans.causal(*lengths, **sizes)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return Spans.full(*lengths, device=frame.device)
+    if _made_by(mask_function, masking_utils.sliding_window_overlay):
+        if cells["sliding_window"] < 1:
+            return None  # not even the row's own key
+        return Spans.sliding(*lengths, left=cells["sliding_window"] - 1, right=None, **sizes)
+    if _made_by(mask_function, masking_utils.sliding_window_bidirectional_overlay):
+        if cells["sliding_window"] < 0:
+            return None
+        return Spans.sliding(*lengths, left=cells["sliding_window"], right=cells["sliding_window"], **sizes)
+    if _made_by(mask_function, masking_utils.chunked_overlay):
+        first = cells["left_padding"].to(frame.device) - frame.kv_offset
+        return Spans.chunked(*lengths, chunk_size=cells["chunk_size"], first=first, **sizes)
+    if _made_by(mask_function, masking_utils.blockwise_overlay):
+        return _block_spans(cells["block_sequence_ids"], frame)
+    if _made_by(mask_function, masking_utils.packed_sequence_mask_function):
+        return _packed_spans(cells["packed_sequence_mask"], frame)
+    if _made_by(mask_function, masking_utils.and_masks):
+        return _read_conjunction(cells["mask_functions"], frame)
+    if _made_by(mask_function, masking_utils.or_masks):
+        parts = [read_spans(part, frame) for part in cells["mask_functions"]]
+        return _combine(parts, Spans.union_touching)
+    return None
+
+
+def _read_conjunction(parts: tuple[Callable, ...], frame: Frame) -> Spans | None:
+    """Spans of `and_masks(*parts)`; a remapping of positions can be read only beside the packing it belongs to."""
+    packing = next((part for part in parts if _made_by(part, masking_utils.packed_sequence_mask_function)), None)
+    spans = []
+    for part in parts:
+        if packing is not None and _made_by(part, masking_utils.remap_positions_for_packed_sequence):
+            documents = _closure(packing)["packed_sequence_mask"]
+            spans.append(_remapped_spans(**_closure(part), documents=documents, frame=frame))
+        else:
+            spans.append(read_spans(part, frame))
+    return _combine(spans, Spans.__and__)
+
+
+def _combine(parts: list[Spans | None], operation: Callable[[Spans, Spans], Spans]) -> Spans | None:
+    if not parts or any(part is None for part in parts):
+        return None
+    spans = parts[0]
+    for part in parts[1:]:
+        spans = operation(spans, part)
+    return spans
+
+
+def _block_spans(block_ids: Tensor, frame: Frame) -> Spans | None:
+    """Spans of blocks, if each id is one run of tokens: an id that comes back would leave a gap between its runs.
+
+    Only the ids can tell, so on a GPU this reads one boolean back.
+    """
+    block_ids = block_ids.to(frame.device).expand(frame.batch, -1)
+    if isinstance(frame.q_offset, int) and frame.q_offset + frame.query_len > block_ids.shape[1]:
+        return None
+    begins = torch.ones_like(block_ids, dtype=torch.bool)
+    begins[:, 1:] = block_ids[:, 1:] != block_ids[:, :-1]
+    # Ids at the beginnings of runs, others replaced by numbers that are unique and no id.
+    unique = -1 - torch.arange(block_ids.shape[1], device=frame.device)
+    ids_of_runs = torch.where(begins & (block_ids >= 0), block_ids, unique).sort(1).values
+    if (ids_of_runs[:, 1:] == ids_of_runs[:, :-1]).any():
+        return None
+    whole = Spans.blocks(block_ids, frame.query_len, offset=frame.q_offset)
+    return _window_of_keys(whole, frame)
+
+
+def _window_of_keys(spans: Spans, frame: Frame) -> Spans:
+    """Spans over all positions, seen from the keys `[kv_offset, kv_offset + key_len)`."""
+    start, end = ((bound - frame.kv_offset).clamp(0, frame.key_len) for bound in (spans.start, spans.end))
+    return Spans(start, end, frame.query_len, frame.key_len)
+
+
+def _packed_spans(document_ids: Tensor, frame: Frame) -> Spans | None:
+    """Spans of packed documents. transformers numbers them in order, so that each is one run of tokens."""
+    square = isinstance(frame.q_offset, int) and frame.q_offset == frame.kv_offset == 0
+    if not square or not document_ids.shape[1] == frame.query_len == frame.key_len:
+        return None
+    document_ids = document_ids.to(frame.device).expand(frame.batch, -1)
+    if frame.device.type == "cpu" and (document_ids.diff(dim=1) < 0).any():
+        return None
+    return Spans.packed(document_ids)
+
+
+def _remapped_spans(mask_function: Callable, position_ids: Tensor, documents: Tensor, frame: Frame) -> Spans | None:
+    """Spans of a mask over positions that restart in each document, given that only the own document is seen.
+
+    Inside a document positions and tokens advance together. So a row at position `p` of token `t` sees keys shifted by
+    `t - p` from those that a row at `p` of a single document would see.
+    """
+    position_ids = position_ids.to(frame.device).expand(frame.batch, -1)
+    if position_ids.shape[1] != frame.query_len or frame.query_len != frame.key_len:
+        return None
+    if frame.device.type == "cpu":
+        same_document = documents.to(frame.device).expand(frame.batch, -1).diff(dim=1) == 0
+        if (same_document & (position_ids.diff(dim=1) != 1)).any() or (position_ids < 0).any():
+            return None
+    shift = torch.arange(frame.query_len, device=frame.device) - position_ids
+    bounds = _bounds_at(mask_function, position_ids, frame)
+    if bounds is None:
+        return None
+    start, end = ((bound + shift).clamp(0, frame.key_len).to(torch.int32) for bound in bounds)
+    return Spans(start, end, frame.query_len, frame.key_len)
+
+
+FAR = 1 << 30
+"""Stands for "unbounded" where positions are not yet limited by a number of keys."""
+
+
+def _bounds_at(mask_function: Callable, position: Tensor, frame: Frame) -> tuple[Tensor, Tensor] | None:
+    """First and one past the last position that a query at `position` sees: the functions that packing can wrap."""
+    cells = _closure(mask_function)
+    low, high = torch.full_like(position, -FAR), torch.full_like(position, FAR)
+    if mask_function is masking_utils.causal_mask_function:
+        return low, position + 1
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return low, high
+    if _made_by(mask_function, masking_utils.sliding_window_overlay):
+        return position - cells["sliding_window"] + 1, high
+    if _made_by(mask_function, masking_utils.sliding_window_bidirectional_overlay):
+        return position - cells["sliding_window"], position + cells["sliding_window"] + 1
+    if _made_by(mask_function, masking_utils.chunked_overlay):
+        first = cells["left_padding"].to(frame.device)[:, None]
+        start = first + torch.div(position - first, cells["chunk_size"], rounding_mode="floor") * cells["chunk_size"]
+        return start, start + cells["chunk_size"]
+    if _made_by(mask_function, masking_utils.and_masks):
+        parts = [_bounds_at(part, position, frame) for part in cells["mask_functions"]]
+        if any(part is None for part in parts):
+            return None
+        starts, ends = zip(*parts, strict=True)
+        return torch.stack(starts).amax(0), torch.stack(ends).amin(0)
+    return None
+
+
+def _made_by(function: Callable, factory: Callable) -> bool:
+    """Whether `factory` made this closure: its code is then one of the factory's constants."""
+    return getattr(function, "__code__", None) in factory.__code__.co_consts
+
+
+def _closure(function: Callable) -> dict[str, Any]:
+    """Names and values that a closure holds."""
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+# ---------------------------------------------------------------------- other mask functions, packing
+
+
+def evaluate(mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool) -> SpanMask:
+    """Spans of any mask function, evaluated by transformers' own `sdpa_mask` a few rows at a time.
+
+    Only where some row sees more than one run of keys is the boolean mask kept, one byte for each query and key.
+    """
+    chunks = list(_dense_chunks(mask_function, frame, attention_mask, use_vmap))
+    spans = [chunk for chunk in chunks if isinstance(chunk, Spans)]
+    if len(spans) == len(chunks):
+        start, end = (torch.cat([getattr(chunk, name) for chunk in spans], 1) for name in ("start", "end"))
+        return SpanMask(Spans(start, end, frame.query_len, frame.key_len))
+    holes = torch.cat([chunk.to_dense() if isinstance(chunk, Spans) else chunk for chunk in chunks], 1)
+    log_once("a mask has rows that see more than one run of keys: it is kept dense, one byte for each query and key")
+    index = torch.arange(frame.key_len, device=frame.device, dtype=torch.int32)
+    start = torch.where(holes, index, frame.key_len).amin(-1)
+    end = torch.where(holes, index + 1, 0).amax(-1)
+    return SpanMask(Spans(start, end, frame.query_len, frame.key_len), holes=holes[:, None])
+
+
+def _dense_chunks(
+    mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool
+) -> Iterator[Spans | Tensor]:
+    """For each few rows, their spans, or their boolean mask `[batch, rows, key_len]` where they have none."""
+    step = max(1, CHUNK_ELEMENTS // max(1, frame.batch * frame.key_len))
+    for row in range(0, frame.query_len, step):
+        dense = masking_utils.sdpa_mask(
+            batch_size=frame.batch,
+            q_length=min(step, frame.query_len - row),
+            kv_length=frame.key_len,
+            q_offset=frame.q_offset + row,
+            kv_offset=frame.kv_offset,
+            mask_function=mask_function,
+            attention_mask=None if attention_mask is None else attention_mask.to(frame.device, torch.bool),
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=frame.device,
+        )[:, 0]
+        spans = Spans.from_dense(dense)
+        yield dense if spans is None else spans
+
+
+def document_ids(position_ids: Tensor, attended: Tensor | None) -> Tensor:
+    """Number of the document that each token belongs to, int64 `[batch, tokens]`.
+
+    A document begins where the position is no greater than the last attended token's and either goes back or is 0 again.
+    Positions of padding mean nothing and begin no document.
+    """
+    tokens = position_ids.shape[1]
+    if attended is None:
+        attended = torch.ones_like(position_ids, dtype=torch.bool)
+    batch = max(position_ids.shape[0], attended.shape[0])
+    position_ids, attended = position_ids.expand(batch, -1), attended.expand(batch, -1)
+    index = torch.arange(tokens, device=position_ids.device)
+    last_attended = torch.where(attended, index, -1).cummax(1).values
+    before = torch.nn.functional.pad(last_attended[:, :-1], (1, 0), value=-1)
+    previous = position_ids.gather(1, before.clamp(min=0))
+    back = (position_ids < previous) | ((position_ids == 0) & (previous == 0))
+    return (attended & (before >= 0) & back).cumsum(1)
