@@ -49,7 +49,7 @@ def attention_forward(
         s_aux: sinks, `[num_heads]`.
         position_bias: added to the scores, broadcastable to `[batch, num_heads, query_len, key_len]`.
         position_ids: `[batch or 1, query_len]`; where they go back in causal attention without a cache, a packed document
-            begins.
+            begins, unless transformers has built the mask without a 2D mask and so has looked for documents itself.
         cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
         kwargs: refused by name unless known not to change attention.
 
@@ -93,6 +93,9 @@ def resolve_mask(
     query_len, key_len = scores[2:]
     packable = is_causal and query_len == key_len and position_ids is not None and position_ids.ndim == 2
     packable = packable and position_ids.shape[1] == query_len and query_len > 1
+    if isinstance(attention_mask, SpanMask) and attention_mask.attended is None:
+        # Without a 2D mask transformers has looked for packing itself; what its mask says holds, as it does under eager.
+        packable = False
     if attention_mask is None:
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):

@@ -89,14 +89,18 @@ class SpanMask:
 
     # A model that does arithmetic on its mask computes attention itself. It must not go on with an object it
     # misunderstands, and the TypeError that Python would raise helps nobody.
-    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         refuse_foreign_use(getattr(function, "__name__", str(function)))
 
     def _refuse(self, *args: Any) -> NoReturn:
         refuse_foreign_use("an operator")
 
-    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __pow__ = __rpow__ = __neg__ = __abs__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __float__ = __int__ = _refuse
+    __getitem__ = __setitem__ = __contains__ = __iter__ = __len__ = _refuse
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> NoReturn:

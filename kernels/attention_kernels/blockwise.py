@@ -81,11 +81,12 @@ class Problem:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`.
 
-    The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for float64).
+    The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for
+    float64).
     """
     output, lse = _forward(problem, fused=problem.fused)
     if problem.fused and has_nan(output):
-        # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. Whose NaN this is, only the careful loop tells.
+        # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. The careful loop tells whose NaN it is.
         output, lse = _forward(problem, fused=False)
     return output, lse
 
@@ -213,7 +214,7 @@ def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor | No
 
 
 def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    """Bias and mask of a piece as one tensor to add to scores, -inf where hidden, or None if there is nothing to add."""
+    """Bias and mask of a piece as one tensor to add to scores, -inf where hidden; None if there is nothing to add."""
     if problem.has_tiles:
         visible = visible_keys(problem, elements, piece)
         bias = torch.zeros((), dtype=dtype, device=problem.query.device)
@@ -271,9 +272,7 @@ def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     return output.to(problem.query.dtype), lse
 
 
-def _scores(
-    problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scores(problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Scores `[batch, num_heads, rows, keys]`, -inf where hidden, and where they are not hidden."""
     scores = _per_group(query, key.transpose(-1, -2)) * problem.scale
     if problem.softcap is not None:
@@ -350,7 +349,9 @@ def _backward_fused(
     group_size = query.shape[1] // key.shape[1]
     wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
     place = (elements, slice(None), piece.rows)
-    query, wide_key, wide_value, part, grad = _equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
+    query, wide_key, wide_value, part, grad = _equal_dims(
+        query, wide_key, wide_value, output[place], grad_output[place]
+    )
     added = None
     if piece.kind != "causal":
         added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
@@ -442,16 +443,18 @@ def _four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
 
 
 def _equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Fused attention takes one head dim for all: pad the narrower ones with zeros, which change no product."""
+    """Tensors as fused attention takes them: of one head dim (padded with zeros) and with dense columns."""
     widest = max(tensor.shape[-1] for tensor in tensors)
-    return tuple(
+    tensors = tuple(
         tensor if tensor.shape[-1] == widest else torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1]))
         for tensor in tensors
     )
+    # Fused attention itself does not look at the stride of the columns: it would read others' elements.
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def _per_group(left: Tensor, right: Tensor) -> Tensor:
-    """`left [batch, num_heads, rows, n] @ right [batch, num_kv_heads, n, m]`; heads of a group share one right matrix."""
+    """`left [batch, num_heads, rows, n] @ right [batch, num_kv_heads, n, m]`; heads of a group share one."""
     batch, num_heads, rows, inner = left.shape
     num_kv_heads = right.shape[1]
     grouped = left.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, inner)

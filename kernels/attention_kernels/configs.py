@@ -39,8 +39,6 @@ SHARED_MEMORY = {
 }
 """Bytes of shared memory that one program may use (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA)."""
 
-ARCHITECTURES = tuple(SHARED_MEMORY)
-
 _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
     (2, 64, "spans"): ForwardConfig(64, 32, 4, 2),
@@ -82,32 +80,32 @@ _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 256, "short"): ForwardConfig(16, 32, 4, 3),
 }
 
-_OVERRIDES: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
-    "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
-    "sm_80": {
-        # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
-        (2, 64, "spans"): ForwardConfig(128, 64, 8, 3),
-        (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
-        (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
-        (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
-        (4, 64, "spans"): ForwardConfig(64, 32, 8, 2),
-        (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2),
-    },
+_AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
+    (2, 64, "spans"): ForwardConfig(128, 64, 8, 3),
+    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
+    (4, 64, "spans"): ForwardConfig(64, 32, 8, 2),
+    (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2),
 }
-# 99 KB of shared memory: as Ampere's data-centre chip, with shallower pipelines.
-_OVERRIDES |= dict.fromkeys(
-    ("sm_86", "sm_89", "sm_120"),
-    {
-        (2, 64, "spans"): ForwardConfig(128, 64, 8, 2),
-        (2, 128, "spans"): ForwardConfig(128, 32, 8, 2),
-        (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
-        (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
-    },
-)
+
+_CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
+    # As Ampere, with shallower pipelines for 99 KB of shared memory.
+    (2, 64, "spans"): ForwardConfig(128, 64, 8, 2),
+    (2, 128, "spans"): ForwardConfig(128, 32, 8, 2),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 2),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
+}
 
 CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
-    architecture: _ANYWHERE | _OVERRIDES.get(architecture, {}) for architecture in ARCHITECTURES
+    "sm_80": _ANYWHERE | _AMPERE,
+    "sm_86": _ANYWHERE | _CONSUMER,
+    "sm_89": _ANYWHERE | _CONSUMER,
+    "sm_90": _ANYWHERE | _HOPPER,
+    "sm_100": _ANYWHERE | _HOPPER,
+    "sm_120": _ANYWHERE | _CONSUMER,
+    "gfx942": _ANYWHERE,
 }
 """Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
 
@@ -133,7 +131,7 @@ def padded_dim(dim: int) -> int:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device. In the interpreter on the CPU, the one with the most rows."""
+    """The architecture whose configurations serve a device; in the interpreter, on the CPU, Hopper's."""
     if device.type == "cpu":
         return "sm_90"
     if torch.version.hip:
@@ -151,6 +149,6 @@ def unsupported_device(device: torch.device) -> str | None:
     if name in CONFIGS:
         return None
     return (
-        f"attention: the GPU {torch.cuda.get_device_name(device)!r} ({name}) is not supported by the Triton kernels, which "
-        f'run on {", ".join(ARCHITECTURES)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
+        f"attention: the GPU {torch.cuda.get_device_name(device)!r} ({name}) is not supported by the Triton kernels, "
+        f'which run on {", ".join(CONFIGS)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
     )

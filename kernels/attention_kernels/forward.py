@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward pass over spans: one program per tile of query rows and head, three loops over key tiles.
 
-The loops are the masked head, the unmasked body and the masked tail of what the tile's rows see; tiles outside are never
-touched. FlashAttention-2 (Dao, 2023) is the source of the order of work.
+The loops are the masked head, the unmasked body and the masked tail of what the tile's rows see; tiles outside are
+never touched. FlashAttention-2 (Dao, 2023) is the source of the order of work.
 """
 
 from typing import Any
@@ -20,18 +20,17 @@ from .tiles import (
     SpanOperand,
     any_nan,
     bias_and_mask,
+    dot_query_key,
     finish,
     key_bounds,
-    load_spans,
-    dot_query_key,
     load_queries,
+    load_spans,
     load_tile,
     score_tile,
     softmax_step,
     span_mask,
     tile_pointers,
 )
-
 
 NARROW = tl.constexpr(16)
 """Keys per step where values are searched for NaN: small, since that code must not cost the others registers."""
@@ -108,6 +107,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Output and log-sum-exp of one tile of BLOCK_M rows of one head; the grid is (tiles x batch x heads,)."""
     num_tiles = tl.cdiv(query_len, BLOCK_M)
     # Last rows first: under a causal mask they have the most keys, and short programs at the end fill the gaps.
     first_row = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M

@@ -52,8 +52,8 @@ def attention(
         return_lse: also return the log-sum-exp of each row.
 
     Returns:
-        Output `[batch, num_heads, query_len, value_dim]`; its transpose to `[batch, query_len, num_heads, value_dim]` is
-        contiguous. With `return_lse` also the natural log-sum-exp, float32 (float64 for float64)
+        Output `[batch, num_heads, query_len, value_dim]`; its transpose to `[batch, query_len, num_heads, value_dim]`
+        is contiguous. With `return_lse` also the natural log-sum-exp, float32 (float64 for float64)
         `[batch, num_heads, query_len]`, sinks included. A row that sees no key has output 0 and log-sum-exp -inf (its
         sink, where it has one). NaN and Inf in keys and values reach only the rows that see them.
 
@@ -92,7 +92,8 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     for name, tensor in named.items():
         if tensor.ndim != 4:
             raise ValueError(
-                f"attention: `{name}` must be [batch, heads, tokens, dim], got {list(tensor.shape)}; unsqueeze the batch"
+                f"attention: `{name}` must be [batch, heads, tokens, dim], got {list(tensor.shape)}; unsqueeze what is "
+                "missing"
             )
         if tensor.dtype != query.dtype or tensor.dtype not in DTYPES:
             raise TypeError(
@@ -135,8 +136,8 @@ def _check_spans(spans: Spans, query: Tensor, key_len: int) -> None:
     batch, _, query_len, _ = query.shape
     if (spans.query_len, spans.key_len) != (query_len, key_len) or spans.batch not in (1, batch):
         raise ValueError(
-            f"attention: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} keys, but the "
-            f"tensors have batch {batch}, {query_len} queries and {key_len} keys; build it for their lengths"
+            f"attention: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} keys, but "
+            f"the tensors have batch {batch}, {query_len} queries and {key_len} keys; build it for their lengths"
         )
     if spans.device != query.device:
         raise ValueError(f"attention: `spans` is on {spans.device}, `query` on {query.device}; use spans.to(...)")
@@ -173,6 +174,7 @@ def log_once(message: str) -> None:
 
 @lru_cache
 def triton_installed() -> bool:
+    """Whether Triton can be imported; it has no wheels for macOS and Windows."""
     return find_spec("triton") is not None
 
 
@@ -196,7 +198,7 @@ def runs_triton(tensor: Tensor) -> bool:
     if tensor.device.type == "cpu":
         return True
     if tensor.device.type != "cuda":
-        log_once(f"{tensor.device.type} tensors run attention in torch: the Triton kernels are for CUDA and ROCm devices")
+        log_once(f"{tensor.device.type} tensors run attention in torch: the Triton kernels are for CUDA and ROCm")
         return False
     if not triton_installed():
         log_once("Triton is not installed, so attention runs in torch; `pip install triton` brings the kernels")

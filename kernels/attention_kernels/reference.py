@@ -42,8 +42,8 @@ def attention_reference(
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
 
     Returns:
-        Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`, sinks included.
-        A row that sees nothing has output 0; its log-sum-exp is -inf (the sink, where there is one).
+        Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`, sinks
+        included. A row that sees nothing has output 0; its log-sum-exp is -inf (the sink, where there is one).
     """
     group_size = query.shape[1] // key.shape[1]
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks as spans: every query row sees one run of keys.
 
-A dense mask costs `query_len x key_len` elements; the same mask as spans costs two integers per row. Spans are also what
-the kernels need to skip work: the keys that a tile of rows can see lie between its smallest start and its largest end, and
-between its largest start and its smallest end no mask is needed at all.
+A dense mask costs `query_len x key_len` elements; the same mask as spans costs two integers per row. Spans are also
+what the kernels need to skip work: the keys that a tile of rows can see lie between its smallest start and its largest
+end, and between its largest start and its smallest end no mask is needed at all.
 
 Positions are key indices: row `i` stands at key index `i + offset`, so that `offset` is the number of keys that precede
 the first query (the length of the cache).
@@ -25,7 +25,8 @@ Device = torch.device | str | None
 class TileBounds(NamedTuple):
     """Key ranges of tiles of rows, each int32 `[batch or 1, tiles]`, with `first <= body_first <= body_last <= last`.
 
-    Keys outside `[first, last)` are seen by no row of the tile; keys in `[body_first, body_last)` are seen by all of them.
+    Keys outside `[first, last)` are seen by no row of the tile; keys in `[body_first, body_last)` are seen by all of
+    them.
     """
 
     first: Tensor
@@ -40,7 +41,7 @@ class Spans:
 
     Attributes:
         start: int32 `[batch or 1, query_len or 1]`, first visible key of each row.
-        end: int32 `[batch or 1, query_len or 1]`, one past the last visible key; a row with `end <= start` sees nothing.
+        end: int32 `[batch or 1, query_len or 1]`, one past the last visible key; a row with `end <= start` is blind.
         query_len: number of query rows.
         key_len: number of keys; `0 <= start` and `end <= key_len` hold.
         key_mask: bool `[batch or 1, key_len]` or None. Keys that no row sees although they lie inside spans: padding in
@@ -123,8 +124,8 @@ class Spans:
     ) -> Spans:
         """Row sees the keys of its own chunk; chunks of `chunk_size` keys are counted from key `first`.
 
-        `first` may be an integer tensor `[batch]`: the number of left-padding tokens of each sequence. Llama 4's chunked
-        attention is this `&` `Spans.causal`.
+        `first` may be an integer tensor `[batch]`: the number of left-padding tokens of each sequence. Llama 4's
+        chunked attention is this `&` `Spans.causal`.
         """
         if chunk_size < 1:
             raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}")
@@ -141,8 +142,8 @@ class Spans:
         """Row sees the block that holds its position; a row whose id is negative sees nothing.
 
         Args:
-            block_ids: integer `[batch, key_len]`; consecutive equal ids form one block. Block-bidirectional attention of
-                image tokens inside causal text is `Spans.causal(...) | Spans.blocks(...)`.
+            block_ids: integer `[batch, key_len]`; consecutive equal ids form one block. Block-bidirectional attention
+                of image tokens inside causal text is `Spans.causal(...) | Spans.blocks(...)`.
         """
         key_len = block_ids.shape[1]
         query_len = key_len if query_len is None else query_len
@@ -184,8 +185,8 @@ class Spans:
         """
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
-                "Spans.packed_offsets: `query_offsets` and `key_offsets` must be one-dimensional, of the same length of at "
-                f"least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}"
+                "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and the same length of "
+                f"at least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}"
             )
         rows = torch.arange(query_len, device=query_offsets.device, dtype=query_offsets.dtype)
         document = torch.searchsorted(query_offsets.contiguous(), rows, right=True) - 1
@@ -200,9 +201,9 @@ class Spans:
         """Every row sees the keys that `key_mask` marks.
 
         Args:
-            key_mask: bool `[batch, key_len]`, True where the key is a token. Padding on the left, on the right or on both
-                sides is spans alone; padding in the middle is kept as `Spans.key_mask`. On a device other than the CPU
-                the mask is always kept, with its count of gaps, because looking would cost a synchronisation.
+            key_mask: bool `[batch, key_len]`, True where the key is a token. Padding on the left, on the right or on
+                both sides is spans alone; padding in the middle is kept as `Spans.key_mask`. On a device other than the
+                CPU the mask is always kept, with its count of gaps, because looking would cost a synchronisation.
         """
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
@@ -286,6 +287,7 @@ class Spans:
 
     @property
     def device(self) -> torch.device:
+        """Where the spans live."""
         return self.start.device
 
     @property

@@ -88,7 +88,9 @@ def load_spans(spans, b, q_pos, query_len):
 
 @triton.jit
 def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
-    """First and last key of a tile of rows and, between them, the body that all rows see; multiples of BLOCK_N but last.
+    """First and last key of a tile of rows and, between them, the body that all rows see.
+
+    All but the last key are multiples of BLOCK_N.
 
     Counting key tiles from key 0, not from the first visible key, keeps the order of summation of a row the same
     whatever the other rows of its tile see.

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models of transformers' causal language model types: `my_triton` equals eager on every kind of run."""
+
+import contextlib
+import functools
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import attention_plugin  # noqa: F401  (importing it registers "my_triton")
+
+from tiny_models import SLIDING_WINDOW, VOCAB_SIZE, WINDOWS, build
+
+IMPLEMENTATION = "my_triton"
+TOLERANCE = 2e-4
+# A wrong mask must move the result by far more than the tolerance, or the comparison could not fail.
+VISIBLE = 1e-2
+
+# Every run of these is compared with eager.
+MODEL_TYPES = """
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bart beam bert bert-generation bigbird_pegasus biogpt
+    bitnet blenderbot blenderbot-small camembert cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm
+    data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama dots1 electra ernie ernie4_5 ernie4_5_moe exaone4
+    exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm
+    glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3
+    llama llama4_text longcat_flash marian mbart mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text
+    ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2 olmo3
+    olmo_hybrid olmoe opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text
+    qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta roberta-prelayernorm roc_bert seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl xmod youtu zamba zamba2 zaya
+""".split()
+
+COMPUTES_ATTENTION_ITSELF = "computes attention itself and never asks for an attention implementation"
+NO_ATTENTION = "state-space or recurrent layers only: there is no attention to replace"
+SPARSE = "sparse attention: each query names the keys it attends to (`indices`), which my_triton refuses"
+WRAPPER = "multimodal wrapper that needs sub-configs of its own; text models are tested under their own types"
+DRAFT = "draft model: reads the hidden states and the cache of another model and cannot run alone"
+SKIPPED = {
+    **dict.fromkeys(
+        """
+        big_bird bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt prophetnet
+        reformer rembert roformer trocr xglm xlm xlnet
+        """.split(),
+        COMPUTES_ATTENTION_ITSELF,
+    ),
+    **dict.fromkeys("falcon_mamba mamba mamba2 rwkv xlstm".split(), NO_ATTENTION),
+    **dict.fromkeys(
+        "axk2 deepseek_v32 dots3_note dots3_note_text glm_moe_dsa hy_v4 qwen4_exp qwen4_exp_text".split(), SPARSE
+    ),
+    **dict.fromkeys(
+        """
+        emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal
+        qwen3_5 qwen3_5_moe
+        """.split(),
+        WRAPPER,
+    ),
+    **dict.fromkeys("gemma4_assistant gemma4_unified_assistant".split(), DRAFT),
+    "blt": "byte-latent: five models in one, cut into patches by an entropy model with weights of its own",
+    "deepseek_v4": "joins a bias for its compressed keys to the mask tensor, which only a dense float mask allows",
+    "doge": "cuts the mask tensor and adds a learned mask to it, which only a dense mask allows",
+    "git": "its text decoder computes attention itself; only its vision tower asks for an implementation",
+    "inkling2_text": "attention sinks that differ from token to token (`sinks`), which my_triton refuses",
+    "musicgen": "AutoModelForCausalLM hands the decoder the composite config, which lacks the decoder's fields",
+    "musicgen_melody": "AutoModelForCausalLM hands the decoder the composite config, which lacks the decoder's fields",
+}
+
+# Runs that a model refuses or fails under eager already; a test sees to it that it still does.
+OWN_CACHE = "takes no cache but one of its own class"
+STATIC_SLIDING_FIRST = "eager fails: the mask is sized for a full layer while the first layer's static cache is sliding"
+FAILS_UNDER_EAGER = {
+    ("minimax", "dynamic_cache"): OWN_CACHE,
+    ("minimax", "static_cache"): OWN_CACHE,
+    ("inkling_text", "static_cache"): STATIC_SLIDING_FIRST,
+    ("zaya", "static_cache"): STATIC_SLIDING_FIRST,
+}
+
+# These build their masks without `position_ids`, so that transformers loses the packing: under eager a packed row is
+# one causal sequence to them.
+IGNORES_PACKING = """
+    afmoe bart bert bert-generation bigbird_pegasus biogpt blenderbot blenderbot-small camembert data2vec-text
+    electra ernie gpt_oss granitemoehybrid marian mbart opt pegasus plbart roberta roberta-prelayernorm roc_bert
+    xlm-roberta xlm-roberta-xl xmod
+""".split()
+
+# Of those, these make a 2D mask of ones when they are given none, beside which my_triton honours the packing.
+MAKES_A_MASK = "bart biogpt blenderbot blenderbot-small marian mbart pegasus plbart".split()
+
+# These do not hand `position_ids` on to the attention function, so that beside a 2D mask nothing shows the packing.
+HIDES_PACKING = """
+    bigbird_pegasus cohere_compass_text ctrl gpt_bigcode granitemoehybrid inkling_text llama4_text moshi persimmon
+    recurrent_gemma whisper zamba zaya
+""".split()
+
+WITH_SINKS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
+WITH_SOFTCAP = ("gemma2", "vaultgemma")
+GENERATES = ("llama", "gemma2", "gpt_oss", "mistral", "phi")
+
+
+def random_tokens(batch, length):
+    """Token ids without the special ones (padding, beginning, end)."""
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def left_padding(length, *pads):
+    """2D padding mask, one row for each number of leading pads."""
+    return (torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]).long()
+
+
+def right_padding(length, *pads):
+    """2D padding mask, one row for each number of trailing pads."""
+    return left_padding(length, *pads).flip(1)
+
+
+def padded_logits(model, mask):
+    """Logits of the real tokens, `[real tokens, vocabulary]`; what padding tokens compute has no meaning."""
+    tokens = random_tokens(*mask.shape).masked_fill(mask == 0, 0)
+    return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+@torch.no_grad()
+def plain(model):
+    logits = [model(input_ids=random_tokens(2, length), use_cache=False).logits for length in (13, 17)]
+    return {"13 tokens": logits[0], "17 tokens": logits[1]}
+
+
+@torch.no_grad()
+def left_padded(model):
+    return {"logits": padded_logits(model, left_padding(13, 3, 7))}
+
+
+@torch.no_grad()
+def right_padded(model):
+    return {"logits": padded_logits(model, right_padding(13, 7, 2))}
+
+
+def packed_inputs():
+    """Token ids and positions of three documents in one row, told apart by nothing but their positions."""
+    return random_tokens(1, 17), torch.cat([torch.arange(length) for length in (4, 7, 6)])[None, :]
+
+
+@torch.no_grad()
+def packed(model):
+    tokens, positions = packed_inputs()
+    return {"logits": model(input_ids=tokens, position_ids=positions, use_cache=False).logits}
+
+
+@torch.no_grad()
+def packed_by_dense_mask(model):
+    """What `packed` should give: the mask of its documents is handed in, one for each layer type if there are some."""
+    tokens, positions = packed_inputs()
+    documents = (positions == 0).cumsum(dim=1)[0]
+    index = torch.arange(len(documents))
+    distance = index[:, None] - index[None, :]
+    allowed = (documents[:, None] == documents[None, :]) & (distance >= 0)
+    windows = {"full_attention": len(documents), "sliding_attention": SLIDING_WINDOW}
+    masks = {
+        layer_type: torch.where(allowed & (distance < window), 0.0, torch.finfo(torch.float32).min)[None, None]
+        for layer_type, window in windows.items()
+    }
+    mask = masks if getattr(model.config, "layer_types", None) else masks["full_attention"]
+    return {
+        "logits": model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits,
+    }
+
+
+def gradient(model):
+    """Gradients of every parameter for a random weighting of the real tokens' logits."""
+    model.zero_grad()
+    logits = padded_logits(model, left_padding(13, 0, 5))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    (logits * weights).sum().backward()
+    # An expert that only padding tokens chose has a zero gradient in one model and may have none in the other.
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    model.zero_grad()
+    return gradients
+
+
+@torch.no_grad()
+def run_in_steps(model, cache):
+    """Prefill, single-token steps and a step of several tokens, left-padded: logits of each step's real tokens."""
+    steps = (7, 1, 1, 3, 1)
+    mask = left_padding(sum(steps), 4, 1)
+    tokens = random_tokens(*mask.shape).masked_fill(mask == 0, 0)
+    logits, start = {}, 0
+    for step in steps:
+        end = start + step
+        output = model(
+            input_ids=tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+        )
+        logits[f"tokens {start} to {end}"] = output.logits[mask[:, start:end].bool()]
+        start = end
+    return logits
+
+
+def dynamic_cache(model):
+    return run_in_steps(model, DynamicCache(config=model.config))
+
+
+def static_cache(model):
+    return run_in_steps(model, StaticCache(config=model.config, max_cache_len=16))
+
+
+RUNS = {run.__name__: run for run in (plain, left_padded, right_padded, packed, gradient, dynamic_cache, static_cache)}
+
+
+def relative_error(actual, expected):
+    """Largest difference relative to the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradient_errors(actual, expected):
+    """Error in norm of each gradient; one that is small beside all gradients together is measured against those."""
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    return {
+        name: ((actual[name] - gradient).norm() / torch.maximum(gradient.norm(), 1e-3 * total)).item()
+        for name, gradient in expected.items()
+    }
+
+
+def errors_of(run, ours, eager, reference_run=None):
+    """Relative error of each tensor that a run gives, where `reference_run` may say how eager gets to the same."""
+    actual, expected = RUNS[run](ours), (reference_run or RUNS[run])(eager)
+    assert actual.keys() == expected.keys()
+    assert all(tensor.isfinite().all() for tensor in expected.values())
+    if run == "gradient":
+        return gradient_errors(actual, expected)
+    return {name: relative_error(actual[name], tensor) for name, tensor in expected.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def models(model_type):
+    """The same weights under eager and under our implementation. The tests of a model follow one another."""
+    eager = build(model_type, "eager")
+    return SimpleNamespace(eager=eager, ours=build(model_type, IMPLEMENTATION, eager.state_dict()))
+
+
+def model_module(model_type):
+    """The modeling module of a causal language model type."""
+    return inspect.getmodule(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
+
+
+@contextlib.contextmanager
+def counted_calls():
+    """Count the calls of our implementation."""
+    calls = []
+    implementation = AttentionInterface()[IMPLEMENTATION]
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return implementation(*args, **kwargs)
+
+    AttentionInterface.register(IMPLEMENTATION, count)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, implementation)
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the lists are those of transformers 5.23")
+def test_every_model_type_is_tested_or_skipped_with_a_reason():
+    assert sorted([*MODEL_TYPES, *SKIPPED]) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize(
+    "model_type", [model_type for model_type, reason in SKIPPED.items() if reason == COMPUTES_ATTENTION_ITSELF]
+)
+def test_skipped_model_computes_attention_itself(model_type):
+    assert "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(model_module(model_type))
+
+
+# The model type is the outer loop, so that a model is built once for all its runs.
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_equals_eager(model_type, run):
+    pair = models(model_type)
+    if reason := FAILS_UNDER_EAGER.get((model_type, run)):
+        with pytest.raises((RuntimeError, ValueError)):
+            RUNS[run](pair.eager)
+        pytest.skip(reason)
+    honoured = run == "packed" and model_type in MAKES_A_MASK
+    with counted_calls() as calls:
+        errors = errors_of(run, pair.ours, pair.eager, packed_by_dense_mask if honoured else None)
+    assert calls, "the model never called the implementation"
+    # `not <` also catches NaN.
+    assert not {name: error for name, error in errors.items() if not error < TOLERANCE}
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in HIDES_PACKING])
+@torch.no_grad()
+def test_packing_is_honoured_beside_a_mask_of_ones(model_type):
+    """transformers looks for packing only where no 2D mask is given; eager with the documents' mask is right."""
+    pair = models(model_type)
+    tokens, positions = packed_inputs()
+    inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+    actual = pair.ours(**inputs, attention_mask=torch.ones_like(tokens)).logits
+    reference = packed_by_dense_mask if model_type in IGNORES_PACKING else packed
+    assert relative_error(actual, reference(pair.eager)["logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_masks_matter(model_type):
+    """Without its padding, its packing or its window a model computes something else, so a lost mask would show."""
+    eager = models(model_type).eager
+    mask = left_padding(13, 3, 7)
+    tokens = random_tokens(*mask.shape).masked_fill(mask == 0, 0)
+    unmasked = eager(input_ids=tokens, attention_mask=torch.ones_like(mask), use_cache=False).logits[mask.bool()]
+    assert relative_error(unmasked, padded_logits(eager, mask)) > VISIBLE
+
+    # transformers looks for packing only where no 2D mask is given.
+    tokens, positions = packed_inputs()
+    unpacked = eager(
+        input_ids=tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False
+    ).logits
+    assert (relative_error(unpacked, packed(eager)["logits"]) > VISIBLE) == (model_type not in IGNORES_PACKING)
+
+    layer_types = getattr(eager.config, "layer_types", None) or []
+    has_window = any("sliding" in layer_type or "chunked" in layer_type for layer_type in layer_types)
+    if has_window and model_type != "inkling_text":  # its window is also the size of a weight
+        unlimited = dict.fromkeys((name for name in WINDOWS if getattr(eager.config, name, None)), 64)
+        without_window = build(model_type, "eager", eager.state_dict(), **unlimited)
+        assert relative_error(plain(without_window)["17 tokens"], plain(eager)["17 tokens"]) > VISIBLE
+
+
+@pytest.mark.parametrize("model_type", WITH_SINKS)
+def test_sinks_matter(model_type):
+    eager = models(model_type).eager
+    state = {
+        name: torch.full_like(value, -1e4) if "sink" in name else value for name, value in eager.state_dict().items()
+    }
+    without_sinks = build(model_type, "eager", state)
+    assert relative_error(plain(without_sinks)["17 tokens"], plain(eager)["17 tokens"]) > VISIBLE
+
+
+@pytest.mark.parametrize("model_type", WITH_SOFTCAP)
+def test_softcap_matters(model_type):
+    eager = models(model_type).eager
+    without_softcap = build(model_type, "eager", eager.state_dict(), attn_logit_softcapping=None)
+    assert relative_error(plain(without_softcap)["17 tokens"], plain(eager)["17 tokens"]) > VISIBLE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("model_type", GENERATES)
+def test_generates_the_tokens_of_eager(model_type, cache):
+    mask = left_padding(11, 4, 0)
+    tokens = random_tokens(*mask.shape).masked_fill(mask == 0, 0)
+    pair = models(model_type)
+    actual, expected = (
+        model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=8,
+            max_new_tokens=8,
+            cache_implementation=cache,
+            disable_compile=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        for model in (pair.ours, pair.eager)
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert relative_error(torch.stack(actual.logits), torch.stack(expected.logits)) < TOLERANCE

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several test folders share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference checkpoint, trained for five seconds by the real command, once for all workers of a test run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each worker has its own folder inside that of the run
+    finished, unfinished = shared / "reference-checkpoint", shared / "reference-checkpoint-in-training"
+    with FileLock(shared / "reference-checkpoint.lock"):
+        if not finished.exists():
+            command = [sys.executable, "-m", "model.checkpoint", str(unfinished), "--train-seconds", "5"]
+            environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+            run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout + run.stderr
+            unfinished.rename(finished)
+    return finished

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator against float64, on whichever path this process runs: torch, Triton's interpreter, or a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attention_kernels import Spans, attention
+from attention_kernels.operators import interpreting, runs_triton
+
+from helpers import DEVICE, DTYPES, LAYOUTS, Problem, assert_within_bound, random_problem, tensor
+
+SEEDS_PER_TEST = 8
+
+
+@pytest.mark.parametrize("first_seed", range(0, 240, SEEDS_PER_TEST))
+def test_random_problems(first_seed):
+    for seed in range(first_seed, first_seed + SEEDS_PER_TEST):
+        problem = random_problem(seed)
+        try:
+            problem.check()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(1, 1), (15, 15), (17, 40), (72, 72), (96, 64), (160, 160), (192, 128), (256, 256)]
+)
+def test_head_dims(head_dim, value_dim, dtype):
+    torch.manual_seed(head_dim)
+    query, key = tensor(1, 4, 45, head_dim, dtype=dtype, layout="tokens"), tensor(1, 2, 61, head_dim, dtype=dtype)
+    Problem(query, key, tensor(1, 2, 61, value_dim, dtype=dtype), Spans.causal(45, 61, device=DEVICE)).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(464, 464), (512, 512), (512, 64), (40, 512)])
+def test_wide_heads(head_dim, value_dim, dtype):
+    torch.manual_seed(head_dim)
+    query, key = tensor(1, 2, 19, head_dim, dtype=dtype), tensor(1, 1, 37, head_dim, dtype=dtype)
+    Problem(query, key, tensor(1, 1, 37, value_dim, dtype=dtype), Spans.causal(19, 37, device=DEVICE)).check()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_give_the_same_bits(layout):
+    torch.manual_seed(0)
+    tensors = [tensor(2, heads, 35, 24, layout=layout) for heads in (6, 3, 3)]
+    spans = Spans.causal(35, device=DEVICE)
+    strided = attention(*tensors, spans)
+    torch.testing.assert_close(strided, attention(*(t.contiguous() for t in tensors), spans), rtol=1e-6, atol=1e-6)
+
+
+def test_broadcast_operands():
+    torch.manual_seed(0)
+    query, key, value = tensor(1, 4, 9, 16), tensor(3, 2, 20, 16), tensor(3, 2, 20, 16)
+    output = attention(query, key, value)
+    torch.testing.assert_close(output, attention(query.expand(3, -1, -1, -1).contiguous(), key, value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_keys_are_zero(dtype):
+    torch.manual_seed(0)
+    query, key, value = (tensor(2, 2, 70, 32, dtype=dtype) for _ in range(3))
+    bounds = torch.zeros(2, 70, dtype=torch.int32, device=DEVICE)
+    bounds[1, 10:20] = 33
+    spans = Spans(torch.zeros_like(bounds), bounds, 70, 70)
+    output, lse = attention(query, key, value, spans, return_lse=True)
+    empty = (bounds == 0)[:, None].expand(2, 2, 70)
+    assert (output[empty] == 0).all()
+    assert (lse[empty] == -math.inf).all()
+    assert lse[~empty].isfinite().all()
+    Problem(query, key, value, spans).check()
+
+
+def test_a_row_without_keys_keeps_its_sink():
+    query, key, value = (tensor(1, 2, 4, 16) for _ in range(3))
+    sinks = torch.tensor([0.5, -math.inf], device=DEVICE)
+    nothing = torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
+    output, lse = attention(query, key, value, Spans(nothing, nothing, 4, 4), sinks=sinks, return_lse=True)
+    assert (output == 0).all()
+    torch.testing.assert_close(lse[0, 0], torch.full((4,), 0.5, device=DEVICE))
+    assert (lse[0, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value", "both"])
+@pytest.mark.parametrize("hidden_by", ["spans", "key_mask", "mask", "bias"])
+def test_masked_nonfinite_values_never_leak(hidden_by, where, poison):
+    """Each row's output is what it would be if the keys it does not see held something finite."""
+    torch.manual_seed(0)
+    length = 75
+    query, key, value = (tensor(2, 2, length, 24) for _ in range(3))
+    hidden = torch.zeros(length, dtype=torch.bool, device=DEVICE)
+    hidden[[3, 40, 74]] = True
+    spans, mask, bias = Spans.full(length, device=DEVICE), None, None
+    if hidden_by == "spans":
+        spans = Spans.sliding(length, left=9, device=DEVICE)
+    elif hidden_by == "key_mask":
+        spans = Spans.padded(~hidden[None], length)
+    elif hidden_by == "mask":
+        mask = ~hidden[None, None, None]
+    else:
+        bias = torch.zeros(1, 1, 1, length, device=DEVICE).masked_fill(hidden, -math.inf)
+    poisoned_key, poisoned_value = key.clone(), value.clone()
+    if where in ("key", "both"):
+        poisoned_key[:, :, hidden] = poison
+    if where in ("value", "both"):
+        poisoned_value[:, :, hidden, 5] = poison
+    output = attention(query, poisoned_key, poisoned_value, spans, mask=mask, bias=bias)
+    expected = attention(query, key, value, spans, mask=mask, bias=bias)
+    sees = (spans.to_dense()[0] & hidden).any(1) if hidden_by == "spans" else torch.zeros_like(hidden)
+    torch.testing.assert_close(output[:, :, ~sees], expected[:, :, ~sees], rtol=1e-5, atol=1e-5)
+    if sees.any() and not (where == "key" and math.isinf(poison)):
+        assert not output[:, :, sees].isfinite().all(-1).any(), "a visible NaN or Inf was swallowed"
+
+
+def test_a_batch_element_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    query, key, value = tensor(3, 4, 70, 32), tensor(3, 2, 90, 32), tensor(3, 2, 90, 32)
+    pads = torch.tensor([[0], [13], [50]], device=DEVICE)
+    padding = torch.arange(90, device=DEVICE)[None] >= pads
+    spans = Spans.causal(70, 90, device=DEVICE) & Spans.padded(padding, 70)
+    together = attention(query, key, value, spans)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = Spans.causal(70, 90, device=DEVICE) & Spans.padded(padding[one], 70)
+        assert torch.equal(together[one], attention(query[one], key[one], value[one], alone))
+
+
+def test_repeated_calls_give_the_same_bits():
+    problem = random_problem(5)
+    first, second = problem.run(), problem.run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty_tensors(batch, query_len, key_len):
+    query, key = tensor(batch, 2, query_len, 16), tensor(batch, 2, key_len, 16)
+    output, lse = attention(query, key, key, return_lse=True)
+    assert output.shape == (batch, 2, query_len, 16)
+    assert (output == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_float32_is_not_tf32():
+    """tf32 keeps 10 bits of the operands: its error would be a thousand times that of float32."""
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 2, 128, 64) for _ in range(3))
+    problem = Problem(query, key, value, Spans.full(128, device=DEVICE))
+    output, _ = problem.run()
+    exact, _ = problem.reference(torch.float64)
+    assert (output.double() - exact).norm() / exact.norm() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_do_not_overflow(dtype):
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 2, 40, 32, dtype=dtype) for _ in range(3))
+    problem = Problem(query * 30, key * 30, value, Spans.causal(40, device=DEVICE))
+    output, _ = problem.run()
+    exact, _ = problem.reference(torch.float64)
+    eager, _ = problem.reference(dtype)
+    assert_within_bound(output, eager, exact)
+
+
+def test_this_process_runs_the_path_it_says():
+    probe = torch.zeros(1, device=DEVICE)
+    assert runs_triton(probe) == (DEVICE == "cuda" or interpreting())
