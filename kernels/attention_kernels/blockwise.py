@@ -138,6 +138,8 @@ def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]
     if not tiles_only and query_len > SHORTEST_RUN:
         for first, last, slopes in _linear_runs(start, end):
             first = max(first, planned)
+            if end[first] <= start[first] and slopes == (0, 1):
+                first += 1  # the row before the one that sees the first key
             if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1)):
                 continue
             pieces += _tiles(start, end, planned, first)
@@ -330,7 +332,9 @@ def _backward(
                 _backward_fused(problem, elements, piece, output, safe_lse, grad_output, gradients)
             else:
                 for rows in _narrow(problem, piece):
-                    _backward_rows(problem, elements, rows, safe_lse, grad_output, delta, gradients, grad_bias)
+                    _backward_rows(
+                        problem, elements, rows, safe_lse, grad_output, grad_lse, delta, gradients, grad_bias
+                    )
     narrow = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
     return *narrow, None if grad_bias is None else grad_bias.to(problem.bias.dtype), grad_sinks
 
@@ -372,6 +376,7 @@ def _backward_rows(
     piece: Piece,
     lse: Tensor,
     grad_output: Tensor,
+    grad_lse: Tensor | None,
     delta: Tensor,
     gradients: tuple[Tensor, ...],
     grad_bias: Tensor | None,
@@ -385,7 +390,12 @@ def _backward_rows(
     grad = grad_output[place].to(weights.dtype)
     clean = value.nan_to_num(0.0, 0.0, 0.0)
     grad_weights = _per_group(grad, clean.transpose(-1, -2))
-    grad_scores = torch.where(visible, weights * (grad_weights - delta[place][..., None]), 0.0)
+    row_delta = delta[place][..., None]
+    if problem.has_tiles:
+        # The piece has all keys of its rows: their sum is exact, where `delta` has the rounding of the output.
+        lse_share = 0.0 if grad_lse is None else grad_lse[place][..., None]
+        row_delta = (weights * grad_weights).sum(-1, keepdim=True) - lse_share
+    grad_scores = torch.where(visible, weights * (grad_weights - row_delta), 0.0)
     if grad_bias is not None:
         _cut(grad_bias, elements, piece).add_(grad_scores.sum_to_size(_cut(grad_bias, elements, piece).shape))
     if problem.softcap is not None:

@@ -31,7 +31,6 @@ class ForwardConfig(NamedTuple):
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
@@ -101,7 +100,6 @@ _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
 CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_80": _ANYWHERE | _AMPERE,
     "sm_86": _ANYWHERE | _CONSUMER,
-    "sm_89": _ANYWHERE | _CONSUMER,
     "sm_90": _ANYWHERE | _HOPPER,
     "sm_100": _ANYWHERE | _HOPPER,
     "sm_120": _ANYWHERE | _CONSUMER,
@@ -138,8 +136,8 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     name = f"sm_{major}{minor}"
-    # Siblings share shared memory and matrix instructions: 8.7 with 8.0, 10.3 with 10.0, 12.1 with 12.0.
-    siblings = {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_121": "sm_120"}
+    # Siblings share shared memory and matrix instructions.
+    siblings = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_101": "sm_100", "sm_103": "sm_100", "sm_121": "sm_120"}
     return siblings.get(name, name)
 
 

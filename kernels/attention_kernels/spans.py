@@ -185,7 +185,7 @@ class Spans:
         """
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
-                "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and the same length of "
+                "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and one length of "
                 f"at least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}"
             )
         rows = torch.arange(query_len, device=query_offsets.device, dtype=query_offsets.dtype)
@@ -214,10 +214,13 @@ class Spans:
         first = torch.where(key_mask, index, key_len).amin(1) if key_len else index.new_zeros(key_mask.shape[0])
         last = torch.where(key_mask, index + 1, 0).amax(1) if key_len else first
         gap_count = ((last - first).clamp_(min=0) - key_mask.sum(1)).to(torch.int32)
-        spans = cls(first[:, None], last[:, None], query_len, key_len)
+        start, end = first[:, None], last[:, None]
+        if key_mask.device.type == "cpu":  # looking costs nothing here, and what is constant stays one number
+            start = _constant(0, key_mask.device) if not start.any() else start
+            end = _constant(key_len, key_mask.device) if bool((end == key_len).all()) else end
         if key_mask.device.type == "cpu" and not gap_count.any():
-            return spans
-        return replace(spans, key_mask=key_mask, gap_count=gap_count)
+            return cls(start, end, query_len, key_len)
+        return cls(start, end, query_len, key_len, key_mask, gap_count)
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> Spans | None:

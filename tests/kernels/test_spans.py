@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spans against masks stated as predicates over positions, and their composition, bounds and picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_kernels import Spans
+from attention_kernels.reference import dense_mask
+
+sizes = st.integers(1, 40)
+offsets = st.integers(-5, 45)
+
+
+def assert_spans(spans, dense):
+    assert torch.equal(spans.to_dense(), dense if dense.ndim == 3 else dense[None])
+
+
+@given(query_len=sizes, key_len=sizes, offset=offsets)
+def test_causal(query_len, key_len, offset):
+    expected = dense_mask(query_len, key_len, lambda q, k: k <= q, offset=offset)
+    assert_spans(Spans.causal(query_len, key_len, offset=offset), expected)
+    assert_spans(Spans.causal(query_len, key_len, offset=torch.tensor(offset)), expected)
+
+
+@given(query_len=sizes, key_len=sizes)
+def test_causal_ends_at_the_last_key_by_default(query_len, key_len):
+    expected = dense_mask(query_len, key_len, lambda q, k: k <= q, offset=key_len - query_len)
+    assert_spans(Spans.causal(query_len, key_len), expected)
+
+
+@given(sizes, sizes, offsets, st.none() | st.integers(0, 20), st.none() | st.integers(0, 20))
+def test_sliding(query_len, key_len, offset, left, right):
+    def visible(q, k):
+        after = True if left is None else k >= q - left
+        before = True if right is None else k <= q + right
+        return torch.ones_like(q + k, dtype=torch.bool) & after & before
+
+    spans = Spans.sliding(query_len, key_len, left=left, right=right, offset=offset)
+    assert_spans(spans, dense_mask(query_len, key_len, visible, offset=offset))
+
+
+@given(sizes, sizes, offsets, st.integers(1, 12), st.lists(st.integers(-3, 30), min_size=1, max_size=3))
+def test_chunked(query_len, key_len, offset, chunk_size, firsts):
+    spans = Spans.chunked(query_len, key_len, chunk_size=chunk_size, first=torch.tensor(firsts), offset=offset)
+    expected = [
+        dense_mask(query_len, key_len, lambda q, k, f=f: (q - f) // chunk_size == (k - f) // chunk_size, offset=offset)
+        for f in firsts
+    ]
+    assert_spans(spans, torch.stack(expected))
+
+
+@given(st.lists(st.integers(-1, 2), min_size=1, max_size=30), st.data())
+def test_blocks(ids, data):
+    """Runs of equal ids are blocks; an id that comes back begins another block."""
+    offset = data.draw(st.integers(0, len(ids) - 1))
+    query_len = data.draw(st.integers(1, len(ids) - offset))
+    block = torch.tensor(ids)
+    run = torch.nn.functional.pad((block.diff() != 0).cumsum(0), (1, 0))
+    expected = dense_mask(query_len, len(ids), lambda q, k: (run[q] == run[k]) & (block[q] >= 0), offset=offset)
+    assert_spans(Spans.blocks(block[None], query_len, offset=offset), expected)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_packed(lengths):
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    expected = documents[:, None] == documents[None, :]
+    assert_spans(Spans.packed_lengths(lengths), expected)
+    assert_spans(Spans.packed(documents[None]), expected)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    assert_spans(Spans.packed_offsets(ends, ends, sum(lengths), sum(lengths)), expected)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4), sizes)
+def test_padded(rows, query_len):
+    key_mask = torch.tensor(rows)
+    spans = Spans.padded(key_mask, query_len)
+    expected = key_mask[:, None].expand(-1, query_len, -1)
+    assert torch.equal(spans.to_dense().expand_as(expected), expected)
+    changes = (key_mask[:, 1:] != key_mask[:, :-1]).sum(1) + key_mask[:, 0] + key_mask[:, -1]
+    assert (spans.key_mask is not None) == bool((changes > 2).any()), "a mask is kept exactly where there are gaps"
+
+
+@given(st.data())
+def test_composition(data):
+    query_len, key_len = data.draw(sizes), data.draw(sizes)
+
+    def draw():
+        bounds = st.lists(st.integers(0, key_len), min_size=query_len, max_size=query_len)
+        start, end = (torch.tensor([data.draw(bounds)], dtype=torch.int32) for _ in range(2))
+        spans = Spans(start, end, query_len, key_len)
+        if data.draw(st.booleans()):
+            shown = st.lists(st.booleans(), min_size=key_len, max_size=key_len)
+            spans = spans & Spans.padded(torch.tensor([data.draw(shown)]), query_len)
+        return spans
+
+    left, right = draw(), draw()
+    assert_spans(left & right, left.to_dense() & right.to_dense())
+    union = left.to_dense() | right.to_dense()
+    if left.key_mask is not None or right.key_mask is not None:
+        with pytest.raises(ValueError, match="padding in the middle"):
+            left | right
+    elif Spans.from_dense(union) is None:
+        with pytest.raises(ValueError, match="leaves a gap"):
+            left | right
+    else:
+        assert_spans(left | right, union)
+        assert_spans(Spans.from_dense(union), union)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_tile_bounds(data):
+    query_len, key_len = data.draw(sizes), data.draw(sizes)
+    block_m = data.draw(st.sampled_from([1, 4, 16]))
+    bounds = torch.randint(0, key_len + 1, (2, 2, query_len), dtype=torch.int32, generator=torch.manual_seed(query_len))
+    spans = Spans(bounds[0], bounds[1], query_len, key_len)
+    dense = spans.to_dense()
+    found = spans.tile_bounds(block_m)
+    for batch in range(2):
+        for tile, rows in enumerate(dense[batch].split(block_m)):
+            first, body_first, body_last, last = (int(bound[batch, tile]) for bound in found)
+            assert first <= body_first <= body_last <= last
+            assert not rows[:, :first].any()
+            assert not rows[:, last:].any()
+            assert rows[:, body_first:body_last].all()
+            if rows.any():
+                assert rows[:, first].any()
+                assert rows[:, last - 1].any()
+
+
+def test_left_padding_shares_its_ends():
+    """What 32,768 left-padded causal tokens of eight sequences cost: one row of ends and eight starts."""
+    mask = torch.arange(32768)[None] >= torch.arange(8)[:, None]
+    spans = Spans.causal(32768) & Spans.padded(mask, 32768)
+    assert spans.nbytes == 4 * (32768 + 8)
+
+
+def test_picture():
+    lines = str(Spans.causal(4)).splitlines()
+    assert lines[0] == "Spans(batch=1, query_len=4, key_len=4)"
+    assert lines[1:] == ["#...", "##..", "###.", "####"]
+    large = str(Spans.causal(100_000) & Spans.packed_lengths([50_000, 50_000])).splitlines()
+    assert len(large) == 25
+    assert {len(line) for line in large[1:]} == {48}
+    assert large[1][-1] == "." and large[-1][0] == "." and "#" in large[-1]
+
+
+def test_visible_pairs():
+    assert Spans.causal(5).visible_pairs() == 15
+    assert Spans.packed_lengths([2, 3]).visible_pairs() == 13
+
+
+def test_to_moves_every_part():
+    spans = Spans.padded(torch.tensor([[True, False, True]]), 2)
+    moved = spans.to("meta")
+    assert {part.device.type for part in (moved.start, moved.end, moved.key_mask, moved.gap_count)} == {"meta"}
