@@ -12,31 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE_ROWS = 256
-"""Rows of a masked tile: large enough to keep two cores busy, small enough to hug a sliding window."""
-
-SHORTEST_RUN = 64
-"""Rows that must share one simple pattern to be worth a call of their own."""
+from .pieces import Piece, plan, uncovered
 
 TILE_SCORES = 1 << 22
 """Scores that the written-out softmax holds at once, over all heads of a tile."""
-
-
-class Piece(NamedTuple):
-    """Rows and the keys they see: all of them, a causal triangle whose last row sees all, or what a mask says."""
-
-    rows: slice
-    keys: slice
-    kind: Literal["all", "causal", "masked"]
-    follows: bool = False
-    """Whether an earlier piece has the same rows, whose result this one's is merged into."""
-    blind: bool = False
-    """Whether some of its rows see nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,73 +106,6 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tenso
     return output.mul_(share[..., None]), total
 
 
-def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:
-    """Pieces that cover the visible keys of rows with the given spans, each int32 `[query_len]` on the CPU.
-
-    Rows whose spans are constant see a rectangle; rows whose end grows by one from row to row see a rectangle and a
-    causal triangle. Other rows are cut into masked tiles. Rows that see nothing are in no piece, unless their
-    neighbours' tile has them.
-    """
-    empty = end <= start
-    start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
-    query_len = start.numel()
-    pieces: list[Piece] = []
-    planned = 0
-    if not tiles_only and query_len > SHORTEST_RUN:
-        for first, last, slopes in _linear_runs(start, end):
-            first = max(first, planned)
-            if end[first] <= start[first] and slopes == (0, 1):
-                first += 1  # the row before the one that sees the first key
-            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1)):
-                continue
-            pieces += _tiles(start, end, planned, first)
-            pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
-            planned = last
-    return [*pieces, *_tiles(start, end, planned, query_len)]
-
-
-def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """First row, one past the last row, and slopes of start and end, for every stretch of rows with constant slopes."""
-    slopes = torch.stack([start.diff(), end.diff()])
-    changes = (slopes[:, 1:] != slopes[:, :-1]).any(0).nonzero()[:, 0] + 1
-    firsts = [0, *changes.tolist()]
-    for first, following in zip(firsts, [*firsts[1:], start.numel() - 1], strict=True):
-        yield first, following + 1, (int(slopes[0, first]), int(slopes[1, first]))
-
-
-def _run(first: int, last: int, start: int, end: int, *, grows: bool) -> Iterator[Piece]:
-    """Pieces of rows `[first, last)` that all start at `start`; the first ends at `end`, each next one key later."""
-    rows = slice(first, last)
-    if not grows:
-        if end > start:
-            yield Piece(rows, slice(start, end), "all")
-        return
-    has_rectangle = end - 1 > start
-    if has_rectangle:
-        yield Piece(rows, slice(start, end - 1), "all")
-    yield Piece(rows, slice(end - 1, end - 1 + last - first), "causal", follows=has_rectangle)
-
-
-def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]:
-    for row in range(first, last, TILE_ROWS):
-        rows = slice(row, min(row + TILE_ROWS, last))
-        sees = end[rows] > start[rows]
-        if not sees.any():
-            continue
-        keys = slice(int(start[rows][sees].min()), int(end[rows].max()))
-        same = bool((start[rows] == keys.start).all() and (end[rows] == keys.stop).all())
-        yield Piece(rows, keys, "all" if same else "masked", blind=not bool(sees.all()))
-
-
-def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:
-    """Rows that are in no piece, since they see nothing."""
-    covered = 0
-    for piece in [*pieces, Piece(slice(query_len, query_len), slice(0, 0), "all")]:
-        if piece.rows.start > covered:
-            yield slice(covered, piece.rows.start)
-        covered = piece.rows.stop
-
-
 def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from attention over each."""
     total = torch.logaddexp(lse, other_lse)
@@ -198,20 +114,15 @@ def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tupl
     return (output * weight + other * other_weight).to(output.dtype), total
 
 
-def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor | None:
-    """Boolean mask `[batch or 1, heads or 1, rows, keys]` of a piece, or None if its rows see all of its keys."""
-    device = problem.query.device
-    visible = None
-    if piece.kind != "all":
-        keys = torch.arange(piece.keys.start, piece.keys.stop, device=device, dtype=torch.int32)
-        start, end = (_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
-        visible = ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
+def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:
+    """Boolean mask of a piece, broadcastable to `[batch, num_heads, rows, keys]`."""
+    keys = torch.arange(piece.keys.start, piece.keys.stop, device=problem.query.device, dtype=torch.int32)
+    start, end = (_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
+    visible = ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
     if problem.key_mask is not None:
-        shown = _cut(problem.key_mask[:, None, None], elements, piece)
-        visible = shown if visible is None else visible & shown
+        visible = visible & _cut(problem.key_mask[:, None, None], elements, piece)
     if problem.mask is not None:
-        shown = _cut(problem.mask, elements, piece)
-        visible = shown if visible is None else visible & shown
+        visible = visible & _cut(problem.mask, elements, piece)
     return visible
 
 
@@ -222,7 +133,7 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
         bias = torch.zeros((), dtype=dtype, device=problem.query.device)
         if problem.bias is not None:
             bias = _cut(problem.bias, elements, piece).to(dtype)
-        return bias if visible is None else torch.where(visible, bias, -math.inf)
+        return torch.where(visible, bias, -math.inf)
     if piece.kind == "all":
         return None
     shape = (1, piece.rows.stop - piece.rows.start)
@@ -316,7 +227,9 @@ def _backward(
     wide = accumulator(problem.query.dtype)
     inputs = (problem.query, problem.key, problem.value)
     gradients = tuple(torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in inputs)
-    grad_bias = torch.zeros_like(problem.bias, dtype=wide) if wants_bias else None
+    grad_bias = None
+    if problem.bias is not None and wants_bias:
+        grad_bias = torch.zeros(problem.bias.shape, dtype=wide, device=problem.bias.device)
     # A row that saw nothing has no weights: exp(score - inf) is 0, where exp(score + inf) is not.
     safe_lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (grad_output.to(wide) * output.to(wide)).sum(-1)  # [batch, num_heads, query_len]
@@ -335,8 +248,12 @@ def _backward(
                     _backward_rows(
                         problem, elements, rows, safe_lse, grad_output, grad_lse, delta, gradients, grad_bias
                     )
-    narrow = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
-    return *narrow, None if grad_bias is None else grad_bias.to(problem.bias.dtype), grad_sinks
+    grad_query, grad_key, grad_value = (
+        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True)
+    )
+    if problem.bias is not None and grad_bias is not None:
+        grad_bias = grad_bias.to(problem.bias.dtype)
+    return grad_query, grad_key, grad_value, grad_bias, grad_sinks
 
 
 def _backward_fused(

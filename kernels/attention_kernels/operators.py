@@ -7,6 +7,7 @@ import logging
 import math
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,38 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -129,7 +162,8 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
                 f"attention: the head dim of `{name}` must be 1 to {MAX_HEAD_DIM}, got {dim}; wider heads need "
                 'attn_implementation="eager"'
             )
-    return tuple(tensor.expand(batch, -1, -1, -1) for tensor in named.values())
+    whole = (batch, -1, -1, -1)
+    return query.expand(whole), key.expand(whole), value.expand(whole)
 
 
 def _check_spans(spans: Spans, query: Tensor, key_len: int) -> None:

@@ -301,8 +301,8 @@ class Spans:
 
     def to(self, device: torch.device | str) -> Spans:
         """The same spans on another device."""
-        parts = {name: getattr(self, name) for name in ("start", "end", "key_mask", "gap_count")}
-        return replace(self, **{name: part if part is None else part.to(device) for name, part in parts.items()})
+        key_mask, gap_count = (None if part is None else part.to(device) for part in (self.key_mask, self.gap_count))
+        return Spans(self.start.to(device), self.end.to(device), self.query_len, self.key_len, key_mask, gap_count)
 
     def to_dense(self) -> Tensor:
         """Boolean mask `[batch or 1, query_len, key_len]`, True where the row sees the key. For people and tests."""

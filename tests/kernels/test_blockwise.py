@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, operators
-from attention_kernels.blockwise import plan
+from attention_kernels.pieces import plan
 
 from helpers import random_problem, random_spans
 

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How rows with given spans are cut into pieces that see a simple part of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 256
+"""Rows of a masked tile: large enough to keep two cores busy, small enough to hug a sliding window."""
+
+SHORTEST_RUN = 64
+"""Rows that must share one simple pattern to be worth a call of their own."""
+
+
+class Piece(NamedTuple):
+    """Rows and the keys they see: all of them, a causal triangle whose last row sees all, or what a mask says."""
+
+    rows: slice
+    keys: slice
+    kind: Literal["all", "causal", "masked"]
+    follows: bool = False
+    """Whether an earlier piece has the same rows, whose result this one's is merged into."""
+    blind: bool = False
+    """Whether some of its rows see nothing."""
+
+
+def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:
+    """Pieces that cover the visible keys of rows with the given spans, each int32 `[query_len]` on the CPU.
+
+    Rows whose spans are constant see a rectangle; rows whose end grows by one from row to row see a rectangle and a
+    causal triangle. Other rows are cut into masked tiles. Rows that see nothing are in no piece, unless their
+    neighbours' tile has them.
+    """
+    empty = end <= start
+    start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
+    query_len = start.numel()
+    pieces: list[Piece] = []
+    planned = 0
+    if not tiles_only and query_len > SHORTEST_RUN:
+        for first, last, slopes in _linear_runs(start, end):
+            first = max(first, planned)
+            if end[first] <= start[first] and slopes == (0, 1):
+                first += 1  # the row before the one that sees the first key
+            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1)):
+                continue
+            pieces += _tiles(start, end, planned, first)
+            pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
+            planned = last
+    return [*pieces, *_tiles(start, end, planned, query_len)]
+
+
+def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """First row, one past the last row, and slopes of start and end, for every stretch of rows with constant slopes."""
+    slopes = torch.stack([start.diff(), end.diff()])
+    changes = (slopes[:, 1:] != slopes[:, :-1]).any(0).nonzero()[:, 0] + 1
+    firsts = [0, *changes.tolist()]
+    for first, following in zip(firsts, [*firsts[1:], start.numel() - 1], strict=True):
+        yield first, following + 1, (int(slopes[0, first]), int(slopes[1, first]))
+
+
+def _run(first: int, last: int, start: int, end: int, *, grows: bool) -> Iterator[Piece]:
+    """Pieces of rows `[first, last)` that all start at `start`; the first ends at `end`, each next one key later."""
+    rows = slice(first, last)
+    if not grows:
+        if end > start:
+            yield Piece(rows, slice(start, end), "all")
+        return
+    has_rectangle = end - 1 > start
+    if has_rectangle:
+        yield Piece(rows, slice(start, end - 1), "all")
+    yield Piece(rows, slice(end - 1, end - 1 + last - first), "causal", follows=has_rectangle)
+
+
+def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]:
+    for row in range(first, last, TILE_ROWS):
+        rows = slice(row, min(row + TILE_ROWS, last))
+        sees = end[rows] > start[rows]
+        if not sees.any():
+            continue
+        keys = slice(int(start[rows][sees].min()), int(end[rows].max()))
+        same = bool((start[rows] == keys.start).all() and (end[rows] == keys.stop).all())
+        yield Piece(rows, keys, "all" if same else "masked", blind=not bool(sees.all()))
+
+
+def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:
+    """Rows that are in no piece, since they see nothing."""
+    covered = 0
+    for piece in [*pieces, Piece(slice(query_len, query_len), slice(0, 0), "all")]:
+        if piece.rows.start > covered:
+            yield slice(covered, piece.rows.start)
+        covered = piece.rows.stop
