@@ -11,8 +11,10 @@ STAMP := $(VENV)/.installed
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+# Kernel tests run on whatever the process offers: torch on a CPU, Triton on a GPU, and Triton's interpreter here.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m interpreter
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -279,9 +279,16 @@ def test_skipped_model_computes_attention_itself(model_type):
     assert "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(model_module(model_type))
 
 
+IN_THE_INTERPRETER = ("llama", "gemma2", "gpt_oss")
+"""Plain, with softcap and windows, with sinks: enough to see the kernels inside models."""
+
+
 # The model type is the outer loop, so that a model is built once for all its runs.
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=pytest.mark.interpreter if name in IN_THE_INTERPRETER else ()) for name in MODEL_TYPES],
+)
 def test_equals_eager(model_type, run):
     pair = models(model_type)
     if reason := FAILS_UNDER_EAGER.get((model_type, run)):

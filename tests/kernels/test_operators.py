@@ -13,6 +13,8 @@ from attention_kernels.operators import interpreting, runs_triton
 
 from helpers import DEVICE, DTYPES, LAYOUTS, Problem, assert_within_bound, random_problem, tensor
 
+pytestmark = pytest.mark.interpreter
+
 SEEDS_PER_TEST = 8
 
 
