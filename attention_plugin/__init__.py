@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention for every model: importing this package registers `my_triton` with Hugging Face transformers.
 
-    import attention_plugin
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="my_triton")
+import attention_plugin
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="my_triton")
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -25,8 +27,8 @@ NAME = "my_triton"
 def register(name: str = NAME, *, scale: float | None = None, softcap: float | None = None) -> None:
     """Register this attention with transformers, both the attention function and the mask function.
 
-    Importing the package has already registered `NAME`. Registering again under the same name replaces its options; doing
-    so twice, or in many processes, is harmless.
+    Importing the package has already registered `NAME`. Registering again under the same name replaces its options;
+    doing so twice, or in many processes, is harmless.
 
     Args:
         name: what to pass as `attn_implementation`.
@@ -36,12 +38,15 @@ def register(name: str = NAME, *, scale: float | None = None, softcap: float | N
     Raises:
         ValueError: a name that transformers gives a meaning of its own, or an option out of range.
     """
-    if not name or "flash" in name or "|" in name or "/" in name or name in _TRANSFORMERS_OWN:
+    own = _names_of_transformers()
+    if not name or "flash" in name or "|" in name or "/" in name or name in own:
         raise ValueError(
             f"attention_plugin.register: `name` must not be empty, contain 'flash', '|' or '/', or be one of "
-            f"transformers' own {sorted(_TRANSFORMERS_OWN)}, to which transformers gives another meaning; got {name!r}, "
+            f"transformers' own {own}, to which transformers gives another meaning; got {name!r}, "
             f"try {NAME + '_variant'!r}"
         )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"attention_plugin.register: `scale` must be finite or None, got {scale}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"attention_plugin.register: `softcap` must be a positive number or None, got {softcap}")
     overrides = {key: value for key, value in (("scaling", scale), ("softcap", softcap)) if value is not None}
@@ -55,7 +60,15 @@ def _with_overrides(overrides: dict[str, float], *args, **kwargs):
     return attention_forward(*args, **{**kwargs, **overrides})
 
 
-_TRANSFORMERS_OWN = frozenset(AttentionInterface._global_mapping) | {"eager"}
+def _names_of_transformers() -> list[str]:
+    """Names that belong to implementations of transformers itself, and not to someone who registered them."""
+    own = (name for name, function in AttentionInterface._global_mapping.items() if _is_from_transformers(function))
+    return sorted({*own, "eager"})
+
+
+def _is_from_transformers(function: Callable) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("transformers.")
+
 
 register()
 register_module_module_registration_hook(support.check_new_module)

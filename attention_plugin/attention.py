@@ -39,8 +39,8 @@ def attention_forward(
         query: `[batch, num_heads, query_len, head_dim]`.
         key: `[batch, num_kv_heads, key_len, head_dim]`, before any repetition of heads.
         value: `[batch, num_kv_heads, key_len, value_dim]`.
-        attention_mask: from the registered mask function; or a bool tensor, True where visible; or a floating point tensor
-            added to the scores; or None.
+        attention_mask: from the registered mask function; or a bool tensor, True where visible; or a floating point
+            tensor added to the scores; or None.
         dropout: must be 0.
         scaling: factor of the scores, default `head_dim ** -0.5`.
         is_causal: overrides `module.is_causal`; both give way to a mask.
@@ -48,8 +48,9 @@ def attention_forward(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: sinks, `[num_heads]`.
         position_bias: added to the scores, broadcastable to `[batch, num_heads, query_len, key_len]`.
-        position_ids: `[batch or 1, query_len]`; where they go back in causal attention without a cache, a packed document
-            begins, unless transformers has built the mask without a 2D mask and so has looked for documents itself.
+        position_ids: `[batch or 1, query_len]`; where they go back in causal attention without a cache, a packed
+            document begins, unless transformers has built the mask without a 2D mask and so has looked for documents
+            itself.
         cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
         kwargs: refused by name unless known not to change attention.
 
@@ -68,9 +69,7 @@ def attention_forward(
         spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
-    output = attention(
-        query, key, value, spans, mask=mask, bias=bias, sinks=s_aux, scale=scaling, softcap=softcap
-    )
+    output = attention(query, key, value, spans, mask=mask, bias=bias, sinks=s_aux, scale=scaling, softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -91,17 +90,18 @@ def resolve_mask(
         ValueError: the mask is of no known kind or does not fit, or there is none and more than one reading of that.
     """
     query_len, key_len = scores[2:]
-    packable = is_causal and query_len == key_len and position_ids is not None and position_ids.ndim == 2
-    packable = packable and position_ids.shape[1] == query_len and query_len > 1
+    packed = position_ids if is_causal and query_len == key_len > 1 else None
+    if packed is not None and packed.shape[1:] != (query_len,):
+        packed = None  # of several dimensions (multimodal rotary embeddings), or of other tokens
     if isinstance(attention_mask, SpanMask) and attention_mask.attended is None:
-        # Without a 2D mask transformers has looked for packing itself; what its mask says holds, as it does under eager.
-        packable = False
+        # Without a 2D mask transformers has looked for packing itself; its mask holds, as it does under eager.
+        packed = None
     if attention_mask is None:
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):
         if tuple(attention_mask.shape[2:]) != (query_len, key_len):
             refuse_mask(attention_mask, scores)
-        spans = attention_mask.spans_within_documents(position_ids) if packable else attention_mask.spans
+        spans = attention_mask.spans if packed is None else attention_mask.spans_within_documents(packed)
         return spans, attention_mask.holes, None
     fits = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
     if not fits or any(size not in (1, full) for size, full in zip(attention_mask.shape, scores, strict=True)):

@@ -3,14 +3,15 @@
 
 transformers describes a mask as a `mask_function(batch, head, q_idx, kv_idx)`, a closure put together from a few known
 ones. Those are recognised by their code and read as spans, row by row in closed form, without touching a
-`query_len x key_len` array and without reading anything back from the device. Any other function is evaluated a few rows
-at a time.
+`query_len x key_len` array and without reading anything back from the device. Any other function is evaluated a few
+rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,7 @@ from transformers import masking_utils
 
 from attention_kernels import Spans
 
-from .support import log_once, refuse_foreign_use, refuse_model
+from .support import check_config, log_once, refuse_foreign_use, refuse_model
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of an unknown mask function that are evaluated at once."""
@@ -32,8 +33,8 @@ class SpanMask:
     Attributes:
         spans: what each row sees.
         attended: bool `[batch, key_len]`, the 2D attention mask, or None: which tokens are real.
-        holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The kernels
-            apply it on top of `spans`.
+        holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The
+            kernels apply it on top of `spans`.
     """
 
     spans: Spans
@@ -48,19 +49,24 @@ class SpanMask:
 
     @property
     def ndim(self) -> int:
+        """Always 4."""
         return 4
 
     @property
     def device(self) -> torch.device:
+        """Where the spans live."""
         return self.spans.device
 
     def dim(self) -> int:
+        """Always 4."""
         return 4
 
     def size(self, dim: int | None = None) -> torch.Size | int:
+        """The shape, or one number of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self) -> SpanMask:
+        """The mask itself: `generate` asks for this with a static cache."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> SpanMask:
@@ -129,12 +135,14 @@ def span_mask(
         q_offset: position of the first query; a tensor with a static cache, which is never read back.
         kv_offset: position of the first key (sliding caches forget the oldest).
         mask_function: transformers' description of the mask.
-        attention_mask: `[batch, tokens]`, 0 at padding, or None; a mask that was prepared in advance is returned as it is.
+        attention_mask: `[batch, tokens]`, 0 at padding, or None; a mask that was prepared in advance is returned as it
+            is.
         use_vmap: whether `mask_function` holds a user's function that may not be index-based.
         config: the model's configuration; used to refuse models that compute attention themselves.
         kwargs: what transformers hands to other implementations, such as `dtype` and permissions to skip a mask.
     """
     refuse_model(config)
+    check_config(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
     padding = None
@@ -147,8 +155,8 @@ def span_mask(
             spans = spans & Spans.padded(padding, q_length)
         return SpanMask(spans, padding)
     log_once(
-        f"the mask function {getattr(mask_function, '__qualname__', mask_function)!r} is not one of transformers' own: it "
-        "is evaluated for every query and key, some rows at a time"
+        f"the mask function {getattr(mask_function, '__qualname__', mask_function)!r} cannot be read as spans: it is "
+        "evaluated for every query and key, some rows at a time"
     )
     return replace(evaluate(mask_function, frame, attention_mask, use_vmap), attended=padding)
 
@@ -180,17 +188,13 @@ class Frame:
         """Key index of the first query."""
         return self.q_offset - self.kv_offset
 
-    def positions(self) -> Tensor:
-        """Absolute positions of the queries, int64 `[query_len]`."""
-        return torch.arange(self.query_len, device=self.device) + self.q_offset
-
 
 def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
     """Spans of one of transformers' own mask functions, or None for a function that is not known to have any.
 
     Every pattern read here holds the row's own position or nothing, so unions touch and need no check.
     """
-    sizes = {"offset": frame.offset, "device": frame.device}
+    sizes: dict[str, Any] = {"offset": frame.offset, "device": frame.device}
     lengths = (frame.query_len, frame.key_len)
     cells = _closure(mask_function)
     if mask_function is masking_utils.causal_mask_function:
@@ -234,12 +238,8 @@ def _read_conjunction(parts: tuple[Callable, ...], frame: Frame) -> Spans | None
 
 
 def _combine(parts: list[Spans | None], operation: Callable[[Spans, Spans], Spans]) -> Spans | None:
-    if not parts or any(part is None for part in parts):
-        return None
-    spans = parts[0]
-    for part in parts[1:]:
-        spans = operation(spans, part)
-    return spans
+    known = [part for part in parts if part is not None]
+    return reduce(operation, known) if known and len(known) == len(parts) else None
 
 
 def _block_spans(block_ids: Tensor, frame: Frame) -> Spans | None:
@@ -348,45 +348,57 @@ def evaluate(mask_function: Callable, frame: Frame, attention_mask: Tensor | Non
 
     Only where some row sees more than one run of keys is the boolean mask kept, one byte for each query and key.
     """
-    chunks = list(_dense_chunks(mask_function, frame, attention_mask, use_vmap))
-    spans = [chunk for chunk in chunks if isinstance(chunk, Spans)]
-    if len(spans) == len(chunks):
-        start, end = (torch.cat([getattr(chunk, name) for chunk in spans], 1) for name in ("start", "end"))
-        return SpanMask(Spans(start, end, frame.query_len, frame.key_len))
-    holes = torch.cat([chunk.to_dense() if isinstance(chunk, Spans) else chunk for chunk in chunks], 1)
+    pieces, starts, ends = [], [], []
+    for dense in _dense_rows(mask_function, frame, attention_mask, use_vmap):
+        spans = Spans.from_dense(dense)
+        start, end = _outer_bounds(dense) if spans is None else (spans.start, spans.end)
+        pieces.append(dense if spans is None else spans)
+        starts.append(start)
+        ends.append(end)
+    spans = Spans(torch.cat(starts, 1), torch.cat(ends, 1), frame.query_len, frame.key_len)
+    if all(isinstance(piece, Spans) for piece in pieces):
+        return SpanMask(spans)
     log_once("a mask has rows that see more than one run of keys: it is kept dense, one byte for each query and key")
-    index = torch.arange(frame.key_len, device=frame.device, dtype=torch.int32)
-    start = torch.where(holes, index, frame.key_len).amin(-1)
-    end = torch.where(holes, index + 1, 0).amax(-1)
-    return SpanMask(Spans(start, end, frame.query_len, frame.key_len), holes=holes[:, None])
+    holes = torch.cat([piece.to_dense() if isinstance(piece, Spans) else piece for piece in pieces], 1)
+    return SpanMask(spans, holes=holes[:, None])
 
 
-def _dense_chunks(
+def _dense_rows(
     mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool
-) -> Iterator[Spans | Tensor]:
-    """For each few rows, their spans, or their boolean mask `[batch, rows, key_len]` where they have none."""
+) -> Iterator[Tensor]:
+    """The boolean mask `[batch, rows, key_len]` of a few rows after the other."""
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(frame.device, torch.bool)
     step = max(1, CHUNK_ELEMENTS // max(1, frame.batch * frame.key_len))
     for row in range(0, frame.query_len, step):
-        dense = masking_utils.sdpa_mask(
-            batch_size=frame.batch,
-            q_length=min(step, frame.query_len - row),
-            kv_length=frame.key_len,
-            q_offset=frame.q_offset + row,
-            kv_offset=frame.kv_offset,
-            mask_function=mask_function,
-            attention_mask=None if attention_mask is None else attention_mask.to(frame.device, torch.bool),
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=frame.device,
-        )[:, 0]
-        spans = Spans.from_dense(dense)
-        yield dense if spans is None else spans
+        arguments: dict[str, Any] = {
+            "batch_size": frame.batch,
+            "q_length": min(step, frame.query_len - row),
+            "kv_length": frame.key_len,
+            "q_offset": frame.q_offset + row,
+            "kv_offset": frame.kv_offset,
+            "mask_function": mask_function,
+            "attention_mask": attention_mask,
+            "allow_is_causal_skip": False,
+            "use_vmap": use_vmap,
+            "device": frame.device,
+        }
+        dense = masking_utils.sdpa_mask(**arguments)
+        assert dense is not None  # it skips no mask unless asked to
+        yield dense[:, 0]
+
+
+def _outer_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """First visible key of each row and one past the last, whatever lies between; int32 `[batch, rows]`."""
+    key_len = mask.shape[-1]
+    index = torch.arange(key_len, device=mask.device, dtype=torch.int32)
+    return torch.where(mask, index, key_len).amin(-1), torch.where(mask, index + 1, 0).amax(-1)
 
 
 def document_ids(position_ids: Tensor, attended: Tensor | None) -> Tensor:
     """Number of the document that each token belongs to, int64 `[batch, tokens]`.
 
-    A document begins where the position is no greater than the last attended token's and either goes back or is 0 again.
+    A document begins where the position goes back from that of the last attended token, or where it is 0 once more.
     Positions of padding mean nothing and begin no document.
     """
     tokens = position_ids.shape[1]

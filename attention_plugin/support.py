@@ -73,6 +73,16 @@ def check_keywords(keywords: dict[str, Any]) -> None:
         raise ValueError(f"my_triton attention: `{name}`={_brief(value)} is refused: {reason}; {EAGER}")
 
 
+def check_config(config: Any) -> None:
+    """Refuse a configuration that asks for attention weights, which models would return as an empty tuple.
+
+    Raises:
+        ValueError: `config.output_attentions` is set.
+    """
+    if getattr(config, "output_attentions", False):
+        check_keywords({"output_attentions": True})
+
+
 def check_dropout(dropout: float, training: bool) -> None:
     """Refuse dropout of attention weights.
 
@@ -83,12 +93,12 @@ def check_dropout(dropout: float, training: bool) -> None:
         return
     if not training:
         raise ValueError(
-            f"my_triton attention: `dropout`={dropout} with a module in eval mode would change the result at random; pass "
-            "0.0 unless `module.training`"
+            f"my_triton attention: `dropout`={dropout} with a module in eval mode would change the result at random; "
+            "pass 0.0 unless `module.training`"
         )
     raise ValueError(
-        f"my_triton attention: `dropout`={dropout} is not served in training; set the configuration's attention dropout to "
-        f"0.0, or {EAGER}"
+        f"my_triton attention: `dropout`={dropout} is not served in training; set the configuration's attention "
+        f"dropout to 0.0, or {EAGER}"
     )
 
 
@@ -99,9 +109,9 @@ def refuse_alignment(query_len: int, key_len: int) -> NoReturn:
         ValueError: always.
     """
     raise ValueError(
-        f"my_triton attention: `attention_mask`=None with causal attention of {query_len} queries over {key_len} keys is "
-        "ambiguous (implementations differ on where the queries stand); pass a mask from transformers.masking_utils, or "
-        "is_causal=False for attention to all keys"
+        f"my_triton attention: `attention_mask`=None with causal attention of {query_len} queries over {key_len} keys "
+        "is ambiguous (implementations differ on where the queries stand); pass a mask from "
+        "transformers.masking_utils, or is_causal=False for attention to all keys"
     )
 
 
@@ -114,9 +124,9 @@ def refuse_mask(mask: Any, scores: tuple[int, ...]) -> NoReturn:
     dtype = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
     what = f"{dtype} {list(getattr(mask, 'shape', ()))}"
     raise ValueError(
-        f"my_triton attention: `attention_mask` must be what the registered mask function built, or a bool or floating "
-        f"point tensor that broadcasts to [batch, num_heads, query_len, key_len] = {list(scores)}, got {what}; build it with "
-        "transformers.masking_utils"
+        "my_triton attention: `attention_mask` must be what the registered mask function built, or a bool or floating "
+        f"point tensor that broadcasts to [batch, num_heads, query_len, key_len] = {list(scores)}, got {what}; build "
+        "it with transformers.masking_utils"
     )
 
 
@@ -127,8 +137,8 @@ def refuse_foreign_use(operation: str, error: type[Exception] = TypeError) -> No
         `error`: always.
     """
     raise error(
-        f"my_triton attention: a model applied {operation} to its attention mask, so it computes attention (or changes the "
-        f"mask) itself and cannot use this implementation; {EAGER}"
+        f"my_triton attention: a model applied {operation} to its attention mask, so it computes attention (or changes "
+        f"the mask) itself and cannot use this implementation; {EAGER}"
     )
 
 
@@ -146,7 +156,11 @@ def refuse_model(config: Any) -> None:
     """
     module_name = type(config).__module__.replace("configuration_", "modeling_")
     module = sys.modules.get(module_name)
-    if module is not None and module is not sys.modules.get(type(config).__module__) and not _uses_interface(module_name):
+    if (
+        module is not None
+        and module is not sys.modules.get(type(config).__module__)
+        and not _uses_interface(module_name)
+    ):
         raise ValueError(_model_refusal(getattr(config, "model_type", module_name), module_name))
 
 
@@ -171,11 +185,12 @@ def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Mod
 
 @lru_cache
 def _uses_interface(module_name: str) -> bool:
-    """Whether a modeling file leaves attention to transformers' interface, by the sign that transformers looks for itself.
+    """Whether a modeling file leaves attention to transformers' interface: transformers itself looks for the same sign.
 
-    A file that defines attention layers must call the interface, and must not choose their class from a table of its own
-    by the name of the implementation. A file without attention layers is made of other models, which are looked at in
-    their turn. A file that cannot be read is given the benefit of the doubt: its masks still refuse to be computed with.
+    A file that defines attention layers must call the interface, and must not choose their class from a table of its
+    own by the name of the implementation. A file without attention layers is made of other models, which are looked at
+    in their turn. A file that cannot be read is given the benefit of the doubt: its masks still refuse to be computed
+    with.
     """
     try:
         code = inspect.getsource(sys.modules[module_name])
@@ -189,9 +204,10 @@ def _uses_interface(module_name: str) -> bool:
 
 def _model_refusal(model: str, module_name: str) -> str:
     return (
-        f"my_triton attention: {model} computes attention in its own code ({module_name.rsplit('.', 1)[-1]}.py does not "
-        f"leave it to transformers' AttentionInterface), so attn_implementation cannot reach it; {EAGER}. For one part of "
-        'a larger model pass a dict, such as attn_implementation={"text_config": "my_triton", "vision_config": "eager"}'
+        f"my_triton attention: {model} computes attention in its own code ({module_name.rsplit('.', 1)[-1]}.py does "
+        f"not leave it to transformers' AttentionInterface), so attn_implementation cannot reach it; {EAGER}. For one "
+        "part of a larger model pass a dict, such as "
+        'attn_implementation={"text_config": "my_triton", "vision_config": "eager"}'
     )
 
 

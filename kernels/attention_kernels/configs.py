@@ -42,7 +42,7 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
     (2, 64, "spans"): ForwardConfig(64, 32, 4, 2),
     (2, 64, "tiles"): ForwardConfig(64, 32, 4, 2),
-    (2, 64, "short"): ForwardConfig(16, 64, 4, 3),
+    (2, 64, "short"): ForwardConfig(16, 64, 4, 2),
     (2, 128, "spans"): ForwardConfig(64, 32, 4, 2),
     (2, 128, "tiles"): ForwardConfig(64, 32, 4, 2),
     (2, 128, "short"): ForwardConfig(16, 64, 4, 2),
@@ -54,9 +54,9 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 512, "tiles"): ForwardConfig(64, 16, 8, 2, 64),
     (2, 512, "short"): ForwardConfig(16, 16, 8, 1, 64),
     # Exact float32 products run on the ordinary units, which hold their operands in registers: small tiles, in pieces.
-    (4, 64, "spans"): ForwardConfig(32, 32, 4, 1),
-    (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1),
-    (4, 64, "short"): ForwardConfig(16, 32, 4, 1),
+    (4, 64, "spans"): ForwardConfig(32, 32, 4, 1, 32),
+    (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1, 32),
+    (4, 64, "short"): ForwardConfig(16, 32, 4, 1, 32),
     (4, 128, "spans"): ForwardConfig(32, 32, 8, 1, 32),
     (4, 128, "tiles"): ForwardConfig(32, 32, 8, 1, 32),
     (4, 128, "short"): ForwardConfig(16, 32, 4, 1, 32),
@@ -71,7 +71,7 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
     (2, 64, "spans"): ForwardConfig(128, 128, 8, 2),
-    (2, 64, "tiles"): ForwardConfig(128, 64, 8, 3),
+    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 3),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
     (2, 256, "spans"): ForwardConfig(128, 32, 8, 2),
@@ -97,13 +97,19 @@ _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
 }
 
+_CDNA: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Triton 3.6 cannot compile the pipelined loop over so small a tile for this target.
+    (2, 64, "short"): ForwardConfig(16, 32, 4, 1),
+    (2, 128, "short"): ForwardConfig(16, 32, 4, 1),
+}
+
 CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_80": _ANYWHERE | _AMPERE,
     "sm_86": _ANYWHERE | _CONSUMER,
     "sm_90": _ANYWHERE | _HOPPER,
     "sm_100": _ANYWHERE | _HOPPER,
     "sm_120": _ANYWHERE | _CONSUMER,
-    "gfx942": _ANYWHERE,
+    "gfx942": _ANYWHERE | _CDNA,
 }
 """Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
 

@@ -23,7 +23,6 @@ from .tiles import (
     dot_query_key,
     finish,
     key_bounds,
-    load_queries,
     load_spans,
     load_tile,
     score_tile,
@@ -122,7 +121,12 @@ def forward_kernel(
         bias = at_head(bias, b, h)
 
     q_pos = first_row + tl.arange(0, BLOCK_M)
-    q = load_queries(query, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
+    q = query.ptr  # stands for queries that are read in pieces, where they are multiplied
+    if CHUNK_D == BLOCK_D:
+        q = load_tile(
+            query.ptr, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+            BLOCK_D > HEAD_DIM,
+        )  # fmt: skip
     start, end = load_spans(spans, b, q_pos, query_len)
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 

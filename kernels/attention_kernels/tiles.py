@@ -122,21 +122,6 @@ def tanh(x):
 
 
 @triton.jit
-def load_queries(
-    query, first_row, query_len, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK_D: tl.constexpr,
-):  # fmt: skip
-    """The tile's queries `[M, D]`, to stay with the program; None where they are read in pieces of CHUNK_D columns."""
-    if CHUNK_D == BLOCK_D:
-        return load_tile(
-            query.ptr, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, True,
-            BLOCK_D > HEAD_DIM,
-        )  # fmt: skip
-    else:
-        return None
-
-
-@triton.jit
 def dot_query_key(
     q, query, key, first_row, query_len, first_key, key_len, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,

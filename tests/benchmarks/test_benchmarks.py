@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runner: right answers at small sizes, wrong ones never timed, and what it leaves behind."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention_kernels import Spans
+from benchmarks import __main__ as runner
+from benchmarks import cases, kernels, measure, memory, models, providers, report, tensor_parallel
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+SMALL = cases.Sizes(tokens=96, num_heads=4, num_kv_heads=2, head_dim=16, window=24, decode_batch=3)
+TWICE = measure.Effort(seconds=1e3, most=2)
+INTERPRETED = [provider for provider in providers.PROVIDERS if not provider.compiles]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products on several threads spend their time waiting for each other where other tests run beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def case_named(name: str) -> cases.Case:
+    return next(case for case in cases.CASES if case.name == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=kernels.dtype_name)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_provider_that_runs_is_right(case: cases.Case, dtype: torch.dtype) -> None:
+    results = {result.provider: result for result in kernels.run_case(case, SMALL, dtype, CPU, INTERPRETED, TWICE)}
+    assert set(results) == {provider.name for provider in INTERPRETED}
+    assert {name: r.reason for name, r in results.items() if r.status == "failed"} == {}
+    for name in ("my_triton", "eager"):
+        assert results[name].status == "ok", results[name].reason
+        assert len(results[name].samples) == 2
+    assert (results["sdpa"].status == "ok") == (case.softcap is None and not case.sinks)
+    for result in results.values():
+        assert result.status == "ok" or (result.reason and not result.samples)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_the_stated_mask_is_what_transformers_builds(case: cases.Case) -> None:
+    problem = cases.build_problem(case, SMALL, torch.float32, CPU)
+    rows = torch.arange(problem.query.shape[2])
+    visible, compared = problem.visible(rows)[:, 0], problem.compared(rows)
+    spans = problem.mask_builder("my_triton")().spans
+    if case.packed:
+        assert problem.position_ids[0].tolist().count(0) == 8
+    assert torch.equal(spans.to_dense().expand_as(visible)[compared], visible[compared])
+    assert compared.any()
+
+
+def test_flex_attention_has_figures_or_a_reason() -> None:
+    flex = next(provider for provider in providers.PROVIDERS if provider.compiles)
+    (result,) = kernels.run_case(case_named("causal"), SMALL, torch.float32, CPU, [flex], TWICE)
+    assert result.status != "failed", result.reason
+    assert result.measured or result.reason
+
+
+def test_a_wrong_result_fails_and_is_not_timed() -> None:
+    runs = 0
+
+    def forgets_padding(module, query, key, value, mask, **keywords):
+        nonlocal runs
+        runs += 1
+        everything = replace(mask, spans=Spans.causal(query.shape[2], key.shape[2]), attended=None)
+        return providers.PROVIDERS[0].forward(module, query, key, value, everything, **keywords)
+
+    wrong = replace(providers.PROVIDERS[0], name="wrong", forward=forgets_padding)
+    results = kernels.run_case(
+        case_named("left_padded"), SMALL, torch.bfloat16, CPU, [providers.PROVIDERS[0], wrong], TWICE
+    )
+    right, failed = results
+    assert right.measured
+    assert failed.status == "failed" and failed.samples == [] and runs == 1
+    assert "wrong result" in failed.reason
+    assert "FAILED" in report.kernel_cell(failed, right).plain
+    assert any("bold red" in str(line.style) and "wrong" in line.plain for line in report.absences(results))
+
+
+def test_nan_is_a_wrong_result() -> None:
+    problem = cases.build_problem(case_named("causal"), SMALL, torch.float32, CPU)
+    reference = measure.build_reference(problem)
+    result = measure.Result("kernels", "causal", "nan")
+    assert not measure.check(torch.full((1, 96, 4, 16), torch.nan), reference, result)
+    assert result.status == "failed"
+
+
+def test_slow_calls_get_fewer_turns() -> None:
+    order: list[str] = []
+    calls = {
+        "fast": measure.Call(lambda prepared: order.append(prepared), lambda: "prepared"),
+        "slow": measure.Call(lambda _: time.sleep(0.02)),
+        "slowest": measure.Call(lambda _: time.sleep(0.1)),
+    }
+    samples = measure.interleaved(calls, CPU, measure.Effort(seconds=0.09, least=3, most=20))
+    assert order == ["prepared"] * 21  # and one to warm up
+    assert {name: len(taken) for name, taken in samples.items()} == {"fast": 20, "slow": 3, "slowest": 1}
+
+
+def test_masks_as_spans_are_smaller_than_dense_ones() -> None:
+    ours, dense = kernels.run_masks(case_named("left_padded"), SMALL, CPU, ["my_triton", "sdpa"], TWICE)
+    assert ours.details["bytes"] == 4 * (96 + 1)
+    assert dense.details["bytes"] == 96 * 96
+    assert len(ours.samples) == len(dense.samples) == 2
+
+
+def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
+    result = memory.measure_peak("sdpa", 2048, CPU)
+    assert result.status == "ok", result.reason
+    assert result.samples[0] > 2048 * 2048  # the dense mask alone
+
+
+def test_greedy_tokens_may_differ_only_at_a_near_tie() -> None:
+    truth, margins = torch.tensor([[1, 2, 3]]), torch.tensor([[1.0, 1e-5, 1.0]])
+    assert models.tokens_agree(torch.tensor([[1, 9, 9]]), truth, margins)
+    assert not models.tokens_agree(torch.tensor([[9, 2, 3]]), truth, margins)
+
+
+def test_models_agree_with_eager(checkpoint_dir: Path) -> None:
+    sizes = models.ModelSizes(prompt_tokens=48, new_tokens=4, sentences=4, train_seconds=1)
+    results = models.run_reference_model(checkpoint_dir, sizes, CPU, TWICE, lambda text: None)
+    results += models.run_embeddings(sizes, CPU, TWICE, lambda text: None)
+    assert {(r.case, r.provider): r.reason for r in results if not r.measured} == {}
+    assert {r.case for r in results} == {"prefill", "decode", "embeddings"}
+    assert {r.provider for r in results} == {"my_triton", "sdpa", "eager"}
+
+
+def test_two_ranks_generate_the_tokens_of_one(checkpoint_dir: Path) -> None:
+    sizes = models.ModelSizes(prompt_tokens=32, new_tokens=3, sentences=0, train_seconds=1)
+    one, two = tensor_parallel.run_tensor_parallel(checkpoint_dir, 2, sizes, CPU, lambda text: None)
+    assert one.measured and two.measured, (one.reason, two.reason)
+    assert (one.details["heads_per_rank"], two.details["heads_per_rank"]) == (8, 4)
+
+
+def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
+    out, picture = tmp_path / "run.json", tmp_path / "run.png"
+    command = [sys.executable, "-m", "benchmarks", "--only", "kernels", "--quick", "--tokens", "64", "--device", "cpu"]
+    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    run = subprocess.run(
+        [*command, "--json", str(out), "--plot", str(picture)],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for words in ("Summary", "sliding", "sdpa cannot express attention sinks", "FlashAttention"):
+        assert words in run.stdout
+
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["format"] == report.FORMAT
+    assert document["machine"]["threads"] >= 1 and document["machine"]["processor"]
+    assert document["versions"]["torch"] and document["versions"]["transformers"] and document["date"]
+    rows = document["results"]
+    assert {row["section"] for row in rows} == {"kernels", "masks", "memory"}
+    timed = [row for row in rows if row["section"] == "kernels" and row["status"] == "ok"]
+    assert {row["case"] for row in timed} == {case.name for case in cases.CASES}
+    for row in timed:
+        assert row["samples"] and row["median"] > 0 and row["iqr"] >= 0
+        assert row["details"]["error"] <= row["details"]["error_bound"]
+        assert row["baseline"] in ("sdpa", "eager") and row["times_as_fast"] > 0
+    assert all(row["reason"] for row in rows if row["status"] != "ok")
+
+    header = picture.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", header[16:24])
+    assert width > 600 and height > 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bogus"], "--bogus"),
+        (["--only", "everything"], "everything"),
+        (["--tp", "3"], "must divide"),
+        (["--tp", "0"], "must divide"),
+        (["--tokens", "1"], "at least 64"),
+        (["--plot", "picture.pdf"], ".png"),
+        pytest.param(
+            ["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+        ),
+    ],
+)
+def test_impossible_requests_end_with_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        runner.main(arguments)
+    output = capsys.readouterr()
+    assert ending.value.code == 2
+    assert words in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
+def test_list_names_every_case_and_implementation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--list"]) == 0
+    output = capsys.readouterr().out
+    for entry in (*cases.CASES, *providers.PROVIDERS):
+        assert entry.name in output
