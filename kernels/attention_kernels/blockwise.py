@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .pieces import Piece, plan, uncovered
+from .pieces import Piece, plan, plan_together, uncovered
 
 TILE_SCORES = 1 << 22
 """Scores that the written-out softmax holds at once, over all heads of a tile."""
@@ -56,6 +56,9 @@ class Problem:
         batch, query_len = self.query.shape[0], self.query.shape[2]
         start = self.start.cpu().expand(1 if shared else batch, query_len)
         end = self.end.cpu().expand(start.shape)
+        if not shared and (together := plan_together(start, end)) is not None:
+            yield slice(None), [together]
+            return
         for index in range(start.shape[0]):
             elements = slice(None) if shared else slice(index, index + 1)
             yield elements, plan(start[index], end[index], tiles_only=self.has_tiles)
@@ -136,9 +139,10 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
         return torch.where(visible, bias, -math.inf)
     if piece.kind == "all":
         return None
-    shape = (1, piece.rows.stop - piece.rows.start)
-    bounds = [_rows(bound, elements, piece.rows).expand(shape) for bound in (problem.start, problem.end)]
-    pattern = (torch.stack(bounds) - piece.keys.start).cpu().numpy().tobytes()
+    start, end = torch.broadcast_tensors(
+        *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
+    )
+    pattern = (torch.stack((start, end)) - piece.keys.start).cpu().numpy().tobytes()
     if pattern not in problem.tile_masks:
         visible = visible_keys(problem, elements, piece)
         problem.tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
@@ -153,9 +157,22 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     added = None
     if piece.kind != "causal":
         added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
+    batch, num_heads, rows, dim = query.shape
+    # A single query token: the heads of a group become the rows of one head, which then reads its keys once.
+    as_rows = rows == 1 and (added is None or added.shape[1] == 1)
+    if as_rows:
+        query = query.reshape(batch, key.shape[1], -1, dim)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, piece.kind == "causal", attn_mask=added, scale=problem.scale
+        query,
+        key,
+        value,
+        0.0,
+        piece.kind == "causal" and not as_rows,  # the one row of a triangle sees its one key
+        attn_mask=added if added is None or not as_rows else added.expand(-1, -1, query.shape[2], -1),
+        scale=problem.scale,
     )
+    if as_rows:
+        output, lse = output.reshape(batch, num_heads, 1, dim), lse.reshape(batch, num_heads, 1)
     output = output[..., : problem.value.shape[-1]]
     if added is not None and (piece.blind or problem.has_tiles):
         # What fused attention makes of rows that see nothing is not specified.
@@ -173,8 +190,9 @@ def attend_written_out(problem: Problem, elements: slice, piece: Piece) -> tuple
 def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
     query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in _operands(problem, elements, piece))
     scores, visible = _scores(problem, elements, piece, query, key)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    largest = scores.amax(-1)
+    weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)[..., None]).exp_()
+    total = weights.sum(-1)
     finite = value.isfinite()
     if finite.all():
         output = _per_group(weights, value)
@@ -182,19 +200,21 @@ def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
         output = _per_group(weights, value.masked_fill(~finite, 0.0))
         sees_nonfinite = _per_group(visible.expand(scores.shape).to(value.dtype), (~finite).to(value.dtype)) > 0
         output = output.masked_fill(sees_nonfinite, math.nan)
-    return output.to(problem.query.dtype), lse
+    output /= total.masked_fill(total == 0, 1.0)[..., None]
+    return output.to(problem.query.dtype), total.log_() + largest
 
 
 def _scores(problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Scores `[batch, num_heads, rows, keys]`, -inf where hidden, and where they are not hidden."""
-    scores = _per_group(query, key.transpose(-1, -2)) * problem.scale
+    scores = _per_group(query, key.transpose(-1, -2)).mul_(problem.scale)
     if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+        scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
     added = additive_mask(problem, elements, piece, scores.dtype)
     if added is None:
         return scores, torch.ones((), dtype=torch.bool, device=scores.device)
     visible = added != -math.inf
-    return torch.where(visible, scores + added, -math.inf), visible
+    # A hidden key stays hidden where its score is NaN, which a sum with -inf would not see to.
+    return scores.add_(added).masked_fill_(~visible, -math.inf), visible
 
 
 def backward(
@@ -345,7 +365,9 @@ def _narrow(problem: Problem, piece: Piece) -> Iterator[Piece]:
     scores_per_row = problem.query.shape[0] * problem.query.shape[1] * (piece.keys.stop - piece.keys.start)
     step = max(1, TILE_SCORES // max(1, scores_per_row))
     for row in range(piece.rows.start, piece.rows.stop, step):
-        yield piece._replace(rows=slice(row, min(row + step, piece.rows.stop)))
+        rows = slice(row, min(row + step, piece.rows.stop))
+        beyond = piece.rows.stop - rows.stop if piece.kind == "causal" else 0  # keys that only later rows see
+        yield piece._replace(rows=rows, keys=slice(piece.keys.start, piece.keys.stop - beyond))
 
 
 def _rows(bound: Tensor, elements: slice, rows: slice) -> Tensor:

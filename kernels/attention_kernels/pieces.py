@@ -16,6 +16,10 @@ SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
 
 
+FEW_ROWS = 16
+"""Rows of an element below which a call for each element costs more than what it saves."""
+
+
 class Piece(NamedTuple):
     """Rows and the keys they see: all of them, a causal triangle whose last row sees all, or what a mask says."""
 
@@ -51,6 +55,25 @@ def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]
             pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
             planned = last
     return [*pieces, *_tiles(start, end, planned, query_len)]
+
+
+def plan_together(start: Tensor, end: Tensor) -> Piece | None:
+    """One masked piece for a whole batch, where its elements have few rows and see much the same keys (decoding).
+
+    Args:
+        start, end: int32 `[batch, query_len]` on the CPU.
+
+    Returns:
+        The piece, or None if a piece for each element is the better plan.
+    """
+    sees = end > start
+    if start.shape[1] > FEW_ROWS or not sees.any():
+        return None
+    keys = slice(int(start[sees].min()), int(end[sees].max()))
+    visible = int((end - start)[sees].sum())
+    if visible < start.numel() * (keys.stop - keys.start) / 2:
+        return None
+    return Piece(slice(0, start.shape[1]), keys, "masked", blind=not bool(sees.all()))
 
 
 def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:
