@@ -62,7 +62,7 @@ def _with_overrides(overrides: dict[str, float], *args, **kwargs):
 
 def _names_of_transformers() -> list[str]:
     """Names that belong to implementations of transformers itself, and not to someone who registered them."""
-    own = (name for name, function in AttentionInterface._global_mapping.items() if _is_from_transformers(function))
+    own = (name for name, function in AttentionInterface().items() if _is_from_transformers(function))
     return sorted({*own, "eager"})
 
 
