@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .pieces import Piece, plan, plan_together, uncovered
+from .pieces import Piece, Plan, plan_batch, uncovered
 
 TILE_SCORES = 1 << 22
 """Scores that the written-out softmax holds at once, over all heads of a tile."""
@@ -37,8 +37,6 @@ class Problem:
     sinks: Tensor | None
     scale: float
     softcap: float | None
-    tile_masks: dict[bytes, Tensor] = field(default_factory=dict)
-    """Additive masks by what the rows see relative to their tile: all tiles of a sliding window share one."""
 
     @property
     def has_tiles(self) -> bool:
@@ -50,18 +48,11 @@ class Problem:
         """Whether torch's fused CPU attention can express this call."""
         return self.query.device.type == "cpu" and self.softcap is None
 
-    def elements(self) -> Iterator[tuple[slice, list[Piece]]]:
-        """Slices of the batch that share a mask, with their pieces."""
-        shared = max(self.start.shape[0], self.end.shape[0]) == 1
+    @property
+    def plan(self) -> Plan:
+        """How its batch is computed."""
         batch, query_len = self.query.shape[0], self.query.shape[2]
-        start = self.start.cpu().expand(1 if shared else batch, query_len)
-        end = self.end.cpu().expand(start.shape)
-        if not shared and (together := plan_together(start, end)) is not None:
-            yield slice(None), [together]
-            return
-        for index in range(start.shape[0]):
-            elements = slice(None) if shared else slice(index, index + 1)
-            yield elements, plan(start[index], end[index], tiles_only=self.has_tiles)
+        return plan_batch(self.start, self.end, batch, query_len, tiles_only=self.has_tiles)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -81,7 +72,7 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
-    groups = list(problem.elements())
+    groups = problem.plan.groups
     if len(groups) == 1 and len(groups[0][1]) == 1 and groups[0][1][0].rows == slice(0, query_len):
         # One piece is the whole answer: nothing to gather.
         output, lse = attend(problem, groups[0][0], groups[0][1][0])
@@ -143,12 +134,13 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
         *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
     )
     pattern = (torch.stack((start, end)) - piece.keys.start).cpu().numpy().tobytes()
-    if pattern not in problem.tile_masks:
+    tile_masks = problem.plan.tile_masks
+    if pattern not in tile_masks:
         visible = visible_keys(problem, elements, piece)
-        problem.tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
-        problem.tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        problem.tile_masks[pattern].masked_fill_(~visible, -math.inf)
-    return problem.tile_masks[pattern]
+        tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
+        tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        tile_masks[pattern].masked_fill_(~visible, -math.inf)
+    return tile_masks[pattern]
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -259,7 +251,7 @@ def _backward(
     if problem.sinks is not None:
         grad_sinks = -(torch.exp(problem.sinks.to(wide)[:, None] - safe_lse) * delta).sum((0, 2))
         grad_sinks = grad_sinks.to(problem.sinks.dtype)
-    for elements, pieces in problem.elements():
+    for elements, pieces in problem.plan.groups:
         for piece in pieces:
             if fused:
                 _backward_fused(problem, elements, piece, output, safe_lse, grad_output, gradients)

@@ -113,11 +113,23 @@ def attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"attention: `scale` must be finite, got {scale}")
-    output, lse = torch.ops.attention_kernels.forward(
+    arguments = (
         query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, scale,
         None if softcap is None else float(softcap),
     )  # fmt: skip
+    # Without gradients and tracing the operator adds nothing but the time of its registration's wrappers.
+    direct = _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
+    output, lse = _forward(*arguments) if direct else torch.ops.attention_kernels.forward(*arguments)
     return (output, lse) if return_lse else output
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are tensors proper, not fake or wrapped ones, and none wants a gradient."""
+    grad = torch.is_grad_enabled()
+    return all(
+        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not (grad and tensor.requires_grad))
+        for tensor in tensors
+    )
 
 
 def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

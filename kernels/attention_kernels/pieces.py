@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,7 +35,53 @@ class Piece(NamedTuple):
     """Whether some of its rows see nothing."""
 
 
-def plan(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is computed.
+
+    Attributes:
+        groups: slices of the batch that share a mask, with their pieces.
+        tile_masks: additive masks by what the rows see relative to their tile. All tiles of a sliding window share one,
+            and so do all layers of a model.
+    """
+
+    groups: list[tuple[slice, list[Piece]]]
+    tile_masks: dict[bytes, Tensor] = field(default_factory=dict)
+
+
+def plan_batch(start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool) -> Plan:
+    """The plan for spans `start` and `end`, int32 `[batch or 1, query_len or 1]`.
+
+    The layers of a model share their spans, so the last few plans are remembered, by the identity of the tensors.
+    """
+    versions = tuple(0 if bound.is_inference() else bound._version for bound in (start, end))
+    request = (batch, query_len, tiles_only, versions)
+    for known_start, known_end, known_request, plan in _recent_plans:
+        if known_start() is start and known_end() is end and known_request == request:
+            return plan
+    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only)))
+    _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
+    return plan
+
+
+_recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan]] = deque(maxlen=4)
+
+
+def _groups(
+    start: Tensor, end: Tensor, batch: int, query_len: int, tiles_only: bool
+) -> Iterator[tuple[slice, list[Piece]]]:
+    shared = max(start.shape[0], end.shape[0]) == 1
+    start = start.cpu().expand(1 if shared else batch, query_len)
+    end = end.cpu().expand(start.shape)
+    if not shared and (together := plan_together(start, end)) is not None:
+        yield slice(None), [together]
+        return
+    for index in range(start.shape[0]):
+        elements = slice(None) if shared else slice(index, index + 1)
+        yield elements, plan_rows(start[index], end[index], tiles_only=tiles_only)
+
+
+def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:
     """Pieces that cover the visible keys of rows with the given spans, each int32 `[query_len]` on the CPU.
 
     Rows whose spans are constant see a rectangle; rows whose end grows by one from row to row see a rectangle and a

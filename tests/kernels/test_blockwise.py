@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, operators
-from attention_kernels.pieces import plan
+from attention_kernels.pieces import plan_rows
 
 from helpers import random_problem, random_spans
 
@@ -37,7 +37,7 @@ def test_pieces_cover_what_is_visible(seed):
     key_len = draw.choice([query_len, 3, 300])
     spans = random_spans(draw, 1, query_len, key_len).to("cpu")
     start, end = (bound.expand(1, query_len)[0] for bound in (spans.start, spans.end))
-    pieces = plan(start, end)
+    pieces = plan_rows(start, end)
     area = drawn_area(pieces, query_len, key_len)
     visible = Spans(spans.start, spans.end, query_len, key_len).to_dense()[0]
     assert not (visible & ~area).any()
@@ -57,7 +57,7 @@ def test_pieces_cover_what_is_visible(seed):
 )
 def test_work_is_skipped(spans, waste):
     start, end = (bound.expand(1, spans.query_len)[0] for bound in (spans.start, spans.end))
-    area = drawn_area(plan(start, end), spans.query_len, spans.key_len)
+    area = drawn_area(plan_rows(start, end), spans.query_len, spans.key_len)
     assert area.sum() <= waste * spans.visible_pairs()
 
 
