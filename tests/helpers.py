@@ -133,7 +133,7 @@ def random_problem(seed: int) -> Problem:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice(DTYPES)
-    batch, num_kv_heads, group_size = draw.randint(1, 3), draw.randint(1, 2), draw.choice([1, 1, 2, 3, 5])
+    batch, num_kv_heads, group_size = draw.randint(1, 2), draw.randint(1, 2), draw.choice([1, 1, 2, 3, 5])
     num_heads = num_kv_heads * group_size
     query_len = draw.choice([1, 2, 5, 16, 17, 33, 64, 70, 129])
     key_len = draw.choice([query_len, query_len, 1, 7, 31, 64, 100, 131])
