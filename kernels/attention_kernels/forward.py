@@ -242,7 +242,7 @@ def kernel_arguments(
         spans=spans,
         mask=None if mask is None else operand(mask.expand(scores).view(torch.uint8)),
         bias=None if bias is None else operand(bias.expand(scores)),
-        sinks_ptr=sinks,
+        sinks_ptr=None if sinks is None else sinks.contiguous(),
         scale=scale,
         softcap=softcap,
         num_heads=num_heads,

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel: pure Python, typed, and nothing but the two packages."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "checkpoints", "results")
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
+    # From a copy, so that what a build leaves behind does not end in the working tree.
+    source = shutil.copytree(REPOSITORY, tmp_path / "source", ignore=NOT_SOURCE)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {
+        "attention_kernels",
+        "attention_plugin",
+        "my_triton_attention",
+    }
+    assert {"attention_kernels/py.typed", "attention_plugin/py.typed"} <= set(names)
+    assert "attention_kernels/forward.py" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
