@@ -86,12 +86,12 @@ def test_gradients_of_random_problems(first_seed):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap):
     torch.manual_seed(0)
-    query = torch.randn(2, 4, 7, 5, dtype=torch.float64, requires_grad=True)
-    key = torch.randn(2, 2, 9, 5, dtype=torch.float64, requires_grad=True)
-    value = torch.randn(2, 2, 9, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(1, 4, 1, 9, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(1, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(1, 2, 6, 3, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 2, 6, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    spans = Spans.sliding(7, 9, left=4)
+    spans = Spans.sliding(4, 6, left=3)
 
     def both(query, key, value, bias, sinks):
         return attention(query, key, value, spans, bias=bias, sinks=sinks, softcap=softcap, return_lse=True)
