@@ -201,24 +201,24 @@ def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
         return Spans.causal(*lengths, **sizes)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Spans.full(*lengths, device=frame.device)
-    if _made_by(mask_function, masking_utils.sliding_window_overlay):
+    if _made_by(mask_function, "sliding_window_overlay"):
         if cells["sliding_window"] < 1:
             return None  # not even the row's own key
         return Spans.sliding(*lengths, left=cells["sliding_window"] - 1, right=None, **sizes)
-    if _made_by(mask_function, masking_utils.sliding_window_bidirectional_overlay):
+    if _made_by(mask_function, "sliding_window_bidirectional_overlay"):
         if cells["sliding_window"] < 0:
             return None
         return Spans.sliding(*lengths, left=cells["sliding_window"], right=cells["sliding_window"], **sizes)
-    if _made_by(mask_function, masking_utils.chunked_overlay):
+    if _made_by(mask_function, "chunked_overlay"):
         first = cells["left_padding"].to(frame.device) - frame.kv_offset
         return Spans.chunked(*lengths, chunk_size=cells["chunk_size"], first=first, **sizes)
-    if _made_by(mask_function, masking_utils.blockwise_overlay):
+    if _made_by(mask_function, "blockwise_overlay"):
         return _block_spans(cells["block_sequence_ids"], frame)
-    if _made_by(mask_function, masking_utils.packed_sequence_mask_function):
+    if _made_by(mask_function, "packed_sequence_mask_function"):
         return _packed_spans(cells["packed_sequence_mask"], frame)
-    if _made_by(mask_function, masking_utils.and_masks):
+    if _made_by(mask_function, "and_masks"):
         return _read_conjunction(cells["mask_functions"], frame)
-    if _made_by(mask_function, masking_utils.or_masks):
+    if _made_by(mask_function, "or_masks"):
         parts = [read_spans(part, frame) for part in cells["mask_functions"]]
         return _combine(parts, Spans.union_touching)
     return None
@@ -226,10 +226,10 @@ def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
 
 def _read_conjunction(parts: tuple[Callable, ...], frame: Frame) -> Spans | None:
     """Spans of `and_masks(*parts)`; a remapping of positions can be read only beside the packing it belongs to."""
-    packing = next((part for part in parts if _made_by(part, masking_utils.packed_sequence_mask_function)), None)
+    packing = next((part for part in parts if _made_by(part, "packed_sequence_mask_function")), None)
     spans = []
     for part in parts:
-        if packing is not None and _made_by(part, masking_utils.remap_positions_for_packed_sequence):
+        if packing is not None and _made_by(part, "remap_positions_for_packed_sequence"):
             documents = _closure(packing)["packed_sequence_mask"]
             spans.append(_remapped_spans(**_closure(part), documents=documents, frame=frame))
         else:
@@ -311,15 +311,15 @@ def _bounds_at(mask_function: Callable, position: Tensor, frame: Frame) -> tuple
         return low, position + 1
     if mask_function is masking_utils.bidirectional_mask_function:
         return low, high
-    if _made_by(mask_function, masking_utils.sliding_window_overlay):
+    if _made_by(mask_function, "sliding_window_overlay"):
         return position - cells["sliding_window"] + 1, high
-    if _made_by(mask_function, masking_utils.sliding_window_bidirectional_overlay):
+    if _made_by(mask_function, "sliding_window_bidirectional_overlay"):
         return position - cells["sliding_window"], position + cells["sliding_window"] + 1
-    if _made_by(mask_function, masking_utils.chunked_overlay):
+    if _made_by(mask_function, "chunked_overlay"):
         first = cells["left_padding"].to(frame.device)[:, None]
         start = first + torch.div(position - first, cells["chunk_size"], rounding_mode="floor") * cells["chunk_size"]
         return start, start + cells["chunk_size"]
-    if _made_by(mask_function, masking_utils.and_masks):
+    if _made_by(mask_function, "and_masks"):
         parts = [_bounds_at(part, position, frame) for part in cells["mask_functions"]]
         if any(part is None for part in parts):
             return None
@@ -328,9 +328,13 @@ def _bounds_at(mask_function: Callable, position: Tensor, frame: Frame) -> tuple
     return None
 
 
-def _made_by(function: Callable, factory: Callable) -> bool:
-    """Whether `factory` made this closure: its code is then one of the factory's constants."""
-    return getattr(function, "__code__", None) in factory.__code__.co_consts
+def _made_by(function: Callable, factory: str) -> bool:
+    """Whether the function of this name in `masking_utils` made a closure, whose code is then one of its constants.
+
+    By name, since older releases of transformers lack some of them.
+    """
+    maker = getattr(masking_utils, factory, None)
+    return maker is not None and getattr(function, "__code__", None) in maker.__code__.co_consts
 
 
 def _closure(function: Callable) -> dict[str, Any]:
