@@ -133,7 +133,8 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
     start, end = torch.broadcast_tensors(
         *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
     )
-    pattern = (torch.stack((start, end)) - piece.keys.start).cpu().numpy().tobytes()
+    relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
+    pattern = (dtype, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
     tile_masks = problem.plan.tile_masks
     if pattern not in tile_masks:
         visible = visible_keys(problem, elements, piece)

@@ -41,12 +41,12 @@ class Plan:
 
     Attributes:
         groups: slices of the batch that share a mask, with their pieces.
-        tile_masks: additive masks by what the rows see relative to their tile. All tiles of a sliding window share one,
-            and so do all layers of a model.
+        tile_masks: the additive mask of the last tile, by its dtype, size, and what its rows see relative to it. All
+            tiles of a sliding window share one, and so do all layers of a model.
     """
 
     groups: list[tuple[slice, list[Piece]]]
-    tile_masks: dict[bytes, Tensor] = field(default_factory=dict)
+    tile_masks: dict[tuple, Tensor] = field(default_factory=dict)
 
 
 def plan_batch(start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool) -> Plan:

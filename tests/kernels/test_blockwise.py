@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_kernels import Spans, attention, operators
+from attention_kernels import Spans, attention, attention_reference, operators
 from attention_kernels.pieces import plan_rows
 
 from helpers import random_problem, random_spans
@@ -114,6 +114,29 @@ def test_gradients_do_not_see_masked_nan(hidden):
     actual = gradients_of_sum(query, key, value, spans)
     torch.testing.assert_close(actual, expected)
     assert (actual[1][:, :, ~shown[0]] == 0).all()
+
+
+def test_spans_are_reused_between_dtypes():
+    """Plans and masks are remembered by the identity of the spans; a call of another dtype needs a mask of its own."""
+    torch.manual_seed(0)
+    spans = Spans.sliding(100, left=7)
+    mask = spans.to_dense()[:, None]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float64):
+        query, key, value = (torch.randn(1, 2, 100, 16, dtype=dtype) for _ in range(3))
+        for softcap in (None, 2.0):
+            output = attention(query, key, value, spans, softcap=softcap)
+            exact, _ = attention_reference(query, key, value, mask=mask, softcap=softcap)
+            assert (output.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm() + 1e-12
+
+
+def test_spans_changed_in_place_are_planned_anew():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    spans = Spans.sliding(100, left=7)
+    attention(query, key, value, spans)
+    spans.end.clamp_(max=50)
+    exact, _ = attention_reference(query, key, value, mask=spans.to_dense()[:, None])
+    torch.testing.assert_close(attention(query, key, value, spans), exact.float(), rtol=1e-5, atol=1e-5)
 
 
 def gradients_of_sum(*arguments):
