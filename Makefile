@@ -5,16 +5,29 @@ BIN := $(VENV)/bin
 # torch's CPU build is enough for everything here; on a machine with a GPU and its own torch, use that environment with
 # `make test BIN=/path/to/its/bin`.
 STAMP := $(VENV)/.installed
+CHECKPOINT := checkpoints/reference
 
-.PHONY: bench test lint clean
+.PHONY: bench finetune test test-exhaustive lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
+	$(BIN)/python examples/finetune.py $(CHECKPOINT) --output checkpoints/finetuned
+
+# The file that training writes last. A checkpoint that is there is kept.
+$(CHECKPOINT)/tokenizer.json: | $(STAMP)
+	$(BIN)/python -m model.checkpoint $(CHECKPOINT) --train-seconds 60
+
 # Kernel tests run on whatever the process offers: torch on a CPU, Triton on a GPU, and Triton's interpreter here.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and not exhaustive'
+
+# What would take `make test` beyond ten minutes on two cores.
+test-exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m exhaustive
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,7 +37,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,examples,test]'
 	touch $@
 
 clean:

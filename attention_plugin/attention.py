@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AttentionInterface function: transformers' arguments in, one operator call, (output, None) out."""
+"""The AttentionInterface function: transformers' arguments in, one operator call, (output, weights or None) out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import Spans, attention
+from attention_kernels import Spans, attention, attention_weights, draw_seed
 
 from .masks import SpanMask
 from .support import check_dropout, check_keywords, refuse_alignment, refuse_mask
+from .weights import AbsentWeights, absent_weights, weights_wanted
 
 
 def attention_forward(
@@ -30,8 +31,9 @@ def attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | AbsentWeights | None]:
     """Attention as transformers' models call it.
 
     Args:
@@ -41,7 +43,8 @@ def attention_forward(
         value: `[batch, num_kv_heads, key_len, value_dim]`.
         attention_mask: from the registered mask function; or a bool tensor, True where visible; or a floating point
             tensor added to the scores; or None.
-        dropout: must be 0.
+        dropout: probability of dropping a weight of the softmax; 0 unless `module.training`. Which weights are dropped
+            is drawn from torch's generator of the device.
         scaling: factor of the scores, default `head_dim ** -0.5`.
         is_causal: overrides `module.is_causal`; both give way to a mask.
         sliding_window: number of keys a row sees, used where there is no mask (a mask has it already).
@@ -52,10 +55,15 @@ def attention_forward(
             document begins, unless transformers has built the mask without a 2D mask and so has looked for documents
             itself.
         cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
+        output_attentions: also return the weights, which models do not pass on everywhere: transformers' record of what
+            the caller asked for counts as well.
         kwargs: refused by name unless known not to change attention.
 
     Returns:
-        Output `[batch, query_len, num_heads, value_dim]`, contiguous, and None for the weights.
+        Output `[batch, query_len, num_heads, value_dim]`, contiguous, and the weights
+        `[batch, num_heads, query_len, key_len]` (after dropout, as eager attention returns them) if they were asked
+        for. Otherwise None, or an object that refuses to be used where a model may have been asked without passing it
+        on.
 
     Raises:
         ValueError, TypeError: an argument is not served or breaks a rule; the message names it and the alternative.
@@ -69,8 +77,13 @@ def attention_forward(
         spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
-    output = attention(query, key, value, spans, mask=mask, bias=bias, sinks=s_aux, scale=scaling, softcap=softcap)
-    return output.transpose(1, 2).contiguous(), None
+    options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    if not weights_wanted(module, output_attentions):
+        output = attention(query, key, value, spans, sinks=s_aux, **options)
+        return output.transpose(1, 2).contiguous(), absent_weights(module, output_attentions)
+    options["dropout_seed"] = draw_seed(query.device) if dropout else None
+    output, lse = attention(query, key, value, spans, sinks=s_aux, return_lse=True, **options)
+    return output.transpose(1, 2).contiguous(), attention_weights(query, key, lse, spans, **options)
 
 
 def resolve_mask(

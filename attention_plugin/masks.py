@@ -9,7 +9,7 @@ rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NoReturn
@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import masking_utils
 
 from attention_kernels import Spans
+from attention_kernels.spans import is_traced, values_at_hand
 
-from .support import check_config, log_once, refuse_foreign_use, refuse_model
+from .support import log_once, refuse_foreign_use, refuse_model
+from .symbolic import Recognised, recognise
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of an unknown mask function that are evaluated at once."""
@@ -88,10 +90,12 @@ class SpanMask:
         transformers finds packed documents only where there is no 2D mask. Positions that go back, between two attended
         tokens, are as clear a sign beside one. All layers of a model hand in the same tensor, so the answer is kept.
         """
-        if self._packed is None or self._packed[0] is not position_ids:
-            spans = self.spans & Spans.packed(document_ids(position_ids, self.attended))
+        if self._packed is not None and self._packed[0] is position_ids:
+            return self._packed[1]
+        spans = self.spans & Spans.packed(document_ids(position_ids, self.attended))
+        if not torch.compiler.is_compiling():  # compilers find what is computed twice, and want no side effects
             self._packed = (position_ids, spans)
-        return self._packed[1]
+        return spans
 
     # A model that does arithmetic on its mask computes attention itself. It must not go on with an object it
     # misunderstands, and the TypeError that Python would raise helps nobody.
@@ -142,23 +146,37 @@ def span_mask(
         kwargs: what transformers hands to other implementations, such as `dtype` and permissions to skip a mask.
     """
     refuse_model(config)
-    check_config(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
     padding = None
     if attention_mask is not None:
         padding = _key_padding(attention_mask.to(device=device, dtype=torch.bool), kv_length, kv_offset)
     frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, torch.device(device))
-    spans = read_spans(mask_function, frame)
+    # A compiler sees the closures of the functions it traces as calls only.
+    known = recognise(mask_function) if torch.compiler.is_dynamo_compiling() else mask_function
+    spans = None if known is None else read_spans(known, frame)
     if spans is not None:
         if padding is not None:
             spans = spans & Spans.padded(padding, q_length)
+            if isinstance(q_offset, Tensor):
+                spans = _of_one_form(spans, batch_size)
         return SpanMask(spans, padding)
+    name = mask_function.__qualname__ if hasattr(mask_function, "__qualname__") else type(mask_function).__qualname__
     log_once(
-        f"the mask function {getattr(mask_function, '__qualname__', mask_function)!r} cannot be read as spans: it is "
-        "evaluated for every query and key, some rows at a time"
+        f"the mask function {name!r} cannot be read as spans: it is evaluated for every query and key, some rows at a "
+        "time"
     )
     return replace(evaluate(mask_function, frame, attention_mask, use_vmap), attended=padding)
+
+
+def _of_one_form(spans: Spans, batch_size: int) -> Spans:
+    """Spans whose shapes do not depend on the values of the padding.
+
+    For static caches: a step is compiled once, and the shapes of its mask are part of what is compiled. Without this
+    the step that fills the cache would be another one.
+    """
+    start, end = (bound.expand(batch_size, -1).contiguous() for bound in (spans.start, spans.end))
+    return replace(spans, start=start, end=end)
 
 
 def _key_padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
@@ -189,7 +207,7 @@ class Frame:
         return self.q_offset - self.kv_offset
 
 
-def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
+def read_spans(mask_function: Callable | Recognised, frame: Frame) -> Spans | None:
     """Spans of one of transformers' own mask functions, or None for a function that is not known to have any.
 
     Every pattern read here holds the row's own position or nothing, so unions touch and need no check.
@@ -224,7 +242,7 @@ def read_spans(mask_function: Callable, frame: Frame) -> Spans | None:
     return None
 
 
-def _read_conjunction(parts: tuple[Callable, ...], frame: Frame) -> Spans | None:
+def _read_conjunction(parts: Sequence[Callable | Recognised], frame: Frame) -> Spans | None:
     """Spans of `and_masks(*parts)`; a remapping of positions can be read only beside the packing it belongs to."""
     packing = next((part for part in parts if _made_by(part, "packed_sequence_mask_function")), None)
     spans = []
@@ -245,8 +263,10 @@ def _combine(parts: list[Spans | None], operation: Callable[[Spans, Spans], Span
 def _block_spans(block_ids: Tensor, frame: Frame) -> Spans | None:
     """Spans of blocks, if each id is one run of tokens: an id that comes back would leave a gap between its runs.
 
-    Only the ids can tell, so on a GPU this reads one boolean back.
+    Only the ids can tell, so on a GPU this reads one boolean back. Under tracing nobody can tell.
     """
+    if is_traced(block_ids):
+        return None
     block_ids = block_ids.to(frame.device).expand(frame.batch, -1)
     if isinstance(frame.q_offset, int) and frame.q_offset + frame.query_len > block_ids.shape[1]:
         return None
@@ -273,12 +293,14 @@ def _packed_spans(document_ids: Tensor, frame: Frame) -> Spans | None:
     if not square or not document_ids.shape[1] == frame.query_len == frame.key_len:
         return None
     document_ids = document_ids.to(frame.device).expand(frame.batch, -1)
-    if frame.device.type == "cpu" and (document_ids.diff(dim=1) < 0).any():
+    if values_at_hand(document_ids) and (document_ids.diff(dim=1) < 0).any():
         return None
     return Spans.packed(document_ids)
 
 
-def _remapped_spans(mask_function: Callable, position_ids: Tensor, documents: Tensor, frame: Frame) -> Spans | None:
+def _remapped_spans(
+    mask_function: Callable | Recognised, position_ids: Tensor, documents: Tensor, frame: Frame
+) -> Spans | None:
     """Spans of a mask over positions that restart in each document, given that only the own document is seen.
 
     Inside a document positions and tokens advance together. So a row at position `p` of token `t` sees keys shifted by
@@ -287,7 +309,7 @@ def _remapped_spans(mask_function: Callable, position_ids: Tensor, documents: Te
     position_ids = position_ids.to(frame.device).expand(frame.batch, -1)
     if position_ids.shape[1] != frame.query_len or frame.query_len != frame.key_len:
         return None
-    if frame.device.type == "cpu":
+    if values_at_hand(position_ids):
         same_document = documents.to(frame.device).expand(frame.batch, -1).diff(dim=1) == 0
         if (same_document & (position_ids.diff(dim=1) != 1)).any() or (position_ids < 0).any():
             return None
@@ -303,7 +325,7 @@ FAR = 1 << 30
 """Stands for "unbounded" where positions are not yet limited by a number of keys."""
 
 
-def _bounds_at(mask_function: Callable, position: Tensor, frame: Frame) -> tuple[Tensor, Tensor] | None:
+def _bounds_at(mask_function: Callable | Recognised, position: Tensor, frame: Frame) -> tuple[Tensor, Tensor] | None:
     """First and one past the last position that a query at `position` sees: the functions that packing can wrap."""
     cells = _closure(mask_function)
     low, high = torch.full_like(position, -FAR), torch.full_like(position, FAR)
@@ -328,17 +350,23 @@ def _bounds_at(mask_function: Callable, position: Tensor, frame: Frame) -> tuple
     return None
 
 
-def _made_by(function: Callable, factory: str) -> bool:
+def _made_by(function: Callable | Recognised, factory: str) -> bool:
     """Whether the function of this name in `masking_utils` made a closure, whose code is then one of its constants.
 
     By name, since older releases of transformers lack some of them.
     """
+    if isinstance(function, Recognised):
+        return function.factory == factory
     maker = getattr(masking_utils, factory, None)
     return maker is not None and getattr(function, "__code__", None) in maker.__code__.co_consts
 
 
-def _closure(function: Callable) -> dict[str, Any]:
+def _closure(function: Callable | Recognised) -> dict[str, Any]:
     """Names and values that a closure holds."""
+    if isinstance(function, Recognised):
+        return function.cells
+    if torch.compiler.is_dynamo_compiling():
+        return {}  # of a function without arguments, the only kind that is not `Recognised` here
     cells = getattr(function, "__closure__", None) or ()
     names = function.__code__.co_freevars if cells else ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
@@ -350,10 +378,18 @@ def _closure(function: Callable) -> dict[str, Any]:
 def evaluate(mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool) -> SpanMask:
     """Spans of any mask function, evaluated by transformers' own `sdpa_mask` a few rows at a time.
 
-    Only where some row sees more than one run of keys is the boolean mask kept, one byte for each query and key.
+    Only where some row sees more than one run of keys is the boolean mask kept, one byte for each query and key; under
+    tracing, where nobody can tell, it always is.
     """
+    if is_traced(torch.empty(0, device=frame.device)):
+        # The compiled code must hold for all values. For all rows at once, or their number would be part of it.
+        dense = _dense_rows(mask_function, frame, attention_mask, use_vmap, 0, frame.query_len)
+        return SpanMask(Spans(*_outer_bounds(dense), frame.query_len, frame.key_len), holes=dense[:, None])
+    step = max(1, CHUNK_ELEMENTS // max(1, frame.batch * frame.key_len))
     pieces, starts, ends = [], [], []
-    for dense in _dense_rows(mask_function, frame, attention_mask, use_vmap):
+    for row in range(0, frame.query_len, step):
+        rows = min(step, frame.query_len - row)
+        dense = _dense_rows(mask_function, frame, attention_mask, use_vmap, row, rows)
         spans = Spans.from_dense(dense)
         start, end = _outer_bounds(dense) if spans is None else (spans.start, spans.end)
         pieces.append(dense if spans is None else spans)
@@ -368,28 +404,26 @@ def evaluate(mask_function: Callable, frame: Frame, attention_mask: Tensor | Non
 
 
 def _dense_rows(
-    mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool
-) -> Iterator[Tensor]:
-    """The boolean mask `[batch, rows, key_len]` of a few rows after the other."""
+    mask_function: Callable, frame: Frame, attention_mask: Tensor | None, use_vmap: bool, row: int, rows: int
+) -> Tensor:
+    """The boolean mask `[batch, rows, key_len]` of some rows, beginning with `row`."""
     if attention_mask is not None:
         attention_mask = attention_mask.to(frame.device, torch.bool)
-    step = max(1, CHUNK_ELEMENTS // max(1, frame.batch * frame.key_len))
-    for row in range(0, frame.query_len, step):
-        arguments: dict[str, Any] = {
-            "batch_size": frame.batch,
-            "q_length": min(step, frame.query_len - row),
-            "kv_length": frame.key_len,
-            "q_offset": frame.q_offset + row,
-            "kv_offset": frame.kv_offset,
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
-            "allow_is_causal_skip": False,
-            "use_vmap": use_vmap,
-            "device": frame.device,
-        }
-        dense = masking_utils.sdpa_mask(**arguments)
-        assert dense is not None  # it skips no mask unless asked to
-        yield dense[:, 0]
+    arguments: dict[str, Any] = {
+        "batch_size": frame.batch,
+        "q_length": rows,
+        "kv_length": frame.key_len,
+        "q_offset": frame.q_offset + row,
+        "kv_offset": frame.kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_causal_skip": False,
+        "use_vmap": use_vmap,
+        "device": frame.device,
+    }
+    dense = masking_utils.sdpa_mask(**arguments)
+    assert dense is not None  # it skips no mask unless asked to
+    return dense[:, 0]
 
 
 def _outer_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,7 +446,7 @@ def document_ids(position_ids: Tensor, attended: Tensor | None) -> Tensor:
     position_ids, attended = position_ids.expand(batch, -1), attended.expand(batch, -1)
     index = torch.arange(tokens, device=position_ids.device)
     last_attended = torch.where(attended, index, -1).cummax(1).values
-    before = torch.nn.functional.pad(last_attended[:, :-1], (1, 0), value=-1)
+    before = torch.where(index == 0, -1, last_attended.roll(1, 1))
     previous = position_ids.gather(1, before.clamp(min=0))
     back = (position_ids < previous) | ((position_ids == 0) & (previous == 0))
     return (attended & (before >= 0) & back).cumsum(1)

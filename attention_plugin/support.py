@@ -46,8 +46,7 @@ REFUSED_KEYWORDS = {
     "sinks": "sinks that differ between tokens are not served; sinks per head are, as `s_aux`",
     "head_mask": "masks of heads are not served",
     "layer_head_mask": "masks of heads are not served",
-    "cache": "paged caches of continuous batching are not served",
-    "output_attentions": "attention weights are never written down, so there are none to return",
+    "cache": "continuous batching is served once attention_plugin.enable_continuous_batching(model) was called",
 }
 """Keywords that would change the result, with the reason why they are not served."""
 
@@ -55,6 +54,7 @@ EAGER = 'load the model with attn_implementation="eager" for this'
 
 
 @lru_cache
+@torch.compiler.assume_constant_result  # a compiler says it as it traces, and not in what it compiles
 def log_once(message: str) -> None:
     """Say what runs on another path, once per process: nothing falls back in silence."""
     logger.warning(message)
@@ -73,32 +73,29 @@ def check_keywords(keywords: dict[str, Any]) -> None:
         raise ValueError(f"my_triton attention: `{name}`={_brief(value)} is refused: {reason}; {EAGER}")
 
 
-def check_config(config: Any) -> None:
-    """Refuse a configuration that asks for attention weights, which models would return as an empty tuple.
-
-    Raises:
-        ValueError: `config.output_attentions` is set.
-    """
-    if getattr(config, "output_attentions", False):
-        check_keywords({"output_attentions": True})
-
-
 def check_dropout(dropout: float, training: bool) -> None:
-    """Refuse dropout of attention weights.
+    """Refuse dropout of attention weights outside of training.
 
     Raises:
-        ValueError: dropout is not 0.
+        ValueError: dropout is not 0 and the layer is in eval mode.
     """
-    if not dropout:
-        return
-    if not training:
+    if dropout and not training:
         raise ValueError(
             f"my_triton attention: `dropout`={dropout} with a module in eval mode would change the result at random; "
             "pass 0.0 unless `module.training`"
         )
+
+
+def refuse_absent_weights() -> NoReturn:
+    """Refuse to pretend that there are attention weights.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(
-        f"my_triton attention: `dropout`={dropout} is not served in training; set the configuration's attention "
-        f"dropout to 0.0, or {EAGER}"
+        "my_triton attention: `output_attentions` did not reach the attention function, because the model's own code "
+        "keeps it back, so there are no attention weights here; set `output_attentions=True` in the configuration "
+        f"of this part of the model when it is created, or {EAGER}"
     )
 
 
@@ -154,14 +151,15 @@ def refuse_model(config: Any) -> None:
     Raises:
         ValueError: the model's code does not use transformers' attention interface.
     """
-    module_name = type(config).__module__.replace("configuration_", "modeling_")
+    _refuse_model_of(type(config).__module__, getattr(config, "model_type", None))
+
+
+@torch.compiler.assume_constant_result  # strings in: a compiler runs it as it traces, and not in what it compiles
+def _refuse_model_of(config_module_name: str, model_type: str | None) -> None:
+    module_name = config_module_name.replace("configuration_", "modeling_")
     module = sys.modules.get(module_name)
-    if (
-        module is not None
-        and module is not sys.modules.get(type(config).__module__)
-        and not _uses_interface(module_name)
-    ):
-        raise ValueError(_model_refusal(getattr(config, "model_type", module_name), module_name))
+    if module is not None and module_name != config_module_name and not _uses_interface(module_name):
+        raise ValueError(_model_refusal(model_type or module_name, module_name))
 
 
 def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:

@@ -19,17 +19,18 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from . import cases, kernels, memory, models, report, tensor_parallel
+from . import cases, kernels, memory, models, report, tensor_parallel, training
 from .measure import Effort, Result
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
-SECTIONS = ("kernels", "models", "tp")
+SECTIONS = ("kernels", "training", "models", "tp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINTS = FOLDER.parent / "checkpoints"
 RESULTS = FOLDER / "results" / "local"
 
 KERNEL_EFFORT = {"full": Effort(seconds=4.0), "quick": Effort(seconds=0.6, most=20)}
+TRAINING_EFFORT = {"full": Effort(seconds=2.5), "quick": Effort(seconds=0.5, most=20)}
 MASK_EFFORT = {"full": Effort(seconds=1.0, most=20), "quick": Effort(seconds=0.2, most=10)}
 LONG_MASK_EFFORT = Effort(seconds=2.0, most=10)
 MODEL_EFFORT = {"full": Effort(seconds=8.0, most=20), "quick": Effort(seconds=1.0, most=10)}
@@ -51,7 +52,9 @@ def parse(arguments: Sequence[str] | None) -> Run:
     """The options, checked; impossible ones end the program with status 2 and one line."""
     parser = OneLineParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--only", choices=SECTIONS, help="run one section: kernels (with masks and memory), models or tp"
+        "--only",
+        choices=SECTIONS,
+        help="run one section: kernels (with masks and memory), training (forward and backward), models or tp",
     )
     parser.add_argument(
         "--tp", type=int, metavar="N", help="ranks of the tensor-parallel section; given alone, run only it"
@@ -65,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> Run:
         help="default: float32 and bfloat16 (with --quick: float32; GPU: bfloat16)",
     )
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="tokens of the kernels section, in place of the default"
+        "--tokens", type=int, metavar="N", help="tokens of the kernels and training sections, in place of the default"
     )
     parser.add_argument(
         "--json",
@@ -105,12 +108,27 @@ def parse(arguments: Sequence[str] | None) -> Run:
     return run
 
 
+def chosen_sizes(run: Run, defaults: dict[tuple[str, str], cases.Sizes]) -> cases.Sizes:
+    """The default sizes of this device and thoroughness, with the tokens that were asked for."""
+    sizes = defaults[run.device.type, run.thoroughness]
+    if run.tokens is None:
+        return sizes
+    return replace(sizes, tokens=run.tokens, window=min(sizes.window, run.tokens // 4))
+
+
+def chosen_dtypes(run: Run) -> Sequence[torch.dtype]:
+    """The dtypes that were asked for, or else the default ones."""
+    return [DTYPES[name] for name in run.dtype] if run.dtype else cases.DTYPES[run.device.type, run.thoroughness]
+
+
+def chosen_providers(run: Run) -> list[Provider]:
+    """All of them; those that there is no time to compile say so."""
+    return [without_compiling(provider) if run.quick else provider for provider in PROVIDERS]
+
+
 def run_kernels(run: Run, progress: Progress) -> list[Result]:
     """Attention by itself, the masks it needs, and the memory both take."""
-    sizes = cases.SIZES[run.device.type, run.thoroughness]
-    if run.tokens is not None:
-        sizes = replace(sizes, tokens=run.tokens, window=min(sizes.window, run.tokens // 4))
-    dtypes = [DTYPES[name] for name in run.dtype] if run.dtype else cases.DTYPES[run.device.type, run.thoroughness]
+    sizes, dtypes, providers = chosen_sizes(run, cases.SIZES), chosen_dtypes(run), chosen_providers(run)
     memory_tokens, long_mask_tokens = MEMORY_TOKENS[run.thoroughness], LONG_MASK_TOKENS[run.thoroughness]
     if run.tokens is not None:
         memory_tokens, long_mask_tokens = (run.tokens,), 8 * run.tokens
@@ -118,7 +136,6 @@ def run_kernels(run: Run, progress: Progress) -> list[Result]:
     total = len(cases.CASES) * (len(dtypes) + 1) + 1 + len(memory_runs)
     task = progress.add_task("", section="kernels", total=total)
     say = teller(progress, task)
-    providers = [without_compiling(provider) if run.quick else provider for provider in PROVIDERS]
     results: list[Result] = []
     for dtype in dtypes:
         for case in cases.CASES:
@@ -161,6 +178,21 @@ def without_compiling(provider: Provider) -> Provider:
     return replace(provider, unavailable=lambda problem: reason) if provider.compiles else provider
 
 
+def run_training(run: Run, progress: Progress) -> list[Result]:
+    """Attention by itself, forward and backward."""
+    sizes, dtypes, providers = chosen_sizes(run, cases.TRAINING_SIZES), chosen_dtypes(run), chosen_providers(run)
+    effort = TRAINING_EFFORT[run.thoroughness]
+    task = progress.add_task("", section="training", total=len(training.CASES) * len(dtypes))
+    say = teller(progress, task)
+    results: list[Result] = []
+    for dtype in dtypes:
+        for case in training.CASES:
+            results += training.run_case(case, sizes, dtype, run.device, providers, effort, say)
+            progress.advance(task)
+    say("done")
+    return results
+
+
 def run_models(run: Run, progress: Progress) -> list[Result]:
     """Whole models."""
     task = progress.add_task("", section="models", total=2)
@@ -197,6 +229,7 @@ def show(results: Sequence[Result], console: Console) -> None:
         *report.kernel_tables(results),
         report.mask_table(results),
         report.memory_table(results),
+        *report.kernel_tables(results, "training"),
         report.model_table(results),
         report.tensor_parallel_table(results),
     ]
@@ -233,12 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = (run.only,) if run.only else SECTIONS
     if {"models", "tp"} & set(sections):
         models.ensure_checkpoint(run.checkpoint, models.SIZES[run.thoroughness].train_seconds)
+    runners = {"kernels": run_kernels, "training": run_training, "models": run_models, "tp": run_tp}
     results: list[Result] = []
     machine = report.describe_machine(run.device)
     described = {"command": report.printable_command(), "quick": run.quick, "sections": list(sections)}
     with report.make_progress(console) as progress:
         for section in sections:
-            results += {"kernels": run_kernels, "models": run_models, "tp": run_tp}[section](run, progress)
+            results += runners[section](run, progress)
             # After each section, so that an interrupted run leaves what it has measured.
             report.write_json(results, machine, described, run.json)
     files = {"every sample": relative(run.json)}

@@ -46,6 +46,12 @@ SIZES = {
 }
 """By device type and thoroughness."""
 
+TRAINING_SIZES = SIZES | {
+    ("cpu", "full"): replace(SIZES["cpu", "full"], tokens=2048, window=256),
+    ("cpu", "quick"): replace(SIZES["cpu", "quick"], tokens=1024, window=128),
+}
+"""Likewise, where the backward pass is timed too."""
+
 DTYPES = {
     ("cpu", "full"): (torch.float32, torch.bfloat16),
     ("cpu", "quick"): (torch.float32,),

@@ -11,14 +11,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attention_plugin import SpanMask
 
+from . import contest
 from .cases import Case, Problem, Sizes, build_problem
-from .measure import Call, Effort, Result, build_reference, check, interleaved
-from .providers import OURS, Provider
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
+from .measure import Call, Effort, Result, brief, build_reference, check, interleaved
+from .providers import Provider
 
 
 @torch.no_grad()
@@ -37,32 +33,9 @@ def run_case(
     """
     problem = build_problem(case, sizes, dtype, device)
     reference = build_reference(problem)
-    masks: dict[str, Any] = {}
-    results: list[Result] = []
-    calls: dict[str, Call] = {}
-    # What was compiled for other cases only leads to slower guards, and in the end to torch's limit of variants.
-    torch.compiler.reset()
-    for provider in providers:
-        say(f"{case.name} {dtype_name(dtype)}: checking {provider.name}")
-        result = Result("kernels", case.name, provider.name, dtype_name(dtype), problem.description)
-        results.append(result)
-        if (reason := provider.unavailable(problem)) is not None:
-            result.status, result.reason = "unavailable", reason
-            continue
-        try:
-            if provider.mask_name not in masks:
-                masks[provider.mask_name] = problem.mask_builder(provider.mask_name)()
-            run = provider.bind(problem, masks[provider.mask_name])
-            right = check(run(), reference, result)
-        except Exception as error:  # whatever a peer raises is the reason why it has no figures
-            result.status = "failed" if provider.name == OURS else "unavailable"
-            result.reason = brief(error)
-            continue
-        if right:
-            calls[provider.name] = Call(lambda _, run=run: run())
-    samples = interleaved(calls, device, effort, lambda text: say(f"{case.name} {dtype_name(dtype)}: {text}"))
-    for result in results:
-        result.samples = samples.get(result.provider, [])
+    results = contest.enter("kernels", problem, providers)
+    runs = contest.admit(problem, providers, results, lambda run, result: check(run(), reference, result), say)
+    contest.take_turns(runs, results, device, effort, say)
     return results
 
 
@@ -103,10 +76,3 @@ def mask_bytes(mask: Any) -> int:
     if isinstance(mask, BlockMask):
         return sum(part.nbytes for part in mask.as_tuple() if isinstance(part, torch.Tensor))
     return mask.nbytes
-
-
-def brief(error: Exception) -> str:
-    """The first line of an error, with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}"
-    return text if len(text) <= 200 else text[:197] + "..."

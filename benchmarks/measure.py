@@ -32,7 +32,7 @@ class Result:
     """One row of the outcome: one provider on one case.
 
     Attributes:
-        section: "kernels", "masks", "memory", "models" or "tp".
+        section: "kernels", "masks", "memory", "training", "models" or "tp".
         case, dtype, provider: what ran.
         description: the case in words, with its sizes.
         status: "failed" is a wrong result, which is never timed; "unavailable" did not run, `reason` says why.
@@ -78,7 +78,24 @@ class Result:
         return asdict(self) | summary
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 # ---------------------------------------------------------------------- correctness
+
+
+def error_bound(eager_error: float, size: float, floor: float = ERROR_FLOOR) -> float:
+    """The largest error that is no mistake, given eager's own and the norm of the right answer."""
+    return ERROR_FACTOR * eager_error + floor * size
 
 
 @dataclass(frozen=True)
@@ -118,8 +135,7 @@ def build_reference(problem: Problem, checked_rows: int = CHECKED_ROWS) -> Refer
     compared = problem.compared(rows)
     truth = truth.masked_fill(~compared[..., None, None], 0.0)
     exact = Reference(rows, compared, truth, 0.0)
-    bound = ERROR_FACTOR * exact._distance(eager) + ERROR_FLOOR * truth.norm().item()
-    return Reference(rows, compared, truth, bound)
+    return Reference(rows, compared, truth, error_bound(exact._distance(eager), truth.norm().item()))
 
 
 def check(output: Tensor, reference: Reference, result: Result) -> bool:

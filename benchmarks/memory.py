@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from .cases import CASES, Sizes, build_problem
-from .kernels import brief
-from .measure import Result
+from .measure import Result, brief
 from .providers import OURS, PROVIDERS
 
 MEMORY_CASE = next(case for case in CASES if case.name == "left_padded")

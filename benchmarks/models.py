@@ -29,8 +29,7 @@ from transformers import (
 from model.checkpoint import docstrings, is_checkpoint
 from model.modeling_reference import ReferenceForCausalLM
 
-from .kernels import brief
-from .measure import Call, Effort, Result, interleaved
+from .measure import Call, Effort, Result, brief, interleaved
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 
 IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)

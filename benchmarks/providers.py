@@ -39,7 +39,8 @@ class AttentionLayer(torch.nn.Module):
         self.is_causal = problem.case.causal
         self.layer_idx = 0
         self.sinks = problem.sinks
-        self.eval()
+        # Some functions choose another kernel for training.
+        self.train(problem.query.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 ABSENT = "-"
 """Stands in tables where there is no figure."""
 
+COMPARED = {"kernels": "Attention", "training": "Attention forward and backward"}
+"""What the sections that compare providers time, for headings."""
+
 PACKAGES = ("torch", "triton", "transformers", "my-triton-attention", "flash-attn", "flash-attn-4", "numpy")
 
 
@@ -88,15 +91,16 @@ def speed(result: Result, baseline: Result | None) -> float | None:
 # ---------------------------------------------------------------------- tables
 
 
-def kernel_tables(results: Sequence[Result]) -> list[Table]:
+def kernel_tables(results: Sequence[Result], section: str = "kernels") -> list[Table]:
     """One table per dtype: cases down, providers across, median milliseconds and speed relative to the baseline."""
     tables = []
-    kernels = results_of(results, "kernels")
-    for dtype in distinct(result.dtype for result in kernels):
-        of_dtype = [result for result in kernels if result.dtype == dtype]
+    timed = results_of(results, section)
+    for dtype in distinct(result.dtype for result in timed):
+        of_dtype = [result for result in timed if result.dtype == dtype]
         providers = distinct(r.provider for r in of_dtype if r.status != "unavailable")
         table = Table(
-            title=f"Attention, {dtype}: milliseconds ± spread, and times as fast as {BASELINE}", show_lines=True
+            title=f"{COMPARED[section]}, {dtype}: milliseconds ± spread, and times as fast as {BASELINE}",
+            show_lines=True,
         )
         table.add_column("case", overflow="fold")
         for provider in providers:
@@ -239,31 +243,37 @@ def tensor_parallel_table(results: Sequence[Result]) -> Table | None:
 
 
 def absences(results: Sequence[Result]) -> list[Text]:
-    """Why results are missing, one line per reason; failed ones first and in red."""
-    lines = []
+    """Why results are missing, one line per reason; failed ones first and in red.
+
+    What holds for training as it does for the kernels is said once.
+    """
+    lines: dict[str, Text] = {}
     for status, style in (("failed", "bold red"), ("unavailable", "dim")):
         missing = [result for result in results if result.status == status]
         for section, reason in dict.fromkeys((result.section, result.reason) for result in missing):
             rows = results_of(missing, section, reason=reason)
             providers, where = distinct(row.provider for row in rows), distinct(row.case for row in rows)
             everywhere = set(where) == {result.case for result in results_of(results, section)}
-            text = f"{status}: {', '.join(providers)}"
+            text = ", ".join(providers)
             text += "" if everywhere else f" in {', '.join(where)}"
             text += (
                 f" ({', '.join(distinct(row.dtype for row in rows))})" if status == "failed" and rows[0].dtype else ""
             )
-            lines.append(Text(f"{text}: {reason}", style=style))
-    return lines
+            line = f"{status}: {text}: {reason}"
+            if section == "training" and line not in lines:
+                line = f"{status} in training: {text}: {reason}"
+            lines[line] = Text(line, style=style)
+    return list(lines.values())
 
 
 def closing_panel(results: Sequence[Result], machine: dict[str, Any], files: dict[str, Path]) -> Panel:
     """What was compared, the main ratios, and where the figures are, for someone who sees this for the first time."""
     failed = [result for result in results if result.status == "failed"]
-    checked = sum("error" in r.details or "bound" in r.details or "tokens_total" in r.details for r in results)
+    checked = sum(bool({"error", "gradients", "bound", "tokens_total"} & set(r.details)) for r in results)
     parts: list[Any] = [
         Text(f"{OURS} is this project's attention. It ran on {machine['device']} with {machine['threads']} threads.")
     ]
-    if any(result.section in ("kernels", "models") for result in results):
+    if any(result.section in ("kernels", "training", "models") for result in results):
         explanation = Text(
             "It took turns with the other attention implementations of Hugging Face transformers, on the same tensors. "
             f"Below is how many times as fast it is: 2.00{TIMES} is twice as fast as {BASELINE}, which transformers "
@@ -289,9 +299,13 @@ def closing_panel(results: Sequence[Result], machine: dict[str, Any], files: dic
 
 
 def main_ratios(results: Sequence[Result]) -> Table:
-    """How many times as fast as the baseline this project is: one row per case or model, one column per dtype."""
+    """How many times as fast as the baseline this project is: one row per case or model, one column per dtype.
+
+    Training has one row for all its cases, which are those of the kernels: the slowest and the fastest.
+    """
     ours = [result for result in results if result.provider == OURS and result.section in ("kernels", "models")]
-    dtypes = distinct(result.dtype for result in ours)
+    trained = [result for result in results if result.provider == OURS and result.section == "training"]
+    dtypes = distinct(result.dtype for result in (*ours, *trained))
     table = Table(box=None, padding=(0, 1))
     for dtype in dtypes:
         table.add_column(dtype, justify="right", style="bold")
@@ -306,7 +320,19 @@ def main_ratios(results: Sequence[Result]) -> Table:
             cells.append("" if ratio is None else f"{ratio:.2f}{TIMES}")
             than = than if ratio is None else baseline.provider
         table.add_row(*cells, than, row[0].description)
+    if trained:
+        cells = [training_range(results, dtype) for dtype in dtypes]
+        table.add_row(*cells, BASELINE, f"forward and backward, wherever {BASELINE} runs: slowest and fastest case")
     return table
+
+
+def training_range(results: Sequence[Result], dtype: str) -> str:
+    """This project's smallest and largest speed relative to the baseline in training, without its stand-in."""
+    training = results_of(results, "training", dtype=dtype)
+    bases = {result.case: result for result in training if result.provider == BASELINE and result.measured}
+    speeds = [speed(result, bases.get(result.case)) for result in training if result.provider == OURS]
+    ratios = [ratio for ratio in speeds if ratio is not None]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}{TIMES}" if ratios else ""
 
 
 def human_bytes(count: float) -> str:
@@ -387,9 +413,13 @@ def write_json(results: Sequence[Result], machine: dict[str, Any], arguments: di
 
 
 def write_plot(results: Sequence[Result], machine: dict[str, Any], path: Path) -> bool:
-    """Bars of speed relative to the baseline, one panel per dtype. False where there is nothing to draw."""
-    kernels = results_of(results, "kernels")
-    drawn = [result for result in kernels if result.measured and result.provider != BASELINE]
+    """Bars of speed relative to the baseline, one panel per dtype. False where there is nothing to draw.
+
+    Training is drawn where it ran without the kernels section: beside that it would make the picture twice as wide.
+    """
+    section = "kernels" if results_of(results, "kernels") else "training"
+    timed = results_of(results, section)
+    drawn = [result for result in timed if result.measured and result.provider != BASELINE]
     if not drawn:
         return False
     import matplotlib
@@ -402,7 +432,7 @@ def write_plot(results: Sequence[Result], machine: dict[str, Any], path: Path) -
         {result.provider for result in drawn}, key=lambda name: order.index(name) if name in order else 99
     )
     colors = {name: f"C{index}" for index, name in enumerate(order)}
-    dtypes, cases = distinct(result.dtype for result in kernels), distinct(result.case for result in kernels)
+    dtypes, cases = distinct(result.dtype for result in timed), distinct(result.case for result in timed)
     bar_height = 0.19  # inches
     height = len(cases) * (len(providers) + 1.2) * bar_height + 1.6
     figure, axes = pyplot.subplots(
@@ -415,15 +445,15 @@ def write_plot(results: Sequence[Result], machine: dict[str, Any], path: Path) -
         layout="constrained",
     )
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        _draw_panel(axis, [result for result in kernels if result.dtype == dtype], cases, providers, colors)
+        _draw_panel(axis, [result for result in timed if result.dtype == dtype], cases, providers, colors)
         axis.set_title(dtype, fontsize=13)
-    _scale(axes[0, 0], drawn_speeds(kernels))
+    _scale(axes[0, 0], drawn_speeds(timed))
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors.get(name, "gray")) for name in providers]
     figure.legend(
         handles, providers, loc="outside lower center", ncols=min(len(providers), 5), fontsize=11, frameon=False
     )
     figure.suptitle(
-        f"Attention on {machine['device']} ({machine['threads']} threads): times as fast as {BASELINE}\n"
+        f"{COMPARED[section]}: times as fast as {BASELINE}\non {machine['device']} ({machine['threads']} threads)\n"
         f"to the right of the line is faster; * relative to {FALLBACK_BASELINE}, where {BASELINE} cannot run",
         fontsize=13,
     )
@@ -469,12 +499,12 @@ def _draw_panel(axis: Any, results: Sequence[Result], cases: list[str], provider
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def drawn_speeds(kernels: Sequence[Result]) -> list[float]:
+def drawn_speeds(timed: Sequence[Result]) -> list[float]:
     """All relative speeds of the picture, and 1."""
-    rows = dict.fromkeys((result.case, result.dtype) for result in kernels)
+    rows = dict.fromkeys((result.section, result.case, result.dtype) for result in timed)
     speeds = [1.0]
-    for case, dtype in rows:
-        row = results_of(kernels, "kernels", case=case, dtype=dtype)
+    for section, case, dtype in rows:
+        row = results_of(timed, section, case=case, dtype=dtype)
         speeds += [ratio for result in row if (ratio := speed(result, baseline_of(row))) is not None]
     return speeds
 

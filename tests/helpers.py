@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 """A GPU runs the Triton kernels; a CPU runs the torch path, or the kernels where TRITON_INTERPRET=1."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+GRADIENTS = ("query", "key", "value", "bias", "sinks")
 
 
 def assert_within_bound(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "output") -> None:
@@ -37,6 +40,39 @@ def assert_within_bound(actual: Tensor, eager: Tensor, exact: Tensor, what: str 
     assert error <= 2 * eager_error + floor * size, (
         f"{what}: error {error:.2e}, eager's {eager_error:.2e}, norm {size:.2e}"
     )
+
+
+def assert_gradients_within_bound(problem: Problem, wanted: Sequence[str] = GRADIENTS) -> None:
+    """Each gradient of a random weighting of the output within the error bound, against float64.
+
+    Terms as large as the problem's largest gradient may cancel to almost nothing: a query that sees one key has none, a
+    sink's is one number. There either side's error is chance. So the floor is that of outputs plus one unit in the last
+    place of float32, in which statistics are, of the largest gradient.
+    """
+    inputs = {name: getattr(problem, name) for name in wanted}
+    inputs = {name: tensor.detach() for name, tensor in inputs.items() if tensor is not None}
+
+    def gradients(dtype: torch.dtype | None, run: Callable[[Problem], Tensor]) -> tuple[Tensor, ...]:
+        leaves = {name: tensor.to(dtype or tensor.dtype).requires_grad_() for name, tensor in inputs.items()}
+        output = run(replace(problem, **leaves))
+        return torch.autograd.grad(output, leaves.values(), grad.to(output.dtype))
+
+    dtype = problem.query.dtype
+    grad = torch.randn_like(problem.run()[0])
+    actual = gradients(None, lambda leaf_problem: leaf_problem.run()[0])
+    eager = gradients(None, lambda leaf_problem: leaf_problem.reference(dtype)[0])
+    # float64 leaves, too: a gradient arrives in the dtype of its leaf.
+    exact = gradients(torch.float64, lambda leaf_problem: leaf_problem.reference(torch.float64)[0])
+    largest = max(float(gradient.double().norm()) for gradient in exact)
+    for name, ours, plain, truth in zip(inputs, actual, eager, exact, strict=True):
+        assert ours.dtype == inputs[name].dtype
+        assert ours.shape == truth.shape
+        error, eager_error = (float((each.double() - truth.double()).norm()) for each in (ours, plain))
+        size = float(truth.double().norm())
+        floor = torch.finfo(ours.dtype).eps / 4 * size + torch.finfo(torch.float32).eps * largest
+        assert error <= 2 * eager_error + floor, (
+            f"gradient of {name}: error {error:.2e}, eager's {eager_error:.2e}, norm {size:.2e} of {largest:.2e}"
+        )
 
 
 @dataclass

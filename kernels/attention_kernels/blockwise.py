@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dropout import keep_mask, threshold_and_scale
 from .pieces import Piece, Plan, plan_batch, uncovered
 
-TILE_SCORES = 1 << 22
-"""Scores that the written-out softmax holds at once, over all heads of a tile."""
+TILE_SCORES = 1 << 20
+"""Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ class Problem:
     mask: Tensor | None
     bias: Tensor | None
     sinks: Tensor | None
+    dropout_seed: Tensor | None
     scale: float
     softcap: float | None
+    dropout_p: float
+    trains: bool = False
+    """Whether gradients follow: then no sequence's sums may depend on its neighbours, not even in their last bit."""
 
     @property
     def has_tiles(self) -> bool:
@@ -46,13 +51,13 @@ class Problem:
     @property
     def fused(self) -> bool:
         """Whether torch's fused CPU attention can express this call."""
-        return self.query.device.type == "cpu" and self.softcap is None
+        return self.query.device.type == "cpu" and self.softcap is None and self.dropout_seed is None
 
-    @property
-    def plan(self) -> Plan:
-        """How its batch is computed."""
+    def plan(self, *, fused: bool) -> Plan:
+        """How its batch is computed. What is written out has all keys of a row in one piece."""
         batch, query_len = self.query.shape[0], self.query.shape[2]
-        return plan_batch(self.start, self.end, batch, query_len, tiles_only=self.has_tiles)
+        tiles_only = self.has_tiles or not fused
+        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, together=not self.trains)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -72,14 +77,14 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
-    groups = problem.plan.groups
-    if len(groups) == 1 and len(groups[0][1]) == 1 and groups[0][1][0].rows == slice(0, query_len):
+    groups = problem.plan(fused=fused).groups
+    if len(groups) == 1 and len(groups[0].pieces) == 1 and groups[0].pieces[0].rows == slice(0, query_len):
         # One piece is the whole answer: nothing to gather.
-        output, lse = attend(problem, groups[0][0], groups[0][1][0])
+        output, lse = attend(problem, groups[0].elements, groups[0].pieces[0])
         return with_sinks(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), problem.sinks)
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, query_len, dtype=accumulator(query.dtype))
-    for elements, pieces in groups:
+    for elements, pieces, _ in groups:
         for rows in uncovered(pieces, query_len):
             output[elements, :, rows], lse[elements, :, rows] = 0, -math.inf
         for piece in pieces:
@@ -114,9 +119,9 @@ def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:
     start, end = (_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
     visible = ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
     if problem.key_mask is not None:
-        visible = visible & _cut(problem.key_mask[:, None, None], elements, piece)
+        visible = visible & cut_piece(problem.key_mask[:, None, None], elements, piece)
     if problem.mask is not None:
-        visible = visible & _cut(problem.mask, elements, piece)
+        visible = visible & cut_piece(problem.mask, elements, piece)
     return visible
 
 
@@ -126,8 +131,10 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
         visible = visible_keys(problem, elements, piece)
         bias = torch.zeros((), dtype=dtype, device=problem.query.device)
         if problem.bias is not None:
-            bias = _cut(problem.bias, elements, piece).to(dtype)
-        return torch.where(visible, bias, -math.inf)
+            bias = cut_piece(problem.bias, elements, piece).to(dtype)
+        # A sum is much faster than a choice for each element.
+        added = bias + torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+        return torch.where(visible, bias, -math.inf) if problem.bias is not None and has_nan(added) else added
     if piece.kind == "all":
         return None
     start, end = torch.broadcast_tensors(
@@ -135,7 +142,7 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
     )
     relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
     pattern = (dtype, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
-    tile_masks = problem.plan.tile_masks
+    tile_masks = problem.plan(fused=problem.fused).tile_masks
     if pattern not in tile_masks:
         visible = visible_keys(problem, elements, piece)
         tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
@@ -146,10 +153,10 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a piece by torch's fused CPU attention."""
-    query, key, value = _equal_dims(*_operands(problem, elements, piece))
+    query, key, value = equal_dims(*piece_operands(problem, elements, piece))
     added = None
     if piece.kind != "causal":
-        added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
+        added = four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
     batch, num_heads, rows, dim = query.shape
     # A single query token: the heads of a group become the rows of one head, which then reads its keys once.
     as_rows = rows == 1 and (added is None or added.shape[1] == 1)
@@ -175,167 +182,82 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
 
 
 def attend_written_out(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a piece, a few rows at a time. NaN reaches only the rows that see it."""
-    parts = [_attend_rows(problem, elements, rows) for rows in _narrow(problem, piece)]
-    return torch.cat([output for output, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+    """Output and log-sum-exp of a piece, a little at a time. NaN reaches only the rows that see it."""
+    batch, num_heads = problem.query[elements].shape[:2]
+    rows = piece.rows.stop - piece.rows.start
+    output = problem.query.new_empty(batch, num_heads, rows, problem.value.shape[-1])
+    lse = problem.query.new_empty(batch, num_heads, rows, dtype=accumulator(problem.query.dtype))
+    first_element, first_row = elements.indices(problem.query.shape[0])[0], piece.rows.start
+    for few, part in narrow_pieces(problem, elements, piece):
+        place = (
+            slice(few.start - first_element, few.stop - first_element),
+            slice(None),
+            slice(part.rows.start - first_row, part.rows.stop - first_row),
+        )
+        output[place], lse[place] = _attend_rows(problem, few, part)
+    return output, lse
 
 
 def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
-    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in _operands(problem, elements, piece))
-    scores, visible = _scores(problem, elements, piece, query, key)
-    largest = scores.amax(-1)
-    weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)[..., None]).exp_()
-    total = weights.sum(-1)
+    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in piece_operands(problem, elements, piece))
+    scores, largest, _ = score_tile(problem, elements, piece, query, key)
+    weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if (factor := dropout_factor(problem, elements, piece)) is not None:
+        weights.mul_(factor)
     finite = value.isfinite()
     if finite.all():
-        output = _per_group(weights, value)
+        output = per_group(weights, value)
     else:
-        output = _per_group(weights, value.masked_fill(~finite, 0.0))
-        sees_nonfinite = _per_group(visible.expand(scores.shape).to(value.dtype), (~finite).to(value.dtype)) > 0
+        output = per_group(weights, value.masked_fill(~finite, 0.0))
+        added = additive_mask(problem, elements, piece, weights.dtype)
+        visible = torch.ones_like(weights) if added is None else (added != -math.inf).expand(weights.shape)
+        sees_nonfinite = per_group(visible.to(value.dtype), (~finite).to(value.dtype)) > 0
         output = output.masked_fill(sees_nonfinite, math.nan)
-    output /= total.masked_fill(total == 0, 1.0)[..., None]
-    return output.to(problem.query.dtype), total.log_() + largest
+    output /= total.masked_fill(total == 0, 1.0)
+    return output.to(problem.query.dtype), total.log_().add_(largest)[..., 0]
 
 
-def _scores(problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `[batch, num_heads, rows, keys]`, -inf where hidden, and where they are not hidden."""
-    scores = _per_group(query, key.transpose(-1, -2)).mul_(problem.scale)
+def score_tile(
+    problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores `[batch, num_heads, rows, keys]`, -inf where hidden; each row's largest; the softcap's slope, if any."""
+    scores, slope = per_group(query * problem.scale, key.transpose(-1, -2)), None
     if problem.softcap is not None:
-        scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+        scores.div_(problem.softcap).tanh_()
+        slope = 1 - scores * scores
+        scores.mul_(problem.softcap)
     added = additive_mask(problem, elements, piece, scores.dtype)
-    if added is None:
-        return scores, torch.ones((), dtype=torch.bool, device=scores.device)
-    visible = added != -math.inf
-    # A hidden key stays hidden where its score is NaN, which a sum with -inf would not see to.
-    return scores.add_(added).masked_fill_(~visible, -math.inf), visible
+    if added is not None:
+        scores.add_(added)
+    largest = scores.amax(-1, keepdim=True)
+    if added is not None and has_nan(largest):
+        # NaN and -inf make NaN, but a hidden key stays hidden. Looking at each score takes longer than all the rest.
+        hidden = added == -math.inf
+        largest = scores.masked_fill_(hidden, -math.inf).amax(-1, keepdim=True)
+        slope = None if slope is None else slope.masked_fill_(hidden, 0.0)
+    return scores, largest, slope
 
 
-def backward(
-    problem: Problem,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    *,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, bias (if wanted) and sinks (if given), recomputed from `lse`."""
-    fused = problem.fused and not wants_bias and grad_lse is None
-    gradients = _backward(problem, output, lse, grad_output, grad_lse, fused=fused, wants_bias=wants_bias)
-    if fused and any(has_nan(gradient) for gradient in gradients[:3]):
-        return _backward(problem, output, lse, grad_output, grad_lse, fused=False, wants_bias=wants_bias)
-    return gradients
-
-
-def _backward(
-    problem: Problem,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    *,
-    fused: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    wide = accumulator(problem.query.dtype)
-    inputs = (problem.query, problem.key, problem.value)
-    gradients = tuple(torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in inputs)
-    grad_bias = None
-    if problem.bias is not None and wants_bias:
-        grad_bias = torch.zeros(problem.bias.shape, dtype=wide, device=problem.bias.device)
-    # A row that saw nothing has no weights: exp(score - inf) is 0, where exp(score + inf) is not.
-    safe_lse = lse.masked_fill(lse == -math.inf, math.inf)
-    delta = (grad_output.to(wide) * output.to(wide)).sum(-1)  # [batch, num_heads, query_len]
-    if grad_lse is not None:
-        delta = delta - grad_lse.to(wide)
-    grad_sinks = None
-    if problem.sinks is not None:
-        grad_sinks = -(torch.exp(problem.sinks.to(wide)[:, None] - safe_lse) * delta).sum((0, 2))
-        grad_sinks = grad_sinks.to(problem.sinks.dtype)
-    for elements, pieces in problem.plan.groups:
-        for piece in pieces:
-            if fused:
-                _backward_fused(problem, elements, piece, output, safe_lse, grad_output, gradients)
-            else:
-                for rows in _narrow(problem, piece):
-                    _backward_rows(
-                        problem, elements, rows, safe_lse, grad_output, grad_lse, delta, gradients, grad_bias
-                    )
-    grad_query, grad_key, grad_value = (
-        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True)
+def dropout_factor(problem: Problem, elements: slice, piece: Piece) -> Tensor | None:
+    """What dropout multiplies weights by, `[batch, num_heads, rows, keys]`: 0, or what makes up for the dropped."""
+    if problem.dropout_seed is None:
+        return None
+    batch, num_heads, query_len, _ = problem.query.shape
+    heads, rows, keys = (
+        torch.arange(part.start, part.stop, device=problem.query.device)
+        for part in (slice(0, batch * num_heads), piece.rows, piece.keys)
     )
-    if problem.bias is not None and grad_bias is not None:
-        grad_bias = grad_bias.to(problem.bias.dtype)
-    return grad_query, grad_key, grad_value, grad_bias, grad_sinks
-
-
-def _backward_fused(
-    problem: Problem,
-    elements: slice,
-    piece: Piece,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    gradients: tuple[Tensor, ...],
-) -> None:
-    """Add a piece's gradients. Given the whole row's output and log-sum-exp, the fused backward yields its share."""
-    query, key, value = _operands(problem, elements, piece)
-    group_size = query.shape[1] // key.shape[1]
-    wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
-    place = (elements, slice(None), piece.rows)
-    query, wide_key, wide_value, part, grad = _equal_dims(
-        query, wide_key, wide_value, output[place], grad_output[place]
+    heads = heads.reshape(batch, num_heads, 1, 1)[elements]
+    keep = keep_mask(
+        problem.dropout_seed, problem.dropout_p, heads, rows[:, None], keys, query_len, problem.key.shape[2]
     )
-    added = None
-    if piece.kind != "causal":
-        added = _four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
-    parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
-        piece.kind == "causal", attn_mask=added, scale=problem.scale,
-    )  # fmt: skip
-    grad_query, grad_key, grad_value = gradients
-    grad_query[place] += parts[0][..., : problem.query.shape[-1]]
-    for total, part in ((grad_key, parts[1]), (grad_value, parts[2])):
-        share = part[..., : total.shape[-1]].to(total.dtype).unflatten(1, (-1, group_size)).sum(2)
-        total[elements, :, piece.keys] += share
+    return keep.to(accumulator(problem.query.dtype)).mul_(threshold_and_scale(problem.dropout_p)[1])
 
 
-def _backward_rows(
-    problem: Problem,
-    elements: slice,
-    piece: Piece,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    delta: Tensor,
-    gradients: tuple[Tensor, ...],
-    grad_bias: Tensor | None,
-) -> None:
-    """Add the gradients of a few rows, by the chain rule written out (FlashAttention-2, Algorithm 2)."""
-    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in _operands(problem, elements, piece))
-    grad_query, grad_key, grad_value = gradients
-    place = (elements, slice(None), piece.rows)
-    scores, visible = _scores(problem, elements, piece, query, key)
-    weights = torch.exp(scores - lse[place][..., None])
-    grad = grad_output[place].to(weights.dtype)
-    clean = value.nan_to_num(0.0, 0.0, 0.0)
-    grad_weights = _per_group(grad, clean.transpose(-1, -2))
-    row_delta = delta[place][..., None]
-    if problem.has_tiles:
-        # The piece has all keys of its rows: their sum is exact, where `delta` has the rounding of the output.
-        lse_share = 0.0 if grad_lse is None else grad_lse[place][..., None]
-        row_delta = (weights * grad_weights).sum(-1, keepdim=True) - lse_share
-    grad_scores = torch.where(visible, weights * (grad_weights - row_delta), 0.0)
-    if grad_bias is not None:
-        _cut(grad_bias, elements, piece).add_(grad_scores.sum_to_size(_cut(grad_bias, elements, piece).shape))
-    if problem.softcap is not None:
-        raw = _per_group(query, key.transpose(-1, -2)) * problem.scale
-        slope = 1 - torch.tanh(raw / problem.softcap).square()
-        grad_scores = torch.where(visible, grad_scores * slope, 0.0)
-    # A key that no row of the tile sees takes no part in the product, so a NaN in it harms nobody.
-    grad_query[place] += _per_group(grad_scores, key.nan_to_num(0.0, 0.0, 0.0)) * problem.scale
-    grad_key[elements, :, piece.keys] += _over_group(grad_scores, query, key.shape[1]) * problem.scale
-    grad_value[elements, :, piece.keys] += _over_group(weights, grad, key.shape[1])
+def finite_or_zero(tensor: Tensor) -> Tensor:
+    """The tensor with 0 in place of NaN and Inf, so that a weight of 0 times it is 0."""
+    return tensor if math.isfinite(tensor.sum()) else tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 def has_nan(tensor: Tensor) -> bool:
@@ -348,19 +270,26 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _operands(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+def piece_operands(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """The piece's query rows, and its keys and values."""
     keys = (elements, slice(None), piece.keys)
     return problem.query[elements, :, piece.rows], problem.key[keys], problem.value[keys]
 
 
-def _narrow(problem: Problem, piece: Piece) -> Iterator[Piece]:
-    """The piece in fewer rows at a time, so that its scores over all heads fit TILE_SCORES."""
-    scores_per_row = problem.query.shape[0] * problem.query.shape[1] * (piece.keys.stop - piece.keys.start)
-    step = max(1, TILE_SCORES // max(1, scores_per_row))
-    for row in range(piece.rows.start, piece.rows.stop, step):
-        rows = slice(row, min(row + step, piece.rows.stop))
-        beyond = piece.rows.stop - rows.stop if piece.kind == "causal" else 0  # keys that only later rows see
-        yield piece._replace(rows=rows, keys=slice(piece.keys.start, piece.keys.stop - beyond))
+def narrow_pieces(problem: Problem, elements: slice, piece: Piece) -> Iterator[tuple[slice, Piece]]:
+    """The piece for fewer batch elements and rows at a time, so that its scores over all heads fit TILE_SCORES.
+
+    How rows are cut does not depend on the number of elements: a sequence's sums must not depend on its neighbours.
+    """
+    batch, num_heads = problem.query.shape[:2]
+    scores_per_row = max(1, num_heads * (piece.keys.stop - piece.keys.start))
+    step = max(1, TILE_SCORES // scores_per_row)
+    together = max(1, TILE_SCORES // (scores_per_row * max(1, min(step, piece.rows.stop - piece.rows.start))))
+    first, last, _ = elements.indices(batch)
+    for element in range(first, last, together):
+        for row in range(piece.rows.start, piece.rows.stop, step):
+            rows = slice(row, min(row + step, piece.rows.stop))
+            yield slice(element, min(element + together, last)), piece._replace(rows=rows)
 
 
 def _rows(bound: Tensor, elements: slice, rows: slice) -> Tensor:
@@ -368,14 +297,14 @@ def _rows(bound: Tensor, elements: slice, rows: slice) -> Tensor:
     return bound if bound.shape[1] == 1 else bound[:, rows]
 
 
-def _cut(tensor: Tensor, elements: slice, piece: Piece) -> Tensor:
+def cut_piece(tensor: Tensor, elements: slice, piece: Piece) -> Tensor:
     """The piece's part of a `[batch, heads, rows, keys]` tensor; dimensions of size 1 are broadcast and stay."""
     tensor = tensor if tensor.shape[0] == 1 else tensor[elements]
     tensor = tensor if tensor.shape[2] == 1 else tensor[:, :, piece.rows]
     return tensor if tensor.shape[3] == 1 else tensor[..., piece.keys]
 
 
-def _four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
+def four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
     """Fused attention broadcasts a mask over batch and heads, not over rows and keys."""
     if added is None:
         return None
@@ -384,7 +313,7 @@ def _four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
     return added.expand(*added.shape[:2], rows, keys)
 
 
-def _equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
+def equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as fused attention takes them: of one head dim (padded with zeros) and with dense columns."""
     widest = max(tensor.shape[-1] for tensor in tensors)
     tensors = tuple(
@@ -395,7 +324,7 @@ def _equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
-def _per_group(left: Tensor, right: Tensor) -> Tensor:
+def per_group(left: Tensor, right: Tensor) -> Tensor:
     """`left [batch, num_heads, rows, n] @ right [batch, num_kv_heads, n, m]`; heads of a group share one."""
     batch, num_heads, rows, inner = left.shape
     num_kv_heads = right.shape[1]
@@ -403,10 +332,9 @@ def _per_group(left: Tensor, right: Tensor) -> Tensor:
     return (grouped @ right).reshape(batch, num_heads, rows, right.shape[-1])
 
 
-def _over_group(left: Tensor, right: Tensor, num_kv_heads: int) -> Tensor:
-    """`left^T @ right` summed over the heads of each group: `[batch, num_kv_heads, keys, dim]`."""
-    batch, num_heads, rows, _ = left.shape
-    grouped_rows = num_heads // num_kv_heads * rows
-    left = left.reshape(batch, num_kv_heads, grouped_rows, left.shape[-1])
-    right = right.reshape(batch, num_kv_heads, grouped_rows, right.shape[-1])
-    return left.transpose(-1, -2) @ right
+def over_group(left: Tensor, right: Tensor, num_kv_heads: int) -> Tensor:
+    """`left^T @ right` summed over the heads of each group: `[batch, num_kv_heads, keys, dim]`.
+
+    One sum for each head and then their sum is more exact than one long sum.
+    """
+    return (left.transpose(-1, -2) @ right).unflatten(1, (num_kv_heads, -1)).sum(2)

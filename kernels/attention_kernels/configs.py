@@ -7,7 +7,7 @@ Every row compiles without register spills on NVIDIA GPUs (a test compiles them 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -26,6 +26,26 @@ class ForwardConfig(NamedTuple):
     num_warps: int
     num_stages: int
     chunk_d: int = 0
+
+
+Pass = Literal["query", "key_value", "bias", "statistics"]
+"""The kernels of the backward pass that have tile shapes of their own."""
+
+
+class BackwardConfig(NamedTuple):
+    """Tile shape of a backward kernel.
+
+    `chunk_d` is as in `ForwardConfig`. `piece_d` is how many columns of a gradient one program computes; 0 means all.
+    A wide gradient would fill the registers, so its columns are shared between programs, each of which recomputes the
+    weights.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_d: int = 0
+    piece_d: int = 0
 
 
 SHARED_MEMORY = {
@@ -71,11 +91,12 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
     (2, 64, "spans"): ForwardConfig(128, 128, 8, 2),
-    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 3),
+    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
-    (2, 256, "spans"): ForwardConfig(128, 32, 8, 2),
-    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
+    # 128 rows would leave no registers to write down what rounding the output took.
+    (2, 256, "spans"): ForwardConfig(64, 64, 8, 2),
+    (2, 256, "tiles"): ForwardConfig(64, 16, 8, 2),
     (2, 256, "short"): ForwardConfig(16, 32, 4, 3),
 }
 
@@ -103,6 +124,12 @@ _CDNA: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 128, "short"): ForwardConfig(16, 32, 4, 1),
 }
 
+_INTERPRETED: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Triton's interpreter pays for each operation, whatever its size. Pieces are kept where the chips have them.
+    (size, dim, work): ForwardConfig(16 if work == "short" else 64, 64, 1, 1, 0 if dim <= 128 else 64)
+    for size in (2, 4) for dim in (64, 128, 256, 512) for work in get_args(Work)
+}  # fmt: skip
+
 CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_80": _ANYWHERE | _AMPERE,
     "sm_86": _ANYWHERE | _CONSUMER,
@@ -110,6 +137,7 @@ CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_100": _ANYWHERE | _HOPPER,
     "sm_120": _ANYWHERE | _CONSUMER,
     "gfx942": _ANYWHERE | _CDNA,
+    "interpreter": _INTERPRETED,
 }
 """Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
 
@@ -128,6 +156,88 @@ def forward_config(
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
 
+_BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
+    # (bytes per element, widest head, kernel). These fit the smallest shared memory of all, and every extra there is.
+    (2, 64, "query"): BackwardConfig(32, 32, 4, 2),
+    (2, 64, "key_value"): BackwardConfig(32, 32, 4, 2),
+    (2, 64, "bias"): BackwardConfig(32, 64, 4, 1),
+    (2, 64, "statistics"): BackwardConfig(32, 64, 4, 1),
+    (2, 128, "query"): BackwardConfig(32, 32, 4, 2),
+    (2, 128, "key_value"): BackwardConfig(32, 32, 4, 1, 0, 64),
+    (2, 128, "bias"): BackwardConfig(32, 64, 4, 1),
+    (2, 128, "statistics"): BackwardConfig(32, 64, 4, 1),
+    # From here on operands would fill the shared memory and gradients the registers: products and results in pieces.
+    (2, 256, "query"): BackwardConfig(32, 32, 8, 1, 64, 128),
+    (2, 256, "key_value"): BackwardConfig(32, 32, 8, 1, 64, 128),
+    (2, 256, "bias"): BackwardConfig(32, 32, 4, 1, 64),
+    (2, 256, "statistics"): BackwardConfig(32, 32, 8, 1, 64),
+    (2, 512, "query"): BackwardConfig(32, 32, 8, 1, 64, 128),
+    (2, 512, "key_value"): BackwardConfig(32, 32, 8, 1, 64, 64),
+    (2, 512, "bias"): BackwardConfig(32, 32, 4, 1, 64),
+    (2, 512, "statistics"): BackwardConfig(32, 32, 8, 1, 64),
+    # Exact float32 products hold their operands in registers.
+    **{
+        (4, dim, kernel): BackwardConfig(32, 32, 8, 1, 32, 64)
+        for dim in (64, 128, 256, 512) for kernel in get_args(Pass)
+    },
+}  # fmt: skip
+
+_BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
+    (2, 64, "query"): BackwardConfig(32, 64, 8, 2),
+    (2, 64, "key_value"): BackwardConfig(32, 64, 8, 2),
+    (2, 64, "bias"): BackwardConfig(64, 64, 8, 1),
+    (2, 128, "query"): BackwardConfig(32, 64, 8, 2),
+    (2, 128, "key_value"): BackwardConfig(32, 32, 8, 2),
+    (2, 128, "bias"): BackwardConfig(64, 64, 8, 1),
+    (2, 256, "query"): BackwardConfig(32, 32, 8, 2),
+    (2, 256, "key_value"): BackwardConfig(32, 32, 8, 2),
+    (2, 128, "statistics"): BackwardConfig(64, 64, 8, 1),
+    (2, 256, "statistics"): BackwardConfig(64, 32, 8, 1, 64),
+    (2, 512, "key_value"): BackwardConfig(32, 64, 8, 1, 64, 64),
+    (2, 512, "statistics"): BackwardConfig(64, 32, 8, 1, 64),
+}
+
+BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
+    "sm_80": _BACKWARD_ANYWHERE,
+    "sm_86": _BACKWARD_ANYWHERE,
+    "sm_90": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
+    "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
+    "sm_120": _BACKWARD_ANYWHERE,
+    "gfx942": _BACKWARD_ANYWHERE,
+    "interpreter": {
+        (size, dim, kernel): BackwardConfig(64, 64, 1, 1, *((0, 0) if dim <= 128 else (64, 128)))
+        for size in (2, 4)
+        for dim in (64, 128, 256, 512)
+        for kernel in get_args(Pass)
+    },
+}
+"""Every backward configuration that serves any call, by architecture."""
+
+_BACKWARD_HOPPER_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
+    # Without masks, bias, softcap and dropout there is room for whole warp groups.
+    (2, 64, "query"): BackwardConfig(128, 64, 8, 2),
+    (2, 64, "key_value"): BackwardConfig(64, 128, 8, 2),
+    (2, 128, "query"): BackwardConfig(128, 64, 8, 2),
+    (2, 128, "key_value"): BackwardConfig(32, 128, 8, 2),
+    (2, 256, "query"): BackwardConfig(64, 32, 8, 2),
+}
+
+BACKWARD_SPANS_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
+    "sm_90": _BACKWARD_HOPPER_SPANS,
+    "sm_100": _BACKWARD_HOPPER_SPANS,
+}
+"""Faster ones for calls with spans alone, where there are such."""
+
+
+def backward_config(
+    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, kernel: Pass, *, has_tiles: bool
+) -> BackwardConfig:
+    """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, dropout included."""
+    key = (dtype.itemsize, max(64, padded_dim(head_dim), padded_dim(value_dim)), kernel)
+    spans_configs = {} if has_tiles else BACKWARD_SPANS_CONFIGS.get(architecture, {})
+    return spans_configs.get(key) or BACKWARD_CONFIGS[architecture][key]
+
+
 def padded_dim(dim: int) -> int:
     """Tile width that holds `dim` columns: a power of two, and at least the 16 that a matrix instruction takes."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -135,9 +245,9 @@ def padded_dim(dim: int) -> int:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device; in the interpreter, on the CPU, Hopper's."""
+    """The architecture whose configurations serve a device; CPU tensors run kernels in the interpreter only."""
     if device.type == "cpu":
-        return "sm_90"
+        return "interpreter"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -150,9 +260,9 @@ def architecture(device: torch.device) -> str:
 def unsupported_device(device: torch.device) -> str | None:
     """Why the kernels do not run on a GPU, in words for its user, or None if they do."""
     name = architecture(device)
-    if name in CONFIGS:
+    if name in SHARED_MEMORY:
         return None
     return (
         f"attention: the GPU {torch.cuda.get_device_name(device)!r} ({name}) is not supported by the Triton kernels, "
-        f'which run on {", ".join(CONFIGS)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
+        f'which run on {", ".join(SHARED_MEMORY)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
     )

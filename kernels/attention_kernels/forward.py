@@ -13,22 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ForwardConfig, architecture, forward_config, padded_dim
+from .launch import INTERPRETED, dropout_operand, launching_on, operand, score_operand, span_operand
 from .tiles import (
     LOG2E,
     NEG_INF,
-    Operand,
+    DropoutOperand,
     SpanOperand,
     any_nan,
+    at_head,
     bias_and_mask,
-    dot_query_key,
+    dot_rows,
     finish,
+    keep_tile,
     key_bounds,
+    left_tile,
     load_spans,
     load_tile,
     score_tile,
     softmax_step,
     span_mask,
-    tile_pointers,
+    store_tile,
 )
 
 NARROW = tl.constexpr(16)
@@ -37,27 +41,34 @@ NARROW = tl.constexpr(16)
 
 @triton.jit
 def attend_keys(
-    state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len,
-    first_key, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end, first_row,
+    query_len, key_len, first_key, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,  # constexpr: the body's code has no mask at all
     CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Softmax state after the BLOCK_N keys from `first_key` on; the operands point at this program's head."""
     m, l, acc = state
-    s = dot_query_key(
-        q, query, key, first_row, query_len, first_key, key_len, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, MASKED,
-        PRECISION,
+    q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
+    key_inside = k_pos < key_len
+    s, _ = dot_rows(
+        q, query, key, first_row, q_pos < query_len, first_key, key_inside, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        CHUNK_D, MASKED, PRECISION,
     )  # fmt: skip
     s = score_tile(s, scale, softcap)
     s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, MASKED)
     if MASKED:
-        s = span_mask(s, spans, b, start, end, first_key, key_len, BLOCK_N)
+        s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], key_len)
     v = load_tile(
-        value.ptr, value.stride_m, value.stride_n, first_key, key_len, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED,
+        value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED,
         BLOCK_DV > VALUE_DIM,
     )  # fmt: skip
-    return softmax_step(m, l, acc, s, v, CLEAN, PRECISION)
+    if dropout is None:
+        return softmax_step(m, l, acc, s, v, None, None, CLEAN, PRECISION)
+    else:
+        keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
+        return softmax_step(m, l, acc, s, v, keep, dropout.scale, CLEAN, PRECISION)
 
 
 @triton.jit
@@ -74,23 +85,18 @@ def initial_state(sinks_ptr, h, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
-def at_head(operand, b, h):
-    """The operand moved to batch element `b` and head `h`."""
-    offset = tl.cast(b, tl.int64) * operand.stride_b + tl.cast(h, tl.int64) * operand.stride_h
-    return Operand(operand.ptr + offset, operand.stride_b, operand.stride_h, operand.stride_m, operand.stride_n)
-
-
-@triton.jit
 def forward_kernel(
     query,
     key,
     value,
     output,
+    rounding,
     lse_ptr,
     spans,
     mask,
     bias,
     sinks_ptr,
+    dropout,
     scale,
     softcap,
     num_heads,
@@ -114,6 +120,8 @@ def forward_kernel(
     b, h = batch_head // num_heads, batch_head % num_heads
 
     query, output = at_head(query, b, h), at_head(output, b, h)
+    if rounding is not None:
+        rounding = at_head(rounding, b, h)
     key, value = at_head(key, b, h // group_size), at_head(value, b, h // group_size)
     if mask is not None:
         mask = at_head(mask, b, h)
@@ -121,55 +129,47 @@ def forward_kernel(
         bias = at_head(bias, b, h)
 
     q_pos = first_row + tl.arange(0, BLOCK_M)
-    q = query.ptr  # stands for queries that are read in pieces, where they are multiplied
-    if CHUNK_D == BLOCK_D:
-        q = load_tile(
-            query.ptr, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM, BLOCK_M, BLOCK_D, True,
-            BLOCK_D > HEAD_DIM,
-        )  # fmt: skip
+    q = left_tile(query, first_row, q_pos < query_len, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
     start, end = load_spans(spans, b, q_pos, query_len)
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
     for first_key in tl.range(first, body_first, BLOCK_N):
         state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
-            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
-            MASKED=True, CLEAN=False,
+            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
         )  # fmt: skip
     for first_key in tl.range(body_first, body_last, BLOCK_N):
         state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
-            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
-            MASKED=False, CLEAN=False,
+            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+            PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
         )  # fmt: skip
     for first_key in tl.range(body_last, last, BLOCK_N):
         state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
-            key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N,
-            MASKED=True, CLEAN=False,
+            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
         )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN). Only then is it worth the care to find out.
     if any_nan(state[2]):
         state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
         for first_key in tl.range(first, last, NARROW, num_stages=1):
             state = attend_keys(
-                state, q, query, key, value, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len,
-                key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, NARROW,
-                MASKED=True, CLEAN=True,
+                state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+                first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+                PRECISION, NARROW, MASKED=True, CLEAN=True,
             )  # fmt: skip
 
     m, l, acc = state
     out, lse = finish(m, l, acc)
     inside = q_pos < query_len
     tl.store(lse_ptr + batch_head.to(tl.int64) * query_len + q_pos, lse, mask=inside)
-    pointers = tile_pointers(output.ptr, output.stride_m, output.stride_n, first_row, BLOCK_M, BLOCK_DV)
-    columns = tl.arange(0, BLOCK_DV) < VALUE_DIM
-    tl.store(pointers, out.to(output.ptr.dtype.element_ty), mask=inside[:, None] & columns[None, :])
-
-
-INTERPRETED = not isinstance(forward_kernel, triton.runtime.jit.JITFunction)
-"""Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+    store_tile(output, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    if rounding is not None:
+        lost = out - out.to(output.ptr.dtype.element_ty).to(tl.float32)
+        store_tile(rounding, lost, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
 
 
 def forward(
@@ -183,36 +183,49 @@ def forward(
     mask: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
+    dropout_seed: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+    dropout_p: float,
+    *,
+    wants_rounding: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on validated arguments (`operators.attention` says what they are).
 
     Returns:
         Output `[batch, num_heads, query_len, value_dim]` in the dtype of `query`, stored token by token so that its
-        transpose to `[batch, query_len, num_heads, value_dim]` is contiguous, and log-sum-exp
-        `[batch, num_heads, query_len]` float32.
+        transpose to `[batch, query_len, num_heads, value_dim]` is contiguous; log-sum-exp
+        `[batch, num_heads, query_len]` float32; and, if wanted, what the output lost when it was rounded to its 16-bit
+        dtype, in that dtype and layout (else empty).
     """
     if INTERPRETED and query.dtype == torch.bfloat16:
         # The interpreter computes bf16 products from the bits as if they were integers; float32 holds every bf16.
         wide = (tensor.float() for tensor in (query, key, value))
-        output, lse = forward(*wide, start, end, key_mask, gap_count, mask, bias, sinks, scale, softcap)
-        return output.to(query.dtype), lse
+        exact, lse, _ = forward(
+            *wide, start, end, key_mask, gap_count, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p,
+            wants_rounding=False,
+        )  # fmt: skip
+        output = exact.to(query.dtype)
+        return output, lse, (exact - output).to(query.dtype) if wants_rounding else query.new_empty(0)
     batch, num_heads, query_len, _ = query.shape
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    rounding = torch.empty_like(output) if wants_rounding else query.new_empty(0)
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
         spans = span_operand(start, end, key_mask, gap_count)
         has_tiles = mask is not None or bias is not None or softcap is not None or key_mask is not None
         config = forward_config(
-            architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len, has_tiles=has_tiles
-        )
-        arguments = kernel_arguments(query, key, value, output, lse, spans, mask, bias, sinks, scale, softcap, config)
+            architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
+            has_tiles=has_tiles or dropout_seed is not None,
+        )  # fmt: skip
+        arguments = kernel_arguments(
+            query, key, value, output, rounding if wants_rounding else None, lse, spans, mask, bias, sinks,
+            dropout_operand(dropout_seed, dropout_p), scale, softcap, config,
+        )  # fmt: skip
         grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(query.device if query.is_cuda else -1):
+        with launching_on(query):
             forward_kernel[grid](**arguments)
-    return output, lse
+    return output, lse, rounding
 
 
 def kernel_arguments(
@@ -220,11 +233,13 @@ def kernel_arguments(
     key: Tensor,
     value: Tensor,
     output: Tensor,
+    rounding: Tensor | None,
     lse: Tensor,
     spans: SpanOperand,
     mask: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
+    dropout: DropoutOperand | None,
     scale: float,
     softcap: float | None,
     config: ForwardConfig,
@@ -238,11 +253,13 @@ def kernel_arguments(
         key=operand(key),
         value=operand(value),
         output=operand(output),
+        rounding=None if rounding is None else operand(rounding),
         lse_ptr=lse,
         spans=spans,
-        mask=None if mask is None else operand(mask.expand(scores).view(torch.uint8)),
-        bias=None if bias is None else operand(bias.expand(scores)),
+        mask=score_operand(mask, scores),
+        bias=score_operand(bias, scores),
         sinks_ptr=None if sinks is None else sinks.contiguous(),
+        dropout=dropout,
         scale=scale,
         softcap=softcap,
         num_heads=num_heads,
@@ -261,23 +278,3 @@ def kernel_arguments(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def operand(tensor: Tensor) -> Operand:
-    """A four-dimensional tensor as kernels take it."""
-    return Operand(tensor, *tensor.stride())
-
-
-def span_operand(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count: Tensor | None) -> SpanOperand:
-    """Spans as kernels take them. Broadcast dimensions get stride 0."""
-    strides = [
-        0 if size == 1 else stride
-        for bound in (start, end)
-        for size, stride in zip(bound.shape, bound.stride(), strict=True)
-    ]
-    if key_mask is None or gap_count is None:
-        return SpanOperand(start, end, *strides, None, 0, None, 0)
-    key_mask = key_mask.contiguous()
-    key_mask_stride = 0 if key_mask.shape[0] == 1 else key_mask.stride(0)
-    gap_stride = 0 if gap_count.shape[0] == 1 else gap_count.stride(0)
-    return SpanOperand(start, end, *strides, key_mask.view(torch.uint8), key_mask_stride, gap_count, gap_stride)

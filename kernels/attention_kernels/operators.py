@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, overload
@@ -12,8 +13,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import blockwise
+from . import blockwise, blockwise_backward
 from .configs import unsupported_device
+from .dropout import draw_seed
 from .spans import Spans
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ def attention(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -50,6 +54,8 @@ def attention(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -65,6 +71,8 @@ def attention(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over spans, with gradients.
@@ -82,6 +90,9 @@ def attention(
         sinks: floating point `[num_heads]`, a score per head without a value, in every row's softmax.
         scale: factor of the scores; default `head_dim ** -0.5`.
         softcap: if given, scores become `softcap * tanh(scores / softcap)` before bias and mask.
+        dropout_p: probability with which a weight of the softmax becomes 0; the others grow by `1 / (1 - dropout_p)`.
+        dropout_seed: int64 `[1]`; which weights are dropped follows from it and their place alone, on every device.
+            Default: drawn from torch's generator of the device, so that `torch.manual_seed` decides it.
         return_lse: also return the log-sum-exp of each row.
 
     Returns:
@@ -92,9 +103,14 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message says which, and what to do.
-        RuntimeError: the GPU is one that the kernels do not support.
+        RuntimeError: the GPU is one that the kernels do not support; a transform of `torch.func` is active.
     """
-    query, key, value = _validated(query, key, value)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "attention: transforms of torch.func (vmap, grad, jvp, ...) are not served; use torch.autograd, and a "
+            'dimension of the batch in place of vmap, or attn_implementation="eager"'
+        )
+    query, key, value = _validated(*cast_for_autocast(query, key, value))
     batch, num_heads, query_len, head_dim = query.shape
     key_len = key.shape[2]
     spans = Spans.full(query_len, key_len, device=query.device) if spans is None else spans
@@ -108,28 +124,53 @@ def attention(
         )
     if sinks is not None and sinks.device != query.device:
         raise ValueError(f"attention: `sinks` is on {sinks.device}, `query` on {query.device}; move it there")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile may trace a number, which math.isfinite does not take
         raise ValueError(f"attention: `scale` must be finite, got {scale}")
-    arguments = (
-        query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, scale,
-        None if softcap is None else float(softcap),
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
+    seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
+    operands = (
+        query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, seed, scale,
+        None if softcap is None else float(softcap), float(dropout_p),
     )  # fmt: skip
+    wants_gradient = _wants_gradient(query, key, value, bias, sinks)
     # Without gradients and tracing the operator adds nothing but the time of its registration's wrappers.
-    direct = _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
-    output, lse = _forward(*arguments) if direct else torch.ops.attention_kernels.forward(*arguments)
+    direct = not wants_gradient and _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
+    forward = _forward if direct else torch.ops.attention_kernels.forward
+    output, lse, _ = forward(*operands, wants_gradient)
     return (output, lse) if return_lse else output
 
 
+def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return draw_seed(device)
+    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"attention: `dropout_seed` must be int64 of shape [1] on {device}, got {seed.dtype} {list(seed.shape)} on "
+            f"{seed.device}; leave it out to have one drawn"
+        )
+    return seed
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors proper, not fake or wrapped ones, and none wants a gradient."""
-    grad = torch.is_grad_enabled()
-    return all(
-        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not (grad and tensor.requires_grad))
-        for tensor in tensors
-    )
+    """Whether all are tensors proper, not fake or wrapped ones."""
+    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def cast_for_autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in the dtype that an active `torch.autocast` asks for, as torch's own attention takes them."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return iter(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,74 +299,109 @@ def runs_triton(tensor: Tensor) -> bool:
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor start, Tensor end, Tensor? key_mask, Tensor? gap_count, "
-    "Tensor? mask, Tensor? bias, Tensor? sinks, float scale, float? softcap"
+    "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float? softcap, float dropout_p"
 )
 _library = torch.library.Library("attention_kernels", "DEF")
-_library.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(f"forward({_ARGUMENTS}, bool wants_gradient) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"backward(Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, bool wants_bias, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "backward(Tensor output, Tensor lse, Tensor rounding, Tensor grad_output, Tensor? grad_lse, bool wants_query, "
+    f"bool wants_key_value, bool wants_bias, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+_BIAS, _SINKS = 8, 9  # places among the arguments
+_FLAGS = 3  # wants_query, wants_key_value, wants_bias
 
-def _problem(query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, scale, softcap):
-    return blockwise.Problem(query, key, value, start, end, key_mask, mask, bias, sinks, scale, softcap)
+
+def _problem(
+    query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p,
+    *, trains,
+):  # fmt: skip
+    return blockwise.Problem(
+        query, key, value, start, end, key_mask, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p, trains
+    )
 
 
-def _forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and, for 16-bit gradients, what the output lost when it was rounded (else empty)."""
+    *arguments, wants_gradient = inputs
+    query = arguments[0]
     if runs_triton(query):
         from .forward import forward  # not before it is needed: importing Triton takes time
 
-        return forward(query, *arguments)
-    return blockwise.forward(_problem(query, *arguments))
+        return forward(*arguments, wants_rounding=_has_rounding(query, wants_gradient))
+    return *blockwise.forward(_problem(*arguments, trains=wants_gradient)), query.new_empty(0)
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _has_rounding(query: Tensor, wants_gradient: bool) -> bool:
+    return wants_gradient and query.dtype.itemsize == 2 and runs_triton(query)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_heads, query_len, _ = query.shape
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(batch, num_heads, query_len, dtype=blockwise.accumulator(query.dtype))
+    lse = query.new_empty(batch, num_heads, query_len, dtype=blockwise.accumulator(query.dtype))
+    return output, lse, torch.empty_like(output) if _has_rounding(query, arguments[-1]) else query.new_empty(0)
 
 
-def _backward(output, lse, grad_output, grad_lse, wants_bias, query, *arguments) -> tuple[Tensor, ...]:
+def _backward(output, lse, rounding, grad_output, grad_lse, *arguments) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and sinks; empty where not wanted."""
+    query = arguments[_FLAGS]
     if runs_triton(query):
-        log_once("gradients of attention run in torch: there is no Triton backward kernel yet")
-    problem = _problem(query, *arguments)
-    gradients = blockwise.backward(problem, output, lse, grad_output, grad_lse, wants_bias=wants_bias)
+        from .backward import backward  # not before it is needed: importing Triton takes time
+
+        gradients = backward(output, lse, rounding, grad_output, grad_lse, *arguments)
+    else:
+        problem = _problem(*arguments[_FLAGS:], trains=True)
+        gradients = blockwise_backward.backward(problem, output, lse, grad_output, grad_lse, *arguments[:_FLAGS])
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(output, lse, grad_output, grad_lse, wants_bias, query, key, value, *arguments):
-    bias, sinks = arguments[5], arguments[6]
+def _backward_fake(output, lse, rounding, grad_output, grad_lse, *arguments):
+    wants_query, wants_key_value, wants_bias = arguments[:_FLAGS]
+    arguments = arguments[_FLAGS:]
+    query, key, value = arguments[:3]
+    bias, sinks = arguments[_BIAS], arguments[_SINKS]
     return (
-        *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)),
+        _token_major(query) if wants_query else query.new_empty(0),
+        *(_token_major(each) if wants_key_value else query.new_empty(0) for each in (key, value)),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if wants_bias else query.new_empty(0),
         query.new_empty(0) if sinks is None else torch.empty_like(sinks),
     )
 
 
+def _token_major(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same shape that is stored token by token."""
+    batch, heads, tokens, dim = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.scale, ctx.softcap = inputs
+    *tensors, ctx.scale, ctx.softcap, ctx.dropout_p, _ = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _autograd(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    output, lse, *tensors = ctx.saved_tensors
-    bias, sinks = tensors[8], tensors[9]
-    wants_bias = bias is not None and ctx.needs_input_grad[8]
+def _autograd(
+    ctx, grad_output: Tensor | None, grad_lse: Tensor | None, grad_rounding: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    output, lse, rounding, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wants = (needs[0], needs[1] or needs[2], needs[_BIAS])
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    *gradients, grad_bias, grad_sinks = torch.ops.attention_kernels.backward(
-        output, lse, grad_output, grad_lse, wants_bias, *tensors, ctx.scale, ctx.softcap
+    gradients = torch.ops.attention_kernels.backward(
+        output, lse, rounding, grad_output, grad_lse, *wants, *tensors, ctx.scale, ctx.softcap, ctx.dropout_p
     )
-    unspanned = (None,) * 5  # start, end, key_mask, gap_count, mask
-    return (
-        *gradients,
-        *unspanned,
-        grad_bias if wants_bias else None,
-        None if sinks is None else grad_sinks,
-        None,
-        None,
+    result: list[Tensor | None] = [None] * len(needs)
+    for place, gradient in zip((0, 1, 2, _BIAS, _SINKS), gradients, strict=True):
+        result[place] = gradient if needs[place] else None
+    return tuple(result)
+
+
+def _refuse_double_backward(ctx, *gradients):
+    raise RuntimeError(
+        "attention: gradients of gradients (double backward) are not served; "
+        'use attn_implementation="eager" where a loss needs them'
     )
 
 
@@ -334,3 +410,4 @@ _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attention_kernels::forward", _forward_fake, lib=_library)
 torch.library.register_fake("attention_kernels::backward", _backward_fake, lib=_library)
 torch.library.register_autograd("attention_kernels::forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("attention_kernels::backward", _refuse_double_backward, lib=_library)

@@ -35,50 +35,64 @@ class Piece(NamedTuple):
     """Whether some of its rows see nothing."""
 
 
+class Group(NamedTuple):
+    """Batch elements that share a mask, their pieces, and how many keys a row of theirs sees on average."""
+
+    elements: slice
+    pieces: list[Piece]
+    keys_per_row: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a batch is computed.
 
     Attributes:
-        groups: slices of the batch that share a mask, with their pieces.
+        groups: the batch, in parts that share a mask.
         tile_masks: the additive mask of the last tile, by its dtype, size, and what its rows see relative to it. All
             tiles of a sliding window share one, and so do all layers of a model.
     """
 
-    groups: list[tuple[slice, list[Piece]]]
+    groups: list[Group]
     tile_masks: dict[tuple, Tensor] = field(default_factory=dict)
 
 
-def plan_batch(start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool) -> Plan:
+def plan_batch(
+    start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool, together: bool = True
+) -> Plan:
     """The plan for spans `start` and `end`, int32 `[batch or 1, query_len or 1]`.
 
-    The layers of a model share their spans, so the last few plans are remembered, by the identity of the tensors.
+    With `tiles_only` all keys of a row are in one piece. Without `together` sequences with spans of their own are never
+    computed together. The layers of a model share their spans, so the last few plans are remembered, by the identity of
+    the tensors.
     """
     versions = tuple(0 if bound.is_inference() else bound._version for bound in (start, end))
-    request = (batch, query_len, tiles_only, versions)
+    request = (batch, query_len, tiles_only, together, versions)
     for known_start, known_end, known_request, plan in _recent_plans:
         if known_start() is start and known_end() is end and known_request == request:
             return plan
-    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only)))
+    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only, together)))
     _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
     return plan
 
 
-_recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan]] = deque(maxlen=4)
+_recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan]] = deque(maxlen=8)
 
 
 def _groups(
-    start: Tensor, end: Tensor, batch: int, query_len: int, tiles_only: bool
-) -> Iterator[tuple[slice, list[Piece]]]:
+    start: Tensor, end: Tensor, batch: int, query_len: int, tiles_only: bool, together: bool
+) -> Iterator[Group]:
     shared = max(start.shape[0], end.shape[0]) == 1
     start = start.cpu().expand(1 if shared else batch, query_len)
     end = end.cpu().expand(start.shape)
-    if not shared and (together := plan_together(start, end)) is not None:
-        yield slice(None), [together]
+    seen = (end - start).clamp(min=0).float()
+    if together and not shared and (piece := plan_together(start, end)) is not None:
+        yield Group(slice(0, batch), [piece], float(seen.mean()))
         return
     for index in range(start.shape[0]):
-        elements = slice(None) if shared else slice(index, index + 1)
-        yield elements, plan_rows(start[index], end[index], tiles_only=tiles_only)
+        elements = slice(0, batch) if shared else slice(index, index + 1)
+        pieces = plan_rows(start[index], end[index], tiles_only=tiles_only)
+        yield Group(elements, pieces, float(seen[index].mean()) if query_len else 0.0)
 
 
 def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[Piece]:

@@ -27,6 +27,8 @@ def attention_reference(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with every intermediate in `dtype` (the softmax itself in at least float32).
@@ -40,6 +42,8 @@ def attention_reference(
         sinks: `[num_heads]`, a score per head that takes part in the softmax and has no value (GPT-OSS).
         scale: factor of the scores, default `head_dim ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        keep: bool, broadcastable to the scores; weights of the softmax where it is False are dropped.
+        keep_scale: factor of the weights that are kept.
 
     Returns:
         Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`, sinks
@@ -64,6 +68,8 @@ def attention_reference(
         scores = torch.cat([scores, column], -1)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])[..., : key.shape[2]]
+    if keep is not None:
+        weights = torch.where(keep, weights * keep_scale, 0.0)
     return _weighted_sum(weights.to(dtype), value), lse
 
 

@@ -203,7 +203,8 @@ class Spans:
         Args:
             key_mask: bool `[batch, key_len]`, True where the key is a token. Padding on the left, on the right or on
                 both sides is spans alone; padding in the middle is kept as `Spans.key_mask`. On a device other than the
-                CPU the mask is always kept, with its count of gaps, because looking would cost a synchronisation.
+                CPU, and under a compiler's tracing, the mask is always kept, with its count of gaps: looking would cost
+                a synchronisation, or cannot be done.
         """
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
@@ -215,12 +216,14 @@ class Spans:
         last = torch.where(key_mask, index + 1, 0).amax(1) if key_len else first
         gap_count = ((last - first).clamp_(min=0) - key_mask.sum(1)).to(torch.int32)
         start, end = first[:, None], last[:, None]
-        if key_mask.device.type == "cpu":  # looking costs nothing here, and what is constant stays one number
-            start = _constant(0, key_mask.device) if not start.any() else start
-            end = _constant(key_len, key_mask.device) if bool((end == key_len).all()) else end
-        if key_mask.device.type == "cpu" and not gap_count.any():
-            return cls(start, end, query_len, key_len)
-        return cls(start, end, query_len, key_len, key_mask, gap_count)
+        if not values_at_hand(key_mask):
+            return cls(start, end, query_len, key_len, key_mask, gap_count)
+        # What is constant stays one number.
+        start = _constant(0, key_mask.device) if not start.any() else start
+        end = _constant(key_len, key_mask.device) if bool((end == key_len).all()) else end
+        if gap_count.any():
+            return cls(start, end, query_len, key_len, key_mask, gap_count)
+        return cls(start, end, query_len, key_len)
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> Spans | None:
@@ -279,6 +282,25 @@ class Spans:
                 f"Spans: cannot combine query_len x key_len of {self.query_len} x {self.key_len} with "
                 f"{other.query_len} x {other.key_len}; build both for the same lengths"
             )
+
+    def cut(self, rows: slice, keys: slice) -> Spans:
+        """The mask of some consecutive rows and keys, whose numbers then count from the first row and key kept.
+
+        Of a whole sequence's mask it is what a device needs that holds those queries and those keys.
+        """
+        row, last_row, row_step = rows.indices(self.query_len)
+        first, last, key_step = keys.indices(self.key_len)
+        if row_step != 1 or key_step != 1:
+            raise ValueError(f"Spans.cut: `rows` and `keys` must be slices of step 1, got {rows} and {keys}")
+        query_len, key_len = max(last_row - row, 0), max(last - first, 0)
+        start, end = (
+            ((bound if bound.shape[1] == 1 else bound[:, row : row + query_len]) - first).clamp_(0, key_len)
+            for bound in (self.start, self.end)
+        )
+        spans = Spans(start, end, query_len, key_len)
+        if self.key_mask is None:
+            return spans
+        return spans & Spans.padded(self.key_mask[:, first : first + key_len], query_len)
 
     # ------------------------------------------------------------------ views
 
@@ -371,6 +393,17 @@ class Spans:
         return dense if self.key_mask is None else dense & self.key_mask[:1][:, keys]
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler or exporter traces what is done with a tensor, for any values that it may have."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at, and at no cost: on the CPU, and not under tracing."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
+
+
 def _constant(value: int, device: Device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int32, device=device)
 
@@ -390,10 +423,9 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Spans: ids must be [batch, tokens], got {list(ids.shape)}")
     tokens = ids.shape[1]
     index = torch.arange(tokens, device=ids.device)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    # Not slices of one token less: a compiler would have to tell two tokens, whose slice broadcasts, from more.
+    begins = (ids != ids.roll(1, 1)) | (index == 0)
     start = torch.where(begins, index, 0).cummax(1).values if tokens else index.expand(ids.shape)
-    ends = torch.ones_like(begins)
-    ends[:, :-1] = begins[:, 1:]
+    ends = begins.roll(-1, 1) | (index == tokens - 1)
     end = torch.where(ends, index + 1, tokens).flip(1).cummin(1).values.flip(1) if tokens else start
     return start, end

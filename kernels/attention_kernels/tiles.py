@@ -16,6 +16,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(2**31 - 1)
+DROPOUT_BITS = tl.constexpr(24)
+SPLITMIX_STEP = tl.constexpr(0x9E3779B97F4A7C15)
+SPLITMIX_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
+SPLITMIX_SECOND = tl.constexpr(0x94D049BB133111EB)
 
 
 class Operand(NamedTuple):
@@ -43,6 +47,21 @@ class SpanOperand(NamedTuple):
     gap_count_stride_b: int
 
 
+class DropoutOperand(NamedTuple):
+    """Dropout as kernels take it: the seed, and `dropout.threshold_and_scale`."""
+
+    seed_ptr: object
+    threshold: int
+    scale: float
+
+
+@triton.jit
+def at_head(operand, b, h):
+    """The operand moved to batch element `b` and head `h`."""
+    offset = tl.cast(b, tl.int64) * operand.stride_b + tl.cast(h, tl.int64) * operand.stride_h
+    return Operand(operand.ptr + offset, operand.stride_b, operand.stride_h, operand.stride_m, operand.stride_n)
+
+
 @triton.jit
 def tile_pointers(ptr, stride_m, stride_n, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: offsets inside a tile always fit 32."""
@@ -56,25 +75,33 @@ def load_tile(
     stride_m,
     stride_n,
     first_row,
-    num_rows,
+    inside,
     num_columns,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHECK_ROWS: tl.constexpr,  # constexpr: an unchecked load is a different, faster instruction
     CHECK_COLUMNS: tl.constexpr,
 ):
-    """Tile `[ROWS, COLUMNS]` from row `first_row` on, 0 in rows and columns beyond `num_rows` and `num_columns`."""
+    """Tile `[ROWS, COLUMNS]` from `first_row` on, 0 in rows not `inside` `[ROWS]` and from column `num_columns` on."""
     pointers = tile_pointers(ptr, stride_m, stride_n, first_row, ROWS, COLUMNS)
-    row_inside = (first_row + tl.arange(0, ROWS) < num_rows)[:, None]
     column_inside = (tl.arange(0, COLUMNS) < num_columns)[None, :]
     if CHECK_ROWS and CHECK_COLUMNS:
-        return tl.load(pointers, mask=row_inside & column_inside, other=0.0)
+        return tl.load(pointers, mask=inside[:, None] & column_inside, other=0.0)
     elif CHECK_ROWS:
-        return tl.load(pointers, mask=row_inside, other=0.0)
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
     elif CHECK_COLUMNS:
         return tl.load(pointers, mask=column_inside, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(operand, tile, first_row, inside, first_column, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a tile `[ROWS, COLUMNS]` where rows are `inside` `[ROWS]` and columns below `num_columns`."""
+    origin = operand.ptr + tl.cast(first_column, tl.int64) * operand.stride_n
+    pointers = tile_pointers(origin, operand.stride_m, operand.stride_n, first_row, ROWS, COLUMNS)
+    columns = first_column + tl.arange(0, COLUMNS) < num_columns
+    tl.store(pointers, tile.to(operand.ptr.dtype.element_ty), mask=inside[:, None] & columns[None, :])
 
 
 @triton.jit
@@ -122,35 +149,50 @@ def tanh(x):
 
 
 @triton.jit
-def dot_query_key(
-    q, query, key, first_row, query_len, first_key, key_len, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
+def dot_rows(
+    x, left, right, first_left, left_inside, first_right, right_inside, DIM: tl.constexpr, BLOCK_LEFT: tl.constexpr,
+    BLOCK_RIGHT: tl.constexpr, BLOCK_DIM: tl.constexpr, CHUNK: tl.constexpr, CHECK_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products `[M, N]` of queries and keys.
+    """Products `[BLOCK_LEFT, BLOCK_RIGHT]` of rows of two operands, and the right tile `[BLOCK_RIGHT, BLOCK_DIM]`.
 
-    Heads too wide to hold whole (float32, where a product needs its operands in registers; 512 columns, where they fill
-    the shared memory) are multiplied in pieces of CHUNK_D columns.
+    `x` is the left tile. Heads too wide to hold whole (float32, where a product needs its operands in registers; 512
+    columns, where they fill the shared memory) are multiplied in pieces of CHUNK columns; then `x` is not looked at and
+    what is returned for the right tile stands for nothing.
     """
-    if CHUNK_D == BLOCK_D:
-        k = load_tile(
-            key.ptr, key.stride_m, key.stride_n, first_key, key_len, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS,
-            BLOCK_D > HEAD_DIM,
+    if CHUNK == BLOCK_DIM:
+        y = load_tile(
+            right.ptr, right.stride_m, right.stride_n, first_right, right_inside, DIM, BLOCK_RIGHT, BLOCK_DIM,
+            CHECK_RIGHT, BLOCK_DIM > DIM,
         )  # fmt: skip
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION), y
     else:
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in tl.range(0, HEAD_DIM, CHUNK_D, num_stages=1):
-            q_piece = load_tile(
-                query.ptr + d * query.stride_n, query.stride_m, query.stride_n, first_row, query_len, HEAD_DIM - d,
-                BLOCK_M, CHUNK_D, True, HEAD_DIM % CHUNK_D != 0,
+        s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+        for d in tl.range(0, DIM, CHUNK, num_stages=1):
+            x_piece = load_tile(
+                left.ptr + d * left.stride_n, left.stride_m, left.stride_n, first_left, left_inside, DIM - d,
+                BLOCK_LEFT, CHUNK, True, DIM % CHUNK != 0,
             )  # fmt: skip
-            k_piece = load_tile(
-                key.ptr + d * key.stride_n, key.stride_m, key.stride_n, first_key, key_len, HEAD_DIM - d,
-                BLOCK_N, CHUNK_D, CHECK_KEYS, HEAD_DIM % CHUNK_D != 0,
+            y_piece = load_tile(
+                right.ptr + d * right.stride_n, right.stride_m, right.stride_n, first_right, right_inside, DIM - d,
+                BLOCK_RIGHT, CHUNK, CHECK_RIGHT, DIM % CHUNK != 0,
             )  # fmt: skip
-            s = tl.dot(q_piece, tl.trans(k_piece), s, input_precision=PRECISION)
-        return s
+            s = tl.dot(x_piece, tl.trans(y_piece), s, input_precision=PRECISION)
+        return s, right.ptr
+
+
+@triton.jit
+def left_tile(
+    operand, first_row, inside, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The left tile for `dot_rows`: rows of an operand, unless they are read in pieces where they are multiplied."""
+    if CHUNK == BLOCK_DIM:
+        return load_tile(
+            operand.ptr, operand.stride_m, operand.stride_n, first_row, inside, DIM, ROWS, BLOCK_DIM, True,
+            BLOCK_DIM > DIM,
+        )  # fmt: skip
+    else:
+        return operand.ptr
 
 
 @triton.jit
@@ -185,29 +227,59 @@ def bias_and_mask(
 
 
 @triton.jit
-def span_mask(s, spans, b, start, end, first_key, key_len, BLOCK_N: tl.constexpr):
-    """Scores `[M, N]`, -inf where the row does not see the key."""
-    k_pos = first_key + tl.arange(0, BLOCK_N)
-    visible = (k_pos[None, :] >= start[:, None]) & (k_pos[None, :] < end[:, None])
+def span_mask(s, spans, b, start, end, k_pos, key_len):
+    """Scores, -inf where the row does not see the key.
+
+    For scores `[M, N]` the bounds are `[M, 1]` and `k_pos` is `[1, N]`; for scores `[N, M]` the other way round.
+    """
+    visible = (k_pos >= start) & (k_pos < end)
     if spans.key_mask_ptr is not None:
         shown = tl.load(spans.key_mask_ptr + b * spans.key_mask_stride_b + k_pos, mask=k_pos < key_len, other=0)
-        visible = visible & (shown != 0)[None, :]
+        visible = visible & (shown != 0)
     # Rows beyond the last have a far end; the keys themselves end at key_len.
-    return tl.where(visible & (k_pos < key_len)[None, :], s, NEG_INF)
+    return tl.where(visible & (k_pos < key_len), s, NEG_INF)
 
 
 @triton.jit
-def softmax_step(m, l, acc, s, v, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
+def keep_tile(dropout, head, q_pos, k_pos, query_len, key_len):
+    """Whether dropout keeps each weight: `dropout.keep_mask` in another language, which explains it.
+
+    `head` counts over the whole batch; `q_pos` and `k_pos` are two-dimensional and broadcast to the tile's shape.
+    """
+    seed = tl.load(dropout.seed_ptr).to(tl.uint64) + SPLITMIX_STEP
+    seed = (seed ^ (seed >> 30)) * SPLITMIX_FIRST
+    seed = (seed ^ (seed >> 27)) * SPLITMIX_SECOND
+    seed = (seed ^ (seed >> 31)) | 1
+    row = tl.cast(head, tl.int64) * query_len + q_pos
+    y = (row * key_len + k_pos).to(tl.uint64) * seed
+    z = y + seed
+    x = swap_halves(y * y + y)
+    x = swap_halves(x * x + z)
+    x = swap_halves(x * x + y)
+    return ((x * x + z) >> (64 - DROPOUT_BITS)).to(tl.int32) >= dropout.threshold
+
+
+@triton.jit
+def swap_halves(x):
+    """The two 32-bit halves of 64-bit numbers, exchanged."""
+    return (x >> 32) | (x << 32)
+
+
+@triton.jit
+def softmax_step(m, l, acc, s, v, keep, kept_scale, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
     """One online-softmax step: state m `[M]`, l `[M]`, acc `[M, V]`, scores s `[M, N]`, values v `[N, V]`.
 
-    With CLEAN, a NaN or Inf in a value reaches only the rows that see its key: 0 x NaN is NaN, so such values are taken
-    out of the product and the rows that see one are made NaN as a whole.
+    `keep` `[M, N]` says which weights dropout keeps; None keeps all. With CLEAN, a NaN or Inf in a value reaches only
+    the rows that see its key: 0 x NaN is NaN, so such values are taken out of the product and the rows that see one are
+    made NaN as a whole.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
     m_safe = tl.where(m_new == NEG_INF, 0.0, m_new)
     alpha = tl.exp2(m - m_safe)
     p = tl.exp2(s - m_safe[:, None])
     l = l * alpha + tl.sum(p, 1)
+    if keep is not None:
+        p = tl.where(keep, p * kept_scale, 0.0)
     acc = acc * alpha[:, None]
     if CLEAN:
         difference = v - v  # 0 where finite, NaN where not

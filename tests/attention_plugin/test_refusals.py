@@ -55,7 +55,6 @@ def call(mask: Any = None, *, training: bool = False, **options: Any) -> tuple[T
         ("head_mask", torch.ones(4), "torch.float32 [4]"),
         ("layer_head_mask", torch.ones(4), "torch.float32 [4]"),
         ("cache", "a paged cache", "'a paged cache'"),
-        ("output_attentions", True, "True"),
         ("temperature_of_attention", 0.5, "0.5"),
         ("something_long", "x" * 100, "x" * 50 + "..."),
     ],
@@ -86,9 +85,9 @@ def test_absent_keywords_pass():
 def test_dropout():
     with raises(ValueError, "`dropout`=0.1", "eval mode", "pass 0.0 unless `module.training`"):
         call(dropout=0.1)
-    with raises(ValueError, "`dropout`=0.25", "not served in training", "attention dropout to 0.0", EAGER):
-        call(dropout=0.25, training=True)
-    call(dropout=0.0, training=True)
+    with raises(ValueError, "`dropout_p` must be 0 to 1, got 1.5"):
+        call(dropout=1.5, training=True)
+    call(dropout=0.0)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +231,28 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
     "infinite softcap": (lambda: {"softcap": float("inf")}, ValueError, ("`softcap`", "got inf")),
     "infinite scale": (lambda: {"scale": float("inf")}, ValueError, ("`scale` must be finite", "got inf")),
     "scale of NaN": (lambda: {"scale": float("nan")}, ValueError, ("`scale` must be finite", "got nan")),
+    "negative dropout": (
+        lambda: {"dropout_p": -0.1},
+        ValueError,
+        ("`dropout_p` must be 0 to 1", "got -0.1", "the share that is dropped"),
+    ),
+    "dropout in percent": (lambda: {"dropout_p": 10}, ValueError, ("`dropout_p` must be 0 to 1", "got 10")),
+    "dropout of NaN": (lambda: {"dropout_p": float("nan")}, ValueError, ("`dropout_p` must be 0 to 1", "got nan")),
+    "seed of another shape": (
+        lambda: {"dropout_p": 0.1, "dropout_seed": torch.tensor(3)},
+        ValueError,
+        ("`dropout_seed` must be int64 of shape [1] on cpu", "got torch.int64 []", "leave it out"),
+    ),
+    "seed of another dtype": (
+        lambda: {"dropout_p": 0.1, "dropout_seed": torch.zeros(1)},
+        ValueError,
+        ("`dropout_seed` must be int64", "got torch.float32 [1]"),
+    ),
+    "seed elsewhere": (
+        lambda: {"dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        ("`dropout_seed` must be int64 of shape [1] on cpu", "on meta"),
+    ),
     "additive mask": (
         lambda: {"mask": torch.zeros(6, 6)},
         TypeError,
@@ -480,33 +501,6 @@ def test_every_causal_model_that_computes_attention_itself_is_refused():
 
 def test_modules_without_source_get_the_benefit_of_the_doubt():
     assert support._uses_interface("a_module_that_is_not_there")
-
-
-def test_output_attentions_of_models():
-    """Asked for in the call or in the configuration: models would return an empty tuple."""
-    sizes = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
-    model = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="my_triton").eval()
-    tokens = torch.randint(5, 41, (1, 6))
-    words = ("`output_attentions`=True is refused", "attention weights are never written down", EAGER)
-    with raises(ValueError, *words):
-        model(tokens, output_attentions=True)
-    config.output_attentions = True
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="my_triton").eval()
-    with raises(ValueError, *words):
-        model(tokens)
-
-
-def test_attention_dropout_in_training():
-    config = transformers.LlamaConfig(
-        vocab_size=41, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        attention_dropout=0.1,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="my_triton")
-    tokens = torch.randint(5, 41, (1, 6))
-    model.eval()(tokens)
-    with raises(ValueError, "`dropout`=0.1 is not served in training", EAGER):
-        model.train()(tokens)
 
 
 # ---------------------------------------------------------------------- computing with a mask

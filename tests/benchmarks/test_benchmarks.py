@@ -15,7 +15,7 @@ import torch
 
 from attention_kernels import Spans
 from benchmarks import __main__ as runner
-from benchmarks import cases, kernels, measure, memory, models, providers, report, tensor_parallel
+from benchmarks import cases, kernels, measure, memory, models, providers, report, tensor_parallel, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def case_named(name: str) -> cases.Case:
     return next(case for case in cases.CASES if case.name == name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=kernels.dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_every_provider_that_runs_is_right(case: cases.Case, dtype: torch.dtype) -> None:
     results = {result.provider: result for result in kernels.run_case(case, SMALL, dtype, CPU, INTERPRETED, TWICE)}
@@ -97,6 +97,77 @@ def test_nan_is_a_wrong_result() -> None:
     result = measure.Result("kernels", "causal", "nan")
     assert not measure.check(torch.full((1, 96, 4, 16), torch.nan), reference, result)
     assert result.status == "failed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
+@pytest.mark.parametrize("case", training.CASES, ids=lambda case: case.name)
+def test_every_provider_that_trains_has_right_gradients(case: cases.Case, dtype: torch.dtype) -> None:
+    results = {result.provider: result for result in training.run_case(case, SMALL, dtype, CPU, INTERPRETED, TWICE)}
+    assert set(results) == {provider.name for provider in INTERPRETED}
+    assert {name: r.reason for name, r in results.items() if r.status == "failed"} == {}
+    wanted = {"query", "key", "value"} | ({"sinks"} if case.sinks else set())
+    for name in ("my_triton", "eager"):
+        assert results[name].status == "ok", results[name].reason
+        assert len(results[name].samples) == 2
+        assert set(results[name].details["gradients"]) == wanted
+    assert (results["sdpa"].status == "ok") == (case.softcap is None and not case.sinks)
+
+
+def test_gradients_are_checked_on_fewer_tokens_and_alike_otherwise() -> None:
+    sizes = cases.SIZES["cuda", "full"]
+    assert training.shortened(sizes) == replace(sizes, tokens=512, window=32)
+    assert training.shortened(SMALL) == SMALL
+
+
+def test_the_reference_of_gradients_is_not_rounded() -> None:
+    problem = training.wanting_gradients(cases.build_problem(case_named("sinks"), SMALL, torch.bfloat16, CPU))
+    for exact in training.build_gradient_reference(problem).truth.values():
+        assert exact.dtype == torch.float64 and not torch.equal(exact, exact.bfloat16().double())
+
+
+def test_a_wrong_gradient_fails_and_is_not_timed() -> None:
+    runs = {"doubles": 0, "detaches": 0}
+
+    def doubles(module, query, key, value, mask, **keywords):
+        runs["doubles"] += 1
+        same = 2 * value - value.detach()  # the value, with twice its gradient
+        return providers.PROVIDERS[0].forward(module, query, key, same, mask, **keywords)
+
+    def detaches(*arguments, **keywords):
+        runs["detaches"] += 1
+        output, weights = providers.PROVIDERS[0].forward(*arguments, **keywords)
+        return output.detach(), weights
+
+    ours = providers.PROVIDERS[0]
+    peers = [replace(ours, name=forward.__name__, forward=forward) for forward in (doubles, detaches)]
+    results = training.run_case(case_named("sliding"), SMALL, torch.float32, CPU, [ours, *peers], TWICE)
+    right, wrong, without = results
+    assert right.measured
+    assert wrong.status == "failed" and wrong.samples == []
+    assert "wrong gradient of value" in wrong.reason and "query" not in wrong.reason
+    assert without.status == "unavailable" and without.samples == [] and "does not require grad" in without.reason
+    assert runs == {"doubles": 1, "detaches": 1}
+    lines = [line.plain for line in report.absences(results)]
+    assert [line.partition(": ")[0] for line in lines] == ["failed in training", "unavailable in training"]
+
+
+def test_what_is_missing_in_training_as_in_the_kernels_is_said_once() -> None:
+    absent = [
+        measure.Result(section, "causal", provider, status="unavailable", reason=reason)
+        for section, provider, reason in (
+            ("kernels", "flash", "no GPU"),
+            ("training", "flash", "no GPU"),
+            ("training", "flex", "no gradient"),
+        )
+    ]
+    lines = [line.plain for line in report.absences(absent)]
+    assert lines == ["unavailable: flash: no GPU", "unavailable in training: flex: no gradient"]
+
+
+def test_a_gradient_that_is_not_finite_where_it_is_timed_fails() -> None:
+    result = measure.Result("training", "causal", "nan")
+    assert not training.check_finite({"query": torch.ones(2), "key": torch.tensor([1.0, torch.nan])}, result)
+    assert result.status == "failed" and result.reason.endswith("the gradient of key")
 
 
 def test_slow_calls_get_fewer_turns() -> None:
@@ -179,6 +250,30 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert header.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", header[16:24])
     assert width > 600 and height > 600
+
+
+def test_training_by_itself_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "run.json", tmp_path / "run.png"
+    arguments = ["--only", "training", "--quick", "--tokens", "64", "--device", "cpu", "--json", str(out)]
+    assert runner.main([*arguments, "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("Attention forward and backward, float32", "slowest and fastest case", "unavailable in training"):
+        assert words in shown
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["arguments"]["sections"] == ["training"]
+    rows = document["results"]
+    assert {row["section"] for row in rows} == {"training"}
+    assert {row["case"] for row in rows} == {case.name for case in cases.CASES} - {"decode"}
+    assert len(rows) == len(training.CASES) * len(providers.PROVIDERS)
+    for row in rows:
+        if row["status"] != "ok":
+            assert row["reason"] and not row["samples"]
+            continue
+        assert row["samples"] and row["median"] > 0 and row["times_as_fast"] > 0
+        assert row["details"]["tokens_checked"] == 64
+        for gradient in row["details"]["gradients"].values():
+            assert gradient["error"] <= gradient["error_bound"]
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.parametrize(

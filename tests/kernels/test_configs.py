@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from attention_kernels import Spans
-from attention_kernels.configs import CONFIGS, SHARED_MEMORY, forward_config
+from attention_kernels.configs import (
+    BACKWARD_CONFIGS,
+    BACKWARD_SPANS_CONFIGS,
+    CONFIGS,
+    SHARED_MEMORY,
+    backward_config,
+    forward_config,
+)
 from attention_kernels.operators import interpreting
 
 from ahead_of_time import compile_ahead
@@ -17,50 +24,135 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter does not
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def forward_arguments(architecture, dtype, dim, work):
-    """Arguments of a launch that has everything its kind of work can have."""
-    from attention_kernels.forward import kernel_arguments, span_operand
+QUERY_LEN, KEY_LEN = 256, 512
 
-    query_len, key_len = (8 if work == "short" else 256), 512
-    query, output = (torch.empty(2, query_len, 4, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
-    key, value = (torch.empty(2, key_len, 2, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
-    spans = Spans.causal(query_len, key_len)
-    key_mask = gap_count = mask = bias = softcap = None
-    if work != "spans":
-        key_mask, gap_count = torch.ones(2, key_len, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
-        mask = torch.ones(2, 1, query_len, key_len, dtype=torch.bool)
-        bias, softcap = torch.zeros(2, 1, query_len, key_len, dtype=dtype), 30.0
+
+def tensors(dtype, dim, query_len=QUERY_LEN):
+    """Query, key, value and output, `[2, 4 or 2, tokens, dim]`, stored token by token."""
+    return (
+        torch.empty(2, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+        for heads, tokens in ((4, query_len), (2, KEY_LEN), (2, KEY_LEN), (4, query_len))
+    )
+
+
+def extras(dtype, query_len=QUERY_LEN):
+    """Everything that a call can have besides spans: a mask, a bias, a softcap and dropout; and spans with gaps."""
+    from attention_kernels.launch import dropout_operand, span_operand
+
+    spans = Spans.causal(query_len, KEY_LEN)
+    hidden = torch.ones(2, KEY_LEN, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
+    return {
+        "spans": span_operand(spans.start, spans.end, *hidden),
+        "mask": torch.ones(2, 1, query_len, KEY_LEN, dtype=torch.bool),
+        "bias": torch.zeros(2, 1, query_len, KEY_LEN, dtype=dtype),
+        "dropout": dropout_operand(torch.zeros(1, dtype=torch.int64), 0.1),
+        "softcap": 30.0,
+    }
+
+
+def spans_alone(query_len=QUERY_LEN):
+    from attention_kernels.launch import span_operand
+
+    spans = Spans.causal(query_len, KEY_LEN)
+    nothing = dict.fromkeys(("mask", "bias", "dropout", "softcap"))
+    return {"spans": span_operand(spans.start, spans.end, None, None), **nothing}
+
+
+def compile_forward(architecture, dtype, dim, work):
+    """Compile the forward kernel with everything that its kind of work can have."""
+    from attention_kernels.forward import forward_kernel, kernel_arguments
+
+    query_len = 8 if work == "short" else QUERY_LEN
+    query, key, value, output = tensors(dtype, dim, query_len)
     config = forward_config(architecture, dtype, dim, dim, query_len, has_tiles=work != "spans")
-    operand = span_operand(spans.start, spans.end, key_mask, gap_count)
-    lse, sinks = torch.empty(2, 4, query_len), torch.zeros(4)
-    return kernel_arguments(query, key, value, output, lse, operand, mask, bias, sinks, 0.1, softcap, config)
+    given = spans_alone(query_len) if work == "spans" else extras(dtype, query_len)
+    arguments = kernel_arguments(
+        query, key, value, output, output if dtype.itemsize == 2 else None, torch.empty(2, 4, query_len),
+        sinks=torch.zeros(4), scale=0.1, config=config, **given,
+    )  # fmt: skip
+    return compile_ahead(forward_kernel, architecture, arguments)
+
+
+def compile_backward(architecture, dtype, dim, kernel, work):
+    """Compile a backward kernel with everything that its kind of work can have."""
+    from attention_kernels import backward
+
+    query, key, value, output = tensors(dtype, dim)
+    row = torch.empty(2, 4, QUERY_LEN)
+    given = spans_alone() if work == "spans" else extras(dtype)
+    softcap = given.pop("softcap")
+    call = backward.Call(query, key, value, output, row, row, scale=0.1, softcap=softcap, **given)
+    config = backward_config(architecture, dtype, dim, dim, kernel, has_tiles=work == "tiles")
+    if kernel == "query":
+        arguments = backward.query_arguments(call, query, config)
+        return compile_ahead(backward.query_kernel, architecture, arguments)
+    if kernel == "key_value":
+        bounds = torch.empty(1, 8, 4, dtype=torch.int32)
+        arguments = backward.key_value_arguments(call, key, value, bounds, config)
+        return compile_ahead(backward.key_value_kernel, architecture, arguments)
+    if kernel == "statistics":
+        arguments = backward.exact_statistics_arguments(call, row, row, torch.zeros(4), config)
+        return compile_ahead(backward.exact_statistics_kernel, architecture, arguments)
+    arguments = backward.bias_arguments(call, torch.empty_like(given["bias"]), config)
+    return compile_ahead(backward.bias_kernel, architecture, arguments)
+
+
+def chip_marks(architecture):
+    """`make test` compiles for one chip, the one whose limits are strictest: nothing may spill there."""
+    return () if architecture == "sm_90" else pytest.mark.exhaustive
 
 
 def shipped_configurations():
-    """Each architecture's rows; of rows that share one tile shape only the last, whose kernel needs the most."""
-    for architecture, configs in CONFIGS.items():
-        rows = {(element_size, dim, config): work for (element_size, dim, work), config in configs.items()}
+    """Each architecture's forward rows; of those that share a tile shape only the last, which needs the most."""
+    for architecture in SHARED_MEMORY:
+        rows = {(size, dim, config): work for (size, dim, work), config in CONFIGS[architecture].items()}
         for (element_size, dim, _), work in rows.items():
             yield pytest.param(
-                architecture, element_size, dim, work, id=f"{architecture}-{element_size * 8}bit-{dim}-{work}"
+                architecture,
+                element_size,
+                dim,
+                work,
+                id=f"{architecture}-{element_size * 8}bit-{dim}-{work}",
+                marks=chip_marks(architecture),
             )
 
 
-@pytest.mark.parametrize(("architecture", "element_size", "dim", "work"), list(shipped_configurations()))
-def test_configuration_compiles_within_limits(architecture, element_size, dim, work):
-    from attention_kernels.forward import forward_kernel
+def shipped_backward_configurations():
+    """Each architecture's backward rows: those for any call with all extras, and the faster ones with spans alone."""
+    for architecture in SHARED_MEMORY:
+        for table, work in ((BACKWARD_CONFIGS, "tiles"), (BACKWARD_SPANS_CONFIGS, "spans")):
+            for element_size, dim, kernel in table.get(architecture, {}):
+                name = f"{architecture}-{element_size * 8}bit-{dim}-{kernel}-{work}"
+                yield pytest.param(
+                    architecture, element_size, dim, kernel, work, id=name, marks=chip_marks(architecture)
+                )
 
-    compiled = compile_ahead(
-        forward_kernel, architecture, forward_arguments(architecture, DTYPES[element_size], dim, work)
-    )
+
+def assert_within_limits(compiled, architecture, dim):
     assert compiled.shared_memory <= SHARED_MEMORY[architecture]
     if architecture == "sm_90" and dim <= 256:
         assert compiled.spills == 0
 
 
+@pytest.mark.parametrize(("architecture", "element_size", "dim", "work"), list(shipped_configurations()))
+def test_configuration_compiles_within_limits(architecture, element_size, dim, work):
+    assert_within_limits(compile_forward(architecture, DTYPES[element_size], dim, work), architecture, dim)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "element_size", "dim", "kernel", "work"), list(shipped_backward_configurations())
+)
+def test_backward_configuration_compiles_within_limits(architecture, element_size, dim, kernel, work):
+    compiled = compile_backward(architecture, DTYPES[element_size], dim, kernel, work)
+    assert_within_limits(compiled, architecture, dim)
+    if architecture == "sm_90":
+        assert compiled.spills == 0  # at 512 columns, too
+
+
 def test_every_architecture_has_every_row():
-    assert all(configs.keys() == CONFIGS["sm_90"].keys() for configs in CONFIGS.values())
-    assert CONFIGS.keys() == SHARED_MEMORY.keys()
+    assert CONFIGS.keys() == BACKWARD_CONFIGS.keys() == {*SHARED_MEMORY, "interpreter"}
+    for table in (CONFIGS, BACKWARD_CONFIGS):
+        assert all(configs.keys() == table["sm_90"].keys() for configs in table.values())
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 65, 80, 129, 256, 300, 512])

@@ -112,6 +112,29 @@ def test_composition(data):
 
 
 @given(st.data())
+def test_cut(data):
+    query_len, key_len = data.draw(sizes), data.draw(sizes)
+    spans = Spans.sliding(query_len, key_len, left=data.draw(st.none() | st.integers(0, 9)), offset=data.draw(offsets))
+    if data.draw(st.booleans()):
+        spans = spans & Spans.padded(torch.rand(2, key_len, generator=torch.manual_seed(key_len)) > 0.3, query_len)
+    rows, keys = (
+        slice(*sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2))))
+        for size in (query_len, key_len)
+    )
+    cut = spans.cut(rows, keys)
+    expected = spans.to_dense()[:, rows, keys]
+    assert torch.equal(cut.to_dense().expand(expected.shape), expected)  # what sequences share may be stated once
+    if cut.key_mask is not None:
+        again = Spans.padded(cut.key_mask, cut.query_len)
+        assert torch.equal(cut.gap_count, again.gap_count)
+
+
+def test_cut_takes_consecutive_rows_and_keys():
+    with pytest.raises(ValueError, match="step 1"):
+        Spans.causal(8).cut(slice(0, 8, 2), slice(None))
+
+
+@given(st.data())
 @settings(max_examples=60)
 def test_tile_bounds(data):
     query_len, key_len = data.draw(sizes), data.draw(sizes)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model was asked for its attention weights, which it does not always tell its attention function."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+
+from .support import log_once, refuse_absent_weights
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # a release that collects outputs in another way: arguments and configurations still tell
+    _active_collector = None  # type: ignore[assignment]
+
+
+class AbsentWeights:
+    """Stands in place of weights where a model may have been asked for them without saying so here.
+
+    Any use of it is an error that says what to do, where None would look like an answer.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        refuse_absent_weights()
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        refuse_absent_weights()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __truediv__ = _refuse
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __array__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        refuse_absent_weights()
+
+    def __repr__(self) -> str:
+        return "AbsentWeights()"
+
+
+def weights_wanted(module: torch.nn.Module, output_attentions: bool | None) -> bool:
+    """Whether a model's caller has asked for attention weights, by an argument or in the configuration.
+
+    Args:
+        module: the attention layer.
+        output_attentions: what reached the attention function. False is no answer: some layers pass their own default.
+    """
+    wanted = bool(output_attentions) or _collected(module) or _set_where_it_counts(module)
+    if wanted and not torch.compiler.is_compiling():
+        log_once(
+            "attention weights were asked for: each layer writes down [batch, num_heads, query_len, key_len] numbers, "
+            "so that memory grows with the square of the tokens"
+        )
+    return wanted
+
+
+def absent_weights(module: torch.nn.Module, output_attentions: bool | None) -> AbsentWeights | None:
+    """What to return in place of weights that nobody seems to want: None, where that can be known."""
+    if output_attentions is None and not torch.compiler.is_compiling() and _swallows_wish(type(module).__module__):
+        return AbsentWeights()
+    return None
+
+
+def _collected(module: torch.nn.Module) -> bool:
+    """Whether transformers' hooks, which read the weights off the layers' outputs, are waiting for them."""
+    if _active_collector is None:
+        return False
+    if torch.compiler.is_compiling() and not _active_collector.compiling:
+        # A part of a model is compiled, and what was set outside of it cannot be traced. Neither can the hooks.
+        return bool(module._forward_hooks) and torch.compiler.disable(_collects_attentions)()
+    return _collects_attentions()
+
+
+def _collects_attentions() -> bool:
+    collector = _active_collector.get()
+    return collector is not None and any(key.endswith("attentions") for key in collector)
+
+
+def _set_where_it_counts(module: torch.nn.Module) -> bool:
+    """Whether the configuration asks for weights in a model that hands them out itself."""
+    if torch.compiler.is_compiling() or not _swallows_wish(type(module).__module__):
+        return False
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+@lru_cache
+def _swallows_wish(module_name: str) -> bool:
+    """Whether a modeling file gathers the weights by hand, as `all_attentions + (weights,)`.
+
+    transformers' hooks are not used there, and whether the layers are told depends on the file.
+    """
+    try:
+        code = inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", code) is not None

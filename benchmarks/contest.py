@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sections that compare providers share: each must be right before it may take turns on the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .cases import Problem
+from .measure import Call, Effort, Result, brief, dtype_name, interleaved
+from .providers import OURS, Provider
+
+Run = Callable[[], Any]
+"""What is timed: one provider on one problem."""
+
+Judge = Callable[[Run, Result], bool]
+"""Runs a provider once and says whether it is right; notes in the result what it found."""
+
+
+def enter(section: str, problem: Problem, providers: Sequence[Provider]) -> list[Result]:
+    """An empty result for each provider."""
+    dtype, description = dtype_name(problem.query.dtype), problem.description
+    return [Result(section, problem.case.name, provider.name, dtype, description) for provider in providers]
+
+
+def admit(
+    problem: Problem,
+    providers: Sequence[Provider],
+    results: Sequence[Result],
+    judge: Judge,
+    say: Callable[[str], None],
+    bind: Callable[[Provider, Problem, Any], Run] = Provider.bind,
+) -> dict[str, Run]:
+    """What may be timed, by provider's name: those that can run the problem, and are right.
+
+    Why others are not is noted in their results, one per provider; a provider whose result already says so is left out.
+    Masks are built here, off the clock; their own time is in the section "masks".
+    """
+    masks: dict[str, Any] = {}
+    runs: dict[str, Run] = {}
+    # What was compiled for other problems only leads to slower guards, to kernels for any length in place of this one,
+    # and in the end to torch's limit of variants.
+    torch.compiler.reset()
+    for provider, result in zip(providers, results, strict=True):
+        if result.status != "ok":
+            continue
+        say(f"{result.case} {result.dtype}: checking {provider.name}")
+        if (reason := provider.unavailable(problem)) is not None:
+            result.status, result.reason = "unavailable", reason
+            continue
+        try:
+            if provider.mask_name not in masks:
+                masks[provider.mask_name] = problem.mask_builder(provider.mask_name)()
+            run = bind(provider, problem, masks[provider.mask_name])
+            if judge(run, result):
+                runs[provider.name] = run
+        except Exception as error:  # whatever a peer raises is the reason why it has no figures
+            result.status = "failed" if provider.name == OURS else "unavailable"
+            result.reason = brief(error)
+    return runs
+
+
+def take_turns(
+    runs: dict[str, Run],
+    results: Sequence[Result],
+    device: torch.device,
+    effort: Effort,
+    say: Callable[[str], None],
+) -> None:
+    """Time what was admitted; the samples go into the results."""
+    calls = {name: Call(lambda _, run=run: run()) for name, run in runs.items()}
+    where = f"{results[0].case} {results[0].dtype}" if results else ""
+    samples = interleaved(calls, device, effort, lambda text: say(f"{where}: {text}"))
+    for result in results:
+        result.samples = samples.get(result.provider, [])

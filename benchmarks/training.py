@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training section: forward and backward of every case by every provider.
+
+Gradients are checked on a shorter problem of the same case: a key's gradient gathers from all rows, so that no few rows
+show whether it is right, and a dense float64 reference with all rows of the timed problem would take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_kernels import attention_reference
+
+from . import cases, contest
+from .cases import Case, Problem, Sizes, build_problem
+from .measure import ERROR_FLOOR, Effort, Result, error_bound
+from .providers import Provider
+
+CASES = tuple(case for case in cases.CASES if not case.decode)
+"""The cases that training has."""
+
+CHECKED_TOKENS = 512
+
+Gradients = dict[str, Tensor]
+"""By name of the input, which each has the shape of."""
+
+
+@dataclass(frozen=True)
+class GradientReference:
+    """The right gradients of a problem.
+
+    Attributes:
+        truth: in float64.
+        bounds: for each, the largest error that is no mistake, in the norm of all its elements.
+    """
+
+    truth: Gradients
+    bounds: dict[str, float]
+
+
+def run_case(
+    case: Case,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    providers: Sequence[Provider],
+    effort: Effort,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Result]:
+    """Check every provider's gradients on a case, then time forward and backward of those that are right, in turns."""
+    short, timed = (wanting_gradients(build_problem(case, each, dtype, device)) for each in (shortened(sizes), sizes))
+    reference = build_gradient_reference(short)
+    results = contest.enter("training", timed, providers)
+
+    def right(step: Callable[[], Gradients], result: Result) -> bool:
+        return check_gradients(step(), reference, result)
+
+    contest.admit(short, providers, results, right, say, bind_step)
+    steps = contest.admit(timed, providers, results, lambda step, result: check_finite(step(), result), say, bind_step)
+    contest.take_turns(steps, results, device, effort, say)
+    return results
+
+
+def shortened(sizes: Sizes) -> Sizes:
+    """Sizes of which gradients are checked: fewer tokens, and a window that is the same share of them."""
+    tokens = min(sizes.tokens, CHECKED_TOKENS)
+    return replace(sizes, tokens=tokens, window=max(1, sizes.window * tokens // sizes.tokens))
+
+
+# ---------------------------------------------------------------------- one step
+
+
+def inputs_of(problem: Problem) -> Gradients:
+    """The tensors of a problem that training wants gradients of, by name."""
+    named = {"query": problem.query, "key": problem.key, "value": problem.value, "sinks": problem.sinks}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def wanting_gradients(problem: Problem, dtype: torch.dtype | None = None) -> Problem:
+    """The problem with leaves of autograd as its inputs, in `dtype` if one is given."""
+    leaves = {
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in inputs_of(problem).items()
+    }
+    return replace(problem, **leaves)
+
+
+def output_gradient(problem: Problem) -> Tensor:
+    """A fixed random gradient of the output, `[batch, query_len, num_heads, head_dim]`.
+
+    It is 0 at padding, which has no loss: what attention returns there may be anything, and must not reach a gradient.
+    """
+    query = problem.query.transpose(1, 2)
+    # Not the seed of the problem's tensors: a gradient equal to the query would be no random one.
+    generator = torch.Generator(query.device).manual_seed(2)
+    gradient = torch.randn(query.shape, generator=generator, device=query.device).to(query.dtype)
+    return gradient.masked_fill(~problem.real[..., None, None], 0.0)
+
+
+def bind_step(provider: Provider, problem: Problem, mask: Any) -> Callable[[], Gradients]:
+    """A call without arguments that runs forward and backward once and keeps nothing of the graph."""
+    forward = provider.bind(problem, mask)
+    inputs, gradient = inputs_of(problem), output_gradient(problem)
+
+    def step() -> Gradients:
+        return dict(zip(inputs, torch.autograd.grad(forward(), tuple(inputs.values()), gradient), strict=True))
+
+    return step
+
+
+# ---------------------------------------------------------------------- correctness
+
+
+def build_gradient_reference(problem: Problem) -> GradientReference:
+    """Float64 gradients of dense attention, and bounds from the error of the same in the problem's dtype."""
+    dtype = problem.query.dtype
+    truth, eager = dense_gradients(problem, torch.float64), dense_gradients(problem, dtype)
+    # Eager's gradient of few numbers, that of sinks, may be next to exact by chance; a quarter of a unit in the last
+    # place is no mistake in any.
+    floor = max(ERROR_FLOOR, torch.finfo(dtype).eps / 4)
+    bounds = {
+        name: error_bound(distance(eager[name], exact), exact.norm().item(), floor) for name, exact in truth.items()
+    }
+    return GradientReference(truth, bounds)
+
+
+def dense_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
+    """Gradients of `attention_reference` with everything in `dtype`, the gradients too."""
+    gradient = output_gradient(problem).transpose(1, 2).to(dtype)
+    mask = problem.visible(torch.arange(problem.query.shape[2], device=problem.query.device))
+    problem = wanting_gradients(problem, dtype)
+    inputs = inputs_of(problem)
+    output, _ = attention_reference(**inputs, mask=mask, softcap=problem.case.softcap, dtype=dtype)
+    return dict(zip(inputs, torch.autograd.grad(output, tuple(inputs.values()), gradient), strict=True))
+
+
+def distance(gradient: Tensor, truth: Tensor) -> float:
+    """Norm of the difference."""
+    return (gradient.double() - truth).norm().item()
+
+
+def check_gradients(gradients: Gradients, reference: GradientReference, result: Result) -> bool:
+    """Compare each gradient with the reference; what was found is noted in `result`. NaN is always a mistake."""
+    errors = {name: distance(gradients[name], truth) for name, truth in reference.truth.items()}
+    result.details |= {
+        "tokens_checked": gradients["key"].shape[0] * gradients["key"].shape[2],
+        "gradients": {name: {"error": error, "error_bound": reference.bounds[name]} for name, error in errors.items()},
+    }
+    wrong = [
+        f"gradient of {name}: error {error:.2e}, bound {reference.bounds[name]:.2e}"
+        for name, error in errors.items()
+        if not error <= reference.bounds[name]
+    ]
+    if wrong:
+        result.status, result.reason = "failed", f"wrong {'; '.join(wrong)}"
+    return not wrong
+
+
+def check_finite(gradients: Gradients, result: Result) -> bool:
+    """Whether gradients hold neither NaN nor infinity, the least that the timed problem shows; noted in `result`."""
+    wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if wrong:
+        result.status, result.reason = "failed", f"wrong result: NaN or Inf in the gradient of {', '.join(wrong)}"
+    return not wrong

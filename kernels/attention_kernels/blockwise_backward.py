@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients in plain torch: what CPU tensors run, and devices that Triton does not serve.
+
+Pieces as in the forward pass run torch's own fused gradient where that is accurate and faster; everything else is the
+chain rule written out, a few rows with all their keys at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import blockwise
+from .blockwise import (
+    Problem,
+    accumulator,
+    additive_mask,
+    cut_piece,
+    dropout_factor,
+    equal_dims,
+    finite_or_zero,
+    four_dimensional,
+    has_nan,
+    narrow_pieces,
+    over_group,
+    per_group,
+    piece_operands,
+    score_tile,
+)
+from .pieces import Group, Piece
+
+FEW_KEYS = 32
+"""Keys per row up to which gradients are written out."""
+
+FEW_SCORES = 1 << 18
+"""Scores of a sequence, over all heads, up to which gradients are written out."""
+
+Five = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Gradients of query, key, value, bias and sinks; None where not wanted."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward pass adds up, in the accumulator's dtype or wider; None where not wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+
+    @staticmethod
+    def zeros(problem: Problem, wants_query: bool, wants_key_value: bool, wants_bias: bool) -> Gradients:
+        """What to add to. One element of a bias or of the sinks may stand for millions of scores: those are float64.
+
+        Gradients of query, key and value are stored token by token, as the output is.
+        """
+        wide = accumulator(problem.query.dtype)
+        widest = torch.float64 if problem.query.device.type == "cpu" else wide  # not every device has it
+
+        def token_major(tensor: Tensor, wanted: bool) -> Tensor | None:
+            batch, heads, tokens, dim = tensor.shape
+            return tensor.new_zeros(batch, tokens, heads, dim, dtype=wide).transpose(1, 2) if wanted else None
+
+        def plain(tensor: Tensor | None, wanted: bool) -> Tensor | None:
+            return tensor.new_zeros(tensor.shape, dtype=widest) if tensor is not None and wanted else None
+
+        return Gradients(
+            token_major(problem.query, wants_query),
+            token_major(problem.key, wants_key_value),
+            token_major(problem.value, wants_key_value),
+            plain(problem.bias, wants_bias),
+            plain(problem.sinks, True),
+        )
+
+    def tainted(self, elements: slice) -> bool:
+        """Whether NaN has come to gradients of these batch elements."""
+        return any(total is not None and has_nan(total[elements]) for total in (self.query, self.key, self.value))
+
+    def forget(self, elements: slice) -> None:
+        """Start again for these batch elements."""
+        for total in (self.query, self.key, self.value):
+            if total is not None:
+                total[elements] = 0
+
+    def rounded(self, problem: Problem) -> Five:
+        """Gradients of query, key, value, bias and sinks in the dtypes of those."""
+
+        def like(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+            return None if total is None or tensor is None else total.to(tensor.dtype)
+
+        return (
+            like(self.query, problem.query), like(self.key, problem.key), like(self.value, problem.value),
+            like(self.bias, problem.bias), like(self.sinks, problem.sinks),
+        )  # fmt: skip
+
+
+def backward(
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    wants_query: bool,
+    wants_key_value: bool,
+    wants_bias: bool,
+) -> Five:
+    """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given)."""
+    gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
+    call = Call(problem, output, lse, grad_output, grad_lse, gradients)
+    plain, tiled = (problem.plan(fused=fused).groups for fused in (True, False))
+    for group, tiles in zip(plain, tiled, strict=True):
+        if call.fuses(group):
+            add_fused(call, group)
+            if not gradients.tainted(group.elements):
+                add_sinks(call, group.elements)
+                continue
+            # The fused gradient multiplies hidden values by 0, and 0 x NaN is NaN.
+            gradients.forget(group.elements)
+        add_written_out(call, tiles)
+    return gradients.rounded(problem)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A backward pass: its arguments, and where gradients are added up."""
+
+    problem: Problem
+    output: Tensor
+    lse: Tensor
+    grad_output: Tensor
+    grad_lse: Tensor | None
+    gradients: Gradients
+
+    def fuses(self, group: Group) -> bool:
+        """Whether torch's fused gradient can express the call, is accurate, and is faster.
+
+        Its weights, which come from a log-sum-exp, do not quite add up to 1, which shows where rows see few keys.
+        """
+        if not self.problem.fused or self.gradients.bias is not None or self.grad_lse is not None:
+            return False
+        _, num_heads, query_len, _ = self.problem.query.shape
+        large = num_heads * query_len * self.problem.key.shape[2] > FEW_SCORES
+        return large and group.keys_per_row > FEW_KEYS
+
+    @cached_property
+    def exact(self) -> Call:
+        """The call with all tensors in float32 or wider, for the fused gradient.
+
+        That takes a row's sum of weight times gradient from the output, whose rounding to 16 bits would be the sum's
+        error. So the output is computed again.
+        """
+        lse, output, problem = self.lse, self.output, self.problem
+        wide = accumulator(problem.query.dtype)
+        if problem.query.dtype != wide:
+            query, key, value = (tensor.to(wide) for tensor in (problem.query, problem.key, problem.value))
+            problem = replace(problem, query=query, key=key, value=value)
+            output, lse = blockwise.forward(problem)
+        # A row that saw nothing has no weights: exp(score - inf) is 0, where exp(score + inf) is not.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        return replace(self, problem=problem, output=output, lse=lse, grad_output=self.grad_output.to(wide))
+
+    @cached_property
+    def widened(self) -> Problem:
+        """The problem with keys and values as the written-out chain rule takes them.
+
+        A weight of 0 times a hidden NaN must be 0. The scores see to NaN themselves, so keys keep it.
+        """
+        wide = accumulator(self.problem.query.dtype)
+        key, value = (tensor.to(wide).contiguous() for tensor in (self.problem.key, self.problem.value))
+        return replace(self.problem, key=key, value=finite_or_zero(value))
+
+
+def add_fused(call: Call, group: Group) -> None:
+    """Add the gradients of query, key and value of some batch elements by torch's fused ones."""
+    exact = call.exact
+    for piece in group.pieces:
+        _add_piece(exact.problem, group.elements, piece, exact.output, exact.lse, exact.grad_output, call.gradients)
+
+
+def add_sinks(call: Call, elements: slice) -> None:
+    """Add the sinks' gradient: a sink has a weight in every row, and a value of 0."""
+    exact, total = call.exact, call.gradients.sinks
+    if total is None or exact.problem.sinks is None:
+        return
+    delta = (exact.grad_output[elements] * exact.output[elements]).sum(-1)  # [batch, num_heads, query_len]
+    weights = torch.exp(exact.problem.sinks.to(delta.dtype)[:, None] - exact.lse[elements])
+    total.sub_((weights * delta).to(total.dtype).sum((0, 2)))
+
+
+def add_written_out(call: Call, group: Group) -> None:
+    """Add all gradients of some batch elements by the chain rule, in the accumulator's dtype.
+
+    The weights are computed anew and not from a log-sum-exp: so they sum to 1 and fit the scores that they belong to,
+    whatever path and dtype that comes from.
+    """
+    for piece in group.pieces:
+        for elements, rows in narrow_pieces(call.problem, group.elements, piece):
+            _add_rows(call.widened, elements, rows, call.grad_output, call.grad_lse, call.gradients)
+
+
+def _add_piece(
+    problem: Problem,
+    elements: slice,
+    piece: Piece,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    gradients: Gradients,
+) -> None:
+    """Add a piece's gradients. Given the whole row's output and log-sum-exp, the fused backward yields its share."""
+    query, key, value = piece_operands(problem, elements, piece)
+    group_size = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
+    place = (elements, slice(None), piece.rows)
+    query, wide_key, wide_value, part, grad = equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
+    added = None
+    if piece.kind != "causal":
+        added = four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+    parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
+        piece.kind == "causal", attn_mask=added, scale=problem.scale,
+    )  # fmt: skip
+    if gradients.query is not None:
+        gradients.query[place] += parts[0][..., : problem.query.shape[-1]]
+    for total, part in ((gradients.key, parts[1]), (gradients.value, parts[2])):
+        if total is not None:
+            total[elements, :, piece.keys] += part[..., : total.shape[-1]].unflatten(1, (-1, group_size)).sum(2)
+
+
+def _add_rows(
+    problem: Problem,
+    elements: slice,
+    piece: Piece,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    gradients: Gradients,
+) -> None:
+    """Add the gradients of a few rows (FlashAttention-2, Algorithm 2, for rows with all their keys)."""
+    query, key, value = piece_operands(problem, elements, piece)
+    query, place = query.to(key.dtype), (elements, slice(None), piece.rows)
+    grad = grad_output[place].to(key.dtype)
+    scores, largest, slope = score_tile(problem, elements, piece, query, key)
+    if has_nan(query) or has_nan(grad):
+        # What a row that sees nothing holds, or gets back, must not reach the keys: 0 x NaN is NaN.
+        blind = largest == -math.inf
+        query, grad = query.masked_fill(blind, 0.0), grad.masked_fill(blind, 0.0)
+    weights, sink_weights = _softmax(scores, largest, problem.sinks)
+    factor = dropout_factor(problem, elements, piece)
+    if gradients.value is not None:
+        kept = weights if factor is None else weights * factor
+        gradients.value[elements, :, piece.keys] += over_group(kept, grad, value.shape[1])
+    grad_scores = per_group(grad, value.transpose(-1, -2))
+    if factor is not None:
+        grad_scores.mul_(factor)
+    # The piece has all keys of its rows: their sum is exact, where output times its gradient has the output's rounding.
+    delta = (weights * grad_scores).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta -= grad_lse[place][..., None]
+    if gradients.sinks is not None:
+        gradients.sinks.sub_((sink_weights * delta).to(gradients.sinks.dtype).sum((0, 2, 3)))
+    grad_scores.sub_(delta).mul_(weights)
+    if gradients.bias is not None:
+        total = cut_piece(gradients.bias, elements, piece)
+        total += grad_scores.to(total.dtype).sum_to_size(total.shape)
+    if slope is not None:
+        grad_scores.mul_(slope)
+    if gradients.query is not None:
+        gradients.query[place] = per_group(grad_scores, finite_or_zero(key)).mul_(problem.scale)
+    if gradients.key is not None:
+        gradients.key[elements, :, piece.keys] += over_group(grad_scores, query * problem.scale, key.shape[1])
+
+
+def _softmax(scores: Tensor, largest: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights of the keys, in place of the scores, and `[batch, num_heads, rows, 1]` of the sinks (0 without)."""
+    sink_weights = torch.zeros_like(largest)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None]
+        largest = torch.maximum(largest, column)
+        sink_weights = torch.exp(column - largest)
+    weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True) + sink_weights
+    total.masked_fill_(total == 0, 1.0)
+    return weights.div_(total), sink_weights.div_(total)

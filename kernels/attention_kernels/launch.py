@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What launching a kernel takes, whichever it is: tensors as its operands, and the device to launch on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+from torch import Tensor
+
+from .dropout import threshold_and_scale
+from .tiles import DropoutOperand, Operand, SpanOperand, tile_pointers
+
+INTERPRETED = not isinstance(tile_pointers, triton.runtime.jit.JITFunction)
+"""Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's device current: Triton launches on the current one, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def operand(tensor: Tensor) -> Operand:
+    """A four-dimensional tensor as kernels take it."""
+    return Operand(tensor, *tensor.stride())
+
+
+def score_operand(
+    tensor: Tensor | None, scores: tuple[int, int, int, int], *, transposed: bool = False
+) -> Operand | None:
+    """A mask or a bias as kernels take it, broadcast to the shape of the scores; `transposed` for tiles of key rows."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(scores)
+    tensor = tensor.transpose(2, 3) if transposed else tensor
+    return operand(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor)
+
+
+def span_operand(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count: Tensor | None) -> SpanOperand:
+    """Spans as kernels take them. Broadcast dimensions get stride 0."""
+    (start_b, start_m), (end_b, end_m) = (
+        [0 if size == 1 else stride for size, stride in zip(bound.shape, bound.stride(), strict=True)]
+        for bound in (start, end)
+    )
+    strides = (start_b, start_m, end_b, end_m)
+    if key_mask is None or gap_count is None:
+        return SpanOperand(start, end, *strides, None, 0, None, 0)
+    key_mask = key_mask.contiguous()
+    key_mask_stride = 0 if key_mask.shape[0] == 1 else key_mask.stride(0)
+    gap_stride = 0 if gap_count.shape[0] == 1 else gap_count.stride(0)
+    return SpanOperand(start, end, *strides, key_mask.view(torch.uint8), key_mask_stride, gap_count, gap_stride)
+
+
+def dropout_operand(seed: Tensor | None, dropout_p: float) -> DropoutOperand | None:
+    """Dropout as kernels take it; None where there is none."""
+    return None if seed is None else DropoutOperand(seed, *threshold_and_scale(dropout_p))
