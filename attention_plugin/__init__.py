@@ -16,9 +16,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import support
 from .attention import attention_forward
+from .engines.continuous_batching import disable as disable_continuous_batching
+from .engines.continuous_batching import enable as enable_continuous_batching
 from .masks import SpanMask, span_mask
 
-__all__ = ["NAME", "SpanMask", "attention_forward", "register", "span_mask"]
+__all__ = [
+    "NAME",
+    "SpanMask",
+    "attention_forward",
+    "disable_continuous_batching",
+    "enable_continuous_batching",
+    "register",
+    "span_mask",
+]
 
 NAME = "my_triton"
 """The name to pass as `attn_implementation`."""

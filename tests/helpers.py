@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 """A GPU runs the Triton kernels; a CPU runs the torch path, or the kernels where TRITON_INTERPRET=1."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+SLOW_IN_INTERPRETER = pytest.mark.exhaustive if interpreting() else ()
+"""Mark of tests that the interpreter takes long for; torch and GPUs run them in `make test`."""
 
 GRADIENTS = ("query", "key", "value", "bias", "sinks")
 

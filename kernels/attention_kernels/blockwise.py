@@ -100,9 +100,9 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tenso
     """The result after the sinks, which have no values, have taken their share of the softmax."""
     if sinks is None:
         return output, lse
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    share = torch.where(lse == -math.inf, 0.0, torch.exp(lse - total))
-    return output.mul_(share[..., None]), total
+    sinks = sinks.to(lse.dtype)[:, None]
+    share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
+    return output.mul_(share[..., None]), torch.logaddexp(lse, sinks)
 
 
 def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from .blockwise import (
     piece_operands,
     score_tile,
 )
-from .pieces import Group, Piece
+from .pieces import Group, Piece, uncovered
 
 FEW_KEYS = 32
 """Keys per row up to which gradients are written out."""
@@ -198,9 +198,13 @@ def add_written_out(call: Call, group: Group) -> None:
     The weights are computed anew and not from a log-sum-exp: so they sum to 1 and fit the scores that they belong to,
     whatever path and dtype that comes from.
     """
+    for rows in uncovered(group.pieces, call.problem.query.shape[2]):
+        if call.gradients.sinks is not None and call.grad_lse is not None:
+            # Rows that see no key have their sink alone, whose weight is 1.
+            call.gradients.sinks.add_(call.grad_lse[group.elements, :, rows].to(call.gradients.sinks.dtype).sum((0, 2)))
     for piece in group.pieces:
-        for elements, rows in narrow_pieces(call.problem, group.elements, piece):
-            _add_rows(call.widened, elements, rows, call.grad_output, call.grad_lse, call.gradients)
+        for elements, few in narrow_pieces(call.problem, group.elements, piece):
+            _add_rows(call.widened, elements, few, call.grad_output, call.grad_lse, call.gradients)
 
 
 def _add_piece(

@@ -149,7 +149,7 @@ def forward_config(
     architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, query_len: int, *, has_tiles: bool
 ) -> ForwardConfig:
     """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans."""
-    widest = max(64, padded_dim(head_dim), padded_dim(value_dim))
+    widest = widest_row(head_dim, value_dim)
     work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
     config = CONFIGS[architecture][dtype.itemsize, widest, work]
     # A head narrower than a piece is multiplied whole.
@@ -233,9 +233,88 @@ def backward_config(
     architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, kernel: Pass, *, has_tiles: bool
 ) -> BackwardConfig:
     """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, dropout included."""
-    key = (dtype.itemsize, max(64, padded_dim(head_dim), padded_dim(value_dim)), kernel)
+    key = (dtype.itemsize, widest_row(head_dim, value_dim), kernel)
     spans_configs = {} if has_tiles else BACKWARD_SPANS_CONFIGS.get(architecture, {})
     return spans_configs.get(key) or BACKWARD_CONFIGS[architecture][key]
+
+
+class DecodeConfig(NamedTuple):
+    """Tile shape of the kernel for caches; as `ForwardConfig`, of rows that are queries of all heads of a group."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_d: int = 0
+
+
+_DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    # (bytes per element of the queries, widest head, rows). Few rows wait for memory: deep pipelines, narrow tiles.
+    (2, 64, "few"): DecodeConfig(16, 64, 4, 2),
+    (2, 128, "few"): DecodeConfig(16, 32, 4, 2),
+    (2, 256, "few"): DecodeConfig(16, 32, 4, 1),
+    (2, 512, "few"): DecodeConfig(16, 16, 8, 1, 64),
+    (2, 64, "many"): DecodeConfig(64, 32, 4, 1),
+    (2, 128, "many"): DecodeConfig(64, 32, 8, 1),
+    (2, 256, "many"): DecodeConfig(32, 32, 8, 1),
+    (2, 512, "many"): DecodeConfig(32, 16, 8, 1, 64),
+    **{
+        (4, dim, rows): DecodeConfig(16, 32 if dim == 64 else 16, 8, 1, 32)
+        for dim in (64, 128, 256, 512)
+        for rows in ("few", "many")
+    },
+}
+
+_DECODE_HOPPER: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    (2, 64, "few"): DecodeConfig(16, 64, 4, 3),
+    (2, 128, "few"): DecodeConfig(16, 32, 4, 3),
+    (2, 256, "few"): DecodeConfig(16, 32, 8, 2),
+}
+
+_DECODE_INTERPRETED: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    (size, dim, rows): DecodeConfig(16 if rows == "few" else 64, 32, 1, 1, 0 if dim <= 128 else 64)
+    for size in (2, 4)
+    for dim in (64, 128, 256, 512)
+    for rows in ("few", "many")
+}
+
+DECODE_CONFIGS: dict[str, dict[tuple[int, int, Literal["few", "many"]], DecodeConfig]] = {
+    "sm_80": _DECODE_ANYWHERE,
+    "sm_86": _DECODE_ANYWHERE,
+    "sm_90": _DECODE_ANYWHERE | _DECODE_HOPPER,
+    "sm_100": _DECODE_ANYWHERE | _DECODE_HOPPER,
+    "sm_120": _DECODE_ANYWHERE,
+    "gfx942": _DECODE_ANYWHERE,
+    "interpreter": _DECODE_INTERPRETED,
+}
+"""Configurations of the kernel for caches, by architecture."""
+
+
+def decode_config(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> DecodeConfig:
+    """The tile shape for queries of `dtype` of which a group of heads has `rows` (query tokens times group size)."""
+    widest = widest_row(head_dim, value_dim)
+    config = DECODE_CONFIGS[architecture][dtype.itemsize, widest, "few" if rows <= SHORT else "many"]
+    return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
+
+
+def widest_row(head_dim: int, value_dim: int) -> int:
+    """The row of the tables that serves a pair of head dims. Heads beyond 512 are multiplied in the same pieces."""
+    return min(512, max(64, padded_dim(head_dim), padded_dim(value_dim)))
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """How many programs a device runs at a time, at least; the interpreter pretends to have a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def choose_splits(programs: int, key_len: int, block_n: int, device: torch.device) -> int:
+    """In how many parts to split the keys, so that `programs` become enough for the device.
+
+    From shapes alone, without looking at lengths on the device. A part has four tiles at least: merging costs, too.
+    """
+    wanted = -(-2 * processors(device) // max(1, programs))
+    return max(1, min(wanted, key_len // (4 * block_n), 64))
 
 
 def padded_dim(dim: int) -> int:

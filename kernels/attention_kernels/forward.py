@@ -65,10 +65,10 @@ def attend_keys(
         BLOCK_DV > VALUE_DIM,
     )  # fmt: skip
     if dropout is None:
-        return softmax_step(m, l, acc, s, v, None, None, CLEAN, PRECISION)
+        return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
     else:
         keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
-        return softmax_step(m, l, acc, s, v, keep, dropout.scale, CLEAN, PRECISION)
+        return softmax_step(m, l, acc, s, v, tl.where(keep, dropout.scale, 0.0), CLEAN, PRECISION)
 
 
 @triton.jit

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import blockwise, blockwise_backward
-from .configs import unsupported_device
+from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .spans import Spans
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
+MAX_VALUE_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,6 +39,7 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    num_splits: int | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -56,6 +58,7 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    num_splits: int | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -73,6 +76,7 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    num_splits: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over spans, with gradients.
@@ -93,6 +97,9 @@ def attention(
         dropout_p: probability with which a weight of the softmax becomes 0; the others grow by `1 / (1 - dropout_p)`.
         dropout_seed: int64 `[1]`; which weights are dropped follows from it and their place alone, on every device.
             Default: drawn from torch's generator of the device, so that `torch.manual_seed` decides it.
+        num_splits: in how many parts the keys of up to 16 queries (decoding) are computed at a time on a GPU. Default:
+            as many as the device has room for, which depends on the batch; a fixed number makes a sequence's bits
+            independent of its neighbours.
         return_lse: also return the log-sum-exp of each row.
 
     Returns:
@@ -131,6 +138,8 @@ def attention(
         raise ValueError(f"attention: `scale` must be finite, got {scale}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     operands = (
         query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, seed, scale,
@@ -140,7 +149,7 @@ def attention(
     # Without gradients and tracing the operator adds nothing but the time of its registration's wrappers.
     direct = not wants_gradient and _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
     forward = _forward if direct else torch.ops.attention_kernels.forward
-    output, lse, _ = forward(*operands, wants_gradient)
+    output, lse, _ = forward(*operands, wants_gradient, num_splits)
     return (output, lse) if return_lse else output
 
 
@@ -209,10 +218,13 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
             f"attention: the number of query heads must be a multiple of the number of key heads, got {query.shape[1]} "
             f"and {key.shape[1]}; shard or repeat the heads so that each group is whole"
         )
-    for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if not 1 <= dim <= MAX_HEAD_DIM:
+    for name, dim, most in (
+        ("query", query.shape[-1], MAX_HEAD_DIM),
+        ("value", value.shape[-1], MAX_VALUE_DIM),
+    ):
+        if not 1 <= dim <= most:
             raise ValueError(
-                f"attention: the head dim of `{name}` must be 1 to {MAX_HEAD_DIM}, got {dim}; wider heads need "
+                f"attention: the head dim of `{name}` must be 1 to {most}, got {dim}; wider heads need "
                 'attn_implementation="eager"'
             )
     whole = (batch, -1, -1, -1)
@@ -302,7 +314,7 @@ _ARGUMENTS = (
     "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float? softcap, float dropout_p"
 )
 _library = torch.library.Library("attention_kernels", "DEF")
-_library.define(f"forward({_ARGUMENTS}, bool wants_gradient) -> (Tensor, Tensor, Tensor)")
+_library.define(f"forward({_ARGUMENTS}, bool wants_gradient, int? num_splits) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "backward(Tensor output, Tensor lse, Tensor rounding, Tensor grad_output, Tensor? grad_lse, bool wants_query, "
     f"bool wants_key_value, bool wants_bias, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -323,13 +335,19 @@ def _problem(
 
 def _forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and, for 16-bit gradients, what the output lost when it was rounded (else empty)."""
-    *arguments, wants_gradient = inputs
+    *arguments, wants_gradient, num_splits = inputs
     query = arguments[0]
-    if runs_triton(query):
-        from .forward import forward  # not before it is needed: importing Triton takes time
+    if not runs_triton(query):
+        return *blockwise.forward(_problem(*arguments, trains=wants_gradient)), query.new_empty(0)
+    # The kernels are not imported before they are needed: importing Triton takes time.
+    *tensors, dropout_seed, scale, softcap, _ = arguments
+    if query.shape[2] <= SHORT and not wants_gradient and dropout_seed is None:
+        from .decode import decode
 
-        return forward(*arguments, wants_rounding=_has_rounding(query, wants_gradient))
-    return *blockwise.forward(_problem(*arguments, trains=wants_gradient)), query.new_empty(0)
+        return *decode(*tensors, scale=scale, softcap=softcap, num_splits=num_splits), query.new_empty(0)
+    from .forward import forward
+
+    return forward(*arguments, wants_rounding=_has_rounding(query, wants_gradient))
 
 
 def _has_rounding(query: Tensor, wants_gradient: bool) -> bool:
@@ -340,7 +358,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tupl
     batch, num_heads, query_len, _ = query.shape
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, query_len, dtype=blockwise.accumulator(query.dtype))
-    return output, lse, torch.empty_like(output) if _has_rounding(query, arguments[-1]) else query.new_empty(0)
+    return output, lse, torch.empty_like(output) if _has_rounding(query, arguments[-2]) else query.new_empty(0)
 
 
 def _backward(output, lse, rounding, grad_output, grad_lse, *arguments) -> tuple[Tensor, ...]:
@@ -377,7 +395,7 @@ def _token_major(tensor: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.scale, ctx.softcap, ctx.dropout_p, _ = inputs
+    *tensors, ctx.scale, ctx.softcap, ctx.dropout_p, _, _ = inputs
     ctx.save_for_backward(*output, *tensors)
 
 

@@ -18,9 +18,11 @@ TILE_ROWS = 256
 SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
 
-
 FEW_ROWS = 16
-"""Rows of an element below which a call for each element costs more than what it saves."""
+"""Rows of an element up to which neighbours may be computed together, in the time of reading their keys."""
+
+UNSEEN = 1 << 30
+"""Beyond every key."""
 
 
 class Piece(NamedTuple):
@@ -33,6 +35,15 @@ class Piece(NamedTuple):
     """Whether an earlier piece has the same rows, whose result this one's is merged into."""
     blind: bool = False
     """Whether some of its rows see nothing."""
+
+
+class Sharing(NamedTuple):
+    """When neighbours of a batch that have few rows and spans of their own are computed together."""
+
+    least: int
+    """Elements that a call should have, so that all threads have work."""
+    worth: int
+    """Keys that a call must spare to be worth making."""
 
 
 class Group(NamedTuple):
@@ -58,20 +69,20 @@ class Plan:
 
 
 def plan_batch(
-    start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool, together: bool = True
+    start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool, sharing: Sharing | None = None
 ) -> Plan:
     """The plan for spans `start` and `end`, int32 `[batch or 1, query_len or 1]`.
 
-    With `tiles_only` all keys of a row are in one piece. Without `together` sequences with spans of their own are never
+    With `tiles_only` all keys of a row are in one piece. Without `sharing` sequences with spans of their own are never
     computed together. The layers of a model share their spans, so the last few plans are remembered, by the identity of
     the tensors.
     """
     versions = tuple(0 if bound.is_inference() else bound._version for bound in (start, end))
-    request = (batch, query_len, tiles_only, together, versions)
+    request = (batch, query_len, tiles_only, sharing, versions)
     for known_start, known_end, known_request, plan in _recent_plans:
         if known_start() is start and known_end() is end and known_request == request:
             return plan
-    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only, together)))
+    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only, sharing)))
     _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
     return plan
 
@@ -80,15 +91,15 @@ _recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan
 
 
 def _groups(
-    start: Tensor, end: Tensor, batch: int, query_len: int, tiles_only: bool, together: bool
+    start: Tensor, end: Tensor, batch: int, query_len: int, tiles_only: bool, sharing: Sharing | None
 ) -> Iterator[Group]:
     shared = max(start.shape[0], end.shape[0]) == 1
     start = start.cpu().expand(1 if shared else batch, query_len)
     end = end.cpu().expand(start.shape)
-    seen = (end - start).clamp(min=0).float()
-    if together and not shared and (piece := plan_together(start, end)) is not None:
-        yield Group(slice(0, batch), [piece], float(seen.mean()))
+    if sharing is not None and not shared and 0 < query_len <= FEW_ROWS:
+        yield from plan_neighbours(start, end, sharing)
         return
+    seen = (end - start).clamp(min=0).float()
     for index in range(start.shape[0]):
         elements = slice(0, batch) if shared else slice(index, index + 1)
         pieces = plan_rows(start[index], end[index], tiles_only=tiles_only)
@@ -120,23 +131,40 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
     return [*pieces, *_tiles(start, end, planned, query_len)]
 
 
-def plan_together(start: Tensor, end: Tensor) -> Piece | None:
-    """One masked piece for a whole batch, where its elements have few rows and see much the same keys (decoding).
+def plan_neighbours(start: Tensor, end: Tensor, sharing: Sharing) -> Iterator[Group]:
+    """Groups of neighbours with few rows (decoding), one piece each, cut where that spares keys that are padding.
 
     Args:
         start, end: int32 `[batch, query_len]` on the CPU.
-
-    Returns:
-        The piece, or None if a piece for each element is the better plan.
     """
     sees = end > start
-    if start.shape[1] > FEW_ROWS or not sees.any():
-        return None
-    keys = slice(int(start[sees].min()), int(end[sees].max()))
-    visible = int((end - start)[sees].sum())
-    if visible < start.numel() * (keys.stop - keys.start) / 2:
-        return None
-    return Piece(slice(0, start.shape[1]), keys, "masked", blind=not bool(sees.all()))
+    firsts = start.masked_fill(~sees, UNSEEN).amin(1).tolist()
+    lasts = end.masked_fill(~sees, 0).amax(1).tolist()
+    group = slice(0, 0)
+    first, last = UNSEEN, 0  # of the keys that the group sees
+    for element in range(0, len(firsts), sharing.least):
+        block = slice(element, min(element + sharing.least, len(firsts)))
+        block_first, block_last = min(firsts[block]), max(lasts[block])
+        both_first, both_last = min(first, block_first), max(last, block_last)
+        apart = (group.stop - group.start) * max(0, last - first) + (block.stop - element) * max(
+            0, block_last - block_first
+        )
+        if (block.stop - group.start) * max(0, both_last - both_first) <= apart + sharing.worth:
+            group, first, last = slice(group.start, block.stop), both_first, both_last
+            continue
+        yield _whole_group(start, end, group, slice(first, last))
+        group, first, last = block, block_first, block_last
+    yield _whole_group(start, end, group, slice(first, last))
+
+
+def _whole_group(start: Tensor, end: Tensor, elements: slice, keys: slice) -> Group:
+    """The group of `elements`, whose rows see `keys` or parts of them."""
+    start, end = start[elements], end[elements]
+    if keys.stop <= keys.start:
+        return Group(elements, [], 0.0)
+    same = bool(((start == keys.start) & (end == keys.stop)).all())
+    piece = Piece(slice(0, start.shape[1]), keys, "all" if same else "masked", blind=bool((end <= start).any()))
+    return Group(elements, [piece], float((end - start).clamp(min=0).float().mean()))
 
 
 def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:

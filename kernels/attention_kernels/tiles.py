@@ -55,6 +55,23 @@ class DropoutOperand(NamedTuple):
     scale: float
 
 
+class PageOperand(NamedTuple):
+    """Where pages of keys and values lie: `block_table` int32 `[batch, pages of a sequence]`."""
+
+    table_ptr: object
+    stride_b: int
+    page_size: int
+
+
+class ScaleOperand(NamedTuple):
+    """Scales of quantised keys or values, `[batch or pages, heads, rows]`; stride 0 where broadcast."""
+
+    ptr: object
+    stride_b: int
+    stride_h: int
+    stride_m: int
+
+
 @triton.jit
 def at_head(operand, b, h):
     """The operand moved to batch element `b` and head `h`."""
@@ -266,10 +283,11 @@ def swap_halves(x):
 
 
 @triton.jit
-def softmax_step(m, l, acc, s, v, keep, kept_scale, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(m, l, acc, s, v, factor, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
     """One online-softmax step: state m `[M]`, l `[M]`, acc `[M, V]`, scores s `[M, N]`, values v `[N, V]`.
 
-    `keep` `[M, N]` says which weights dropout keeps; None keeps all. With CLEAN, a NaN or Inf in a value reaches only
+    `factor`, broadcastable to `[M, N]`, is what weights are multiplied by on their way to the values (dropout, the
+    scales of quantised values); None is 1. With CLEAN, a NaN or Inf in a value reaches only
     the rows that see its key: 0 x NaN is NaN, so such values are taken out of the product and the rows that see one are
     made NaN as a whole.
     """
@@ -278,8 +296,8 @@ def softmax_step(m, l, acc, s, v, keep, kept_scale, CLEAN: tl.constexpr, PRECISI
     alpha = tl.exp2(m - m_safe)
     p = tl.exp2(s - m_safe[:, None])
     l = l * alpha + tl.sum(p, 1)
-    if keep is not None:
-        p = tl.where(keep, p * kept_scale, 0.0)
+    if factor is not None:
+        p = p * factor
     acc = acc * alpha[:, None]
     if CLEAN:
         difference = v - v  # 0 where finite, NaN where not

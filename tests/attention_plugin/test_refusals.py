@@ -180,9 +180,9 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ("must be a multiple", "4 and 0"),
     ),
     "wide heads": (
-        lambda: {"query": torch.randn(2, 4, 6, 513), "key": torch.randn(2, 2, 6, 513)},
+        lambda: {"query": torch.randn(2, 4, 6, 577), "key": torch.randn(2, 2, 6, 577)},
         ValueError,
-        ("head dim of `query` must be 1 to 512", "got 513", EAGER),
+        ("head dim of `query` must be 1 to 576", "got 577", EAGER),
     ),
     "wide values": (
         lambda: {"value": torch.randn(2, 2, 6, 513)},
@@ -192,7 +192,7 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
     "empty heads": (
         lambda: {"query": torch.randn(2, 4, 6, 0), "key": torch.randn(2, 2, 6, 0)},
         ValueError,
-        ("head dim of `query` must be 1 to 512", "got 0"),
+        ("head dim of `query` must be 1 to 576", "got 0"),
     ),
     "other queries": (
         lambda: {"spans": Spans.causal(5, 6)},
@@ -236,6 +236,7 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("`dropout_p` must be 0 to 1", "got -0.1", "the share that is dropped"),
     ),
+    "no splits": (lambda: {"num_splits": 0}, ValueError, ("`num_splits` must be at least 1", "got 0", "pass None")),
     "dropout in percent": (lambda: {"dropout_p": 10}, ValueError, ("`dropout_p` must be 0 to 1", "got 10")),
     "dropout of NaN": (lambda: {"dropout_p": float("nan")}, ValueError, ("`dropout_p` must be 0 to 1", "got nan")),
     "seed of another shape": (

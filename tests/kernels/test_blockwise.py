@@ -168,7 +168,7 @@ def test_registered_operators_pass_opcheck(dropout_p):
     query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     spans, seed = Spans.causal(9), torch.tensor([3]) if dropout_p else None
     arguments = (query, key, value, spans.start, spans.end, None, None, None, None, None, seed, 0.3, None, dropout_p)
-    torch.library.opcheck(torch.ops.attention_kernels.forward.default, (*arguments, True))
+    torch.library.opcheck(torch.ops.attention_kernels.forward.default, (*arguments, True, None))
 
 
 @pytest.fixture

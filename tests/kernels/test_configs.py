@@ -11,8 +11,10 @@ from attention_kernels.configs import (
     BACKWARD_CONFIGS,
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
+    DECODE_CONFIGS,
     SHARED_MEMORY,
     backward_config,
+    decode_config,
     forward_config,
 )
 from attention_kernels.operators import interpreting
@@ -150,9 +152,38 @@ def test_backward_configuration_compiles_within_limits(architecture, element_siz
 
 
 def test_every_architecture_has_every_row():
-    assert CONFIGS.keys() == BACKWARD_CONFIGS.keys() == {*SHARED_MEMORY, "interpreter"}
-    for table in (CONFIGS, BACKWARD_CONFIGS):
+    tables: tuple[dict, ...] = (CONFIGS, BACKWARD_CONFIGS, DECODE_CONFIGS)
+    for table in tables:
+        assert table.keys() == {*SHARED_MEMORY, "interpreter"}
         assert all(configs.keys() == table["sm_90"].keys() for configs in table.values())
+
+
+def shipped_decode_configurations():
+    """Each architecture's rows for caches; float32's few and many rows share their tile shapes."""
+    for architecture in SHARED_MEMORY:
+        for element_size, dim, rows in DECODE_CONFIGS[architecture]:
+            if element_size == 2 or rows == "few":
+                name = f"{architecture}-{element_size * 8}bit-{dim}-{rows}"
+                yield pytest.param(architecture, element_size, dim, rows, id=name, marks=chip_marks(architecture))
+
+
+@pytest.mark.parametrize(("architecture", "element_size", "dim", "rows"), list(shipped_decode_configurations()))
+def test_decode_configuration_compiles_within_limits(architecture, element_size, dim, rows):
+    """With everything there is: pages, float8 with scales, a mask, a bias, sinks, a softcap, split keys."""
+    from attention_kernels.decode import decode_arguments, decode_kernel
+
+    dtype, query_len = DTYPES[element_size], 1 if rows == "few" else 8
+    config = decode_config(architecture, dtype, dim, dim, 4 * query_len)
+    query = torch.empty(2, query_len, 8, dim, dtype=dtype).transpose(1, 2)
+    pages = torch.empty(9, 16, 2, dim, dtype=torch.float8_e4m3fn).transpose(1, 2)
+    given = extras(dtype, query_len)
+    arguments = decode_arguments(
+        query, pages, pages, torch.empty(4, 2, query_len, 8, dim), torch.empty(4, 2, 8, query_len), given["spans"],
+        given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32), None,
+        torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, config,
+    )  # fmt: skip
+    compiled = compile_ahead(decode_kernel, architecture, arguments)
+    assert_within_limits(compiled, architecture, dim)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 65, 80, 129, 256, 300, 512])

@@ -11,10 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import Spans, attention, attention_reference, blockwise
 from attention_kernels.dropout import draw_seed, keep_mask, squares, threshold_and_scale
+from attention_kernels.operators import interpreting
 
 from helpers import DEVICE, DTYPES, assert_within_bound
 
 on_every_path = pytest.mark.interpreter
+
+slow_in_interpreter = pytest.mark.exhaustive if interpreting() else pytest.mark.interpreter
 
 CALLS = {
     "causal": lambda n: {"spans": Spans.causal(n, device=DEVICE)},
@@ -205,6 +208,7 @@ def test_seed_decides():
 
 
 @on_every_path
+@slow_in_interpreter
 def test_manual_seed_decides():
     inputs = tensors()
     results = []
@@ -225,6 +229,7 @@ def test_drawn_seeds_differ():
 
 
 @on_every_path
+@slow_in_interpreter
 def test_no_dropout_is_no_dropout():
     inputs = tensors()
     assert equal_bits(gradients_under(inputs, dropout_p=0.0), gradients_under(inputs))
@@ -238,6 +243,7 @@ def test_all_dropped():
 
 
 @on_every_path
+@slow_in_interpreter
 def test_mean_over_seeds_is_no_dropout():
     """The mean over seeds is within five standard errors of the output without dropout."""
     query, key, value = (each.detach() for each in tensors(tokens=16, batch=1))

@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from attention_kernels import Spans, attention, attention_reference
-from attention_kernels.operators import interpreting, runs_triton
+from attention_kernels.operators import runs_triton
 
-from helpers import DEVICE, DTYPES, LAYOUTS, Problem, assert_gradients_within_bound, random_problem, tensor
+from helpers import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    SLOW_IN_INTERPRETER,
+    Problem,
+    assert_gradients_within_bound,
+    random_problem,
+    tensor,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -22,8 +31,7 @@ SEEDS_PER_TEST = 5
 @pytest.mark.parametrize(
     "first_seed",
     [
-        # In the interpreter a problem takes seconds.
-        pytest.param(seed, marks=pytest.mark.exhaustive if interpreting() and seed >= 5050 else ())
+        pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 5025 else ())
         for seed in range(5000, 5250, SEEDS_PER_TEST)
     ],
 )
@@ -45,7 +53,7 @@ def test_head_dims(head_dim, value_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(512, 512), (464, 16), (40, 512)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(512, 512), (464, 16), (40, 512), (576, 512)])
 def test_wide_heads(head_dim, value_dim, dtype):
     torch.manual_seed(head_dim)
     query, key = tensor(1, 2, 19, head_dim, dtype=dtype), tensor(1, 1, 37, head_dim, dtype=dtype)
@@ -290,10 +298,19 @@ def test_operators_pass_opcheck(features, dtype):
         extras = [*hidden, torch.rand(2, 1, 9, 9, device=DEVICE) > 0.2, bias, sinks, seed]
         softcap, dropout_p = 2.0, 0.2
     arguments = (query, key, value, spans.start, spans.end, *extras, 0.3, softcap, dropout_p)
-    torch.library.opcheck(torch.ops.attention_kernels.forward.default, (*arguments, True))
+    torch.library.opcheck(torch.ops.attention_kernels.forward.default, (*arguments, True, None))
 
     plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in arguments]
-    output, lse, rounding = torch.ops.attention_kernels.forward(*plain, True)
+    output, lse, rounding = torch.ops.attention_kernels.forward(*plain, True, None)
     wants = (True, True, features == "all")
     given = (output, lse, rounding, torch.randn_like(output), torch.randn_like(lse), *wants, *plain)
     torch.library.opcheck(torch.ops.attention_kernels.backward.default, given)
+
+
+def test_sinks_of_rows_without_keys():
+    """Where there is no key the log-sum-exp is the sink, and so is its gradient."""
+    query, key = tensor(1, 2, 4, 8), tensor(1, 2, 0, 8)
+    sinks = torch.randn(2, device=DEVICE, requires_grad=True)
+    _, lse = attention(query, key, key, sinks=sinks, return_lse=True)
+    (gradient,) = torch.autograd.grad(lse.sum(), sinks)
+    assert torch.equal(gradient, torch.full_like(sinks, 4.0))

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where keys and values live while a model generates: in pages behind a block table, plain or quantised.
+
+Contiguous caches need nothing of this: `attention` takes them as they are, and reads no key outside of the spans. Pages
+are those of PagedAttention (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operators import MAX_HEAD_DIM, attention, log_once, runs_triton
+from .quantised import QUANTISED, quantise
+from .spans import Spans
+
+MAX_PAGE_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class PagedCache:
+    """Keys and values of several sequences, in pages of equal size that may lie, and be shared, in any order.
+
+    Attributes:
+        key: `[pages, page_size, num_kv_heads, head_dim]`, of the queries' dtype, or float8_e4m3fn, float8_e5m2 or int8.
+        value: `[pages, page_size, num_kv_heads, value_dim]`, of the key's dtype. Any strides.
+        block_table: int32 `[batch, pages of the longest sequence]`; entry `j` is the page of the tokens from
+            `j * page_size` on. Entries beyond a sequence's length are not read.
+        seq_lens: int32 `[batch]`, number of tokens of each sequence, those of the current queries included.
+        key_scale, value_scale: what quantised numbers are multiplied by, floating point, broadcastable to
+            `[pages, page_size, num_kv_heads]`: one number, one for each head, or one for each token and head.
+    """
+
+    key: Tensor
+    value: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        pages, page_size, num_kv_heads = self.key.shape[:3]
+        if self.key.ndim != 4 or self.value.ndim != 4 or self.value.shape[:3] != self.key.shape[:3]:
+            raise ValueError(
+                "PagedCache: `key` and `value` must be [pages, page_size, num_kv_heads, dim] with equal first three "
+                f"sizes, got {list(self.key.shape)} and {list(self.value.shape)}"
+            )
+        if not 1 <= page_size <= MAX_PAGE_SIZE:
+            raise ValueError(f"PagedCache: a page must hold 1 to {MAX_PAGE_SIZE} tokens, got {page_size}")
+        if self.key.dtype != self.value.dtype:
+            raise TypeError(
+                f"PagedCache: `key` and `value` must share a dtype, got {self.key.dtype}, {self.value.dtype}"
+            )
+        for name, tensor, ndim in (("block_table", self.block_table, 2), ("seq_lens", self.seq_lens, 1)):
+            if tensor.dtype != torch.int32 or tensor.ndim != ndim or tensor.shape[0] != self.seq_lens.shape[0]:
+                raise ValueError(
+                    f"PagedCache: `{name}` must be int32 with {ndim} dimensions and one row for each sequence, got "
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                )
+        for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
+            if (scale is not None) != self.quantised:
+                raise ValueError(
+                    f"PagedCache: `{name}` belongs to quantised keys and values ({[str(d) for d in QUANTISED]}), and "
+                    f"to them only; got {'one' if scale is not None else 'none'} for {self.key.dtype}"
+                )
+            if scale is not None:
+                torch.broadcast_shapes(scale.shape, (pages, page_size, num_kv_heads))
+        if len({each.device for each in (self.key, self.value, self.block_table, self.seq_lens)}) > 1:
+            raise ValueError("PagedCache: all tensors must be on one device")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are quantised."""
+        return self.key.dtype in QUANTISED
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.key.shape[1]
+
+    @property
+    def key_len(self) -> int:
+        """Tokens that the block table has room for."""
+        return self.block_table.shape[1] * self.page_size
+
+    def check(self) -> None:
+        """Look at the block table and the lengths, which on a GPU is a synchronisation.
+
+        Raises:
+            IndexError: an entry that a sequence needs is not the number of a page, or a length exceeds the table.
+        """
+        pages = self.key.shape[0]
+        lengths = self.seq_lens[:, None]
+        needed = torch.arange(self.block_table.shape[1], device=lengths.device)[None] * self.page_size < lengths
+        wrong = needed & ((self.block_table < 0) | (self.block_table >= pages))
+        if wrong.any():
+            sequence, entry = wrong.nonzero()[0].tolist()
+            raise IndexError(
+                f"PagedCache: `block_table`[{sequence}, {entry}] = {int(self.block_table[sequence, entry])} is needed "
+                f"by {int(self.seq_lens[sequence])} tokens and must be 0 to {pages - 1}; write the page's number there"
+            )
+        if ((self.seq_lens < 0) | (self.seq_lens > self.key_len)).any():
+            raise IndexError(
+                f"PagedCache: `seq_lens` must be 0 to {self.key_len} (pages of the block table times page size), got "
+                f"{self.seq_lens.tolist()}; widen the block table"
+            )
+
+    def gather(self, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, dequantised: `[1, num_kv_heads, seq_len, dim]` of `dtype`."""
+        length = int(self.seq_lens[sequence])
+        pages = self.block_table[sequence, : -(-length // self.page_size)].long()
+
+        def rows(tensor: Tensor, scale: Tensor | None) -> Tensor:
+            taken = tensor[pages].flatten(0, 1)[:length]
+            if scale is not None:
+                scale = scale.expand(tensor.shape[:3])[pages].flatten(0, 1)[:length]
+                taken = taken.float() * scale[..., None].float()
+            return taken.to(dtype).transpose(0, 1)[None]
+
+        return rows(self.key, self.key_scale), rows(self.value, self.value_scale)
+
+
+def paged_attention(
+    query: Tensor,
+    cache: PagedCache,
+    spans: Spans | None = None,
+    *,
+    query_offsets: Tensor | None = None,
+    max_query_len: int | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+    check: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of new queries to keys and values in pages: prefill, decoding, and both in one batch.
+
+    Args:
+        query: `[batch, num_heads, query_len, head_dim]`, the last `query_len` tokens of each sequence; or, with
+            `query_offsets`, `[1, num_heads, tokens, head_dim]`: the queries of all sequences one after the other.
+        cache: where the keys are, those of the queries included (`write_cache` puts them there).
+        spans: which keys of its own sequence each row sees, `key_len` being that of the cache; the default is causal.
+        query_offsets: int32 `[batch + 1]`; sequence `b` has the queries `[query_offsets[b], query_offsets[b + 1])`.
+        max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens.
+        sinks: floating point `[num_heads]`, as for `attention`.
+        scale, softcap: as for `attention`.
+        num_splits: in how many parts the keys are computed at a time; a fixed number makes bits independent of the
+            batch.
+        check: look at the block table first (`PagedCache.check`); otherwise entries out of range are undefined
+            behaviour, as looking would be a synchronisation.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        Output as `query`, with value's last dimension; with `return_lse` also the natural log-sum-exp, float32
+        `[batch or 1, num_heads, query_len or tokens]`. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above. IndexError: `check` found a wrong entry.
+    """
+    _check_query(query, cache, query_offsets, max_query_len, sinks, num_splits)
+    if check:
+        cache.check()
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if spans is None:
+        spans = causal_spans(cache, query.shape[2], query_offsets)
+    if spans.query_len != query.shape[2] or spans.key_len != cache.key_len or spans.key_mask is not None:
+        raise ValueError(
+            f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, "
+            f"without hidden keys, got {spans!r}; leave it out for causal attention"
+        )
+    if runs_triton(query):
+        from .decode import decode  # not before it is needed: importing Triton takes time
+
+        output, lse = decode(
+            query, cache.key.transpose(1, 2), cache.value.transpose(1, 2), spans.start, spans.end, sinks=sinks,
+            scale=scale, softcap=softcap, block_table=cache.block_table, query_offsets=query_offsets,
+            max_query_len=max_query_len, num_splits=num_splits,
+            key_scale=None if cache.key_scale is None else _by_head(cache.key_scale, cache.key),
+            value_scale=None if cache.value_scale is None else _by_head(cache.value_scale, cache.value),
+        )  # fmt: skip
+    else:
+        options = {"sinks": sinks, "scale": scale, "softcap": softcap}
+        # Quantised numbers times their scales fit float32, not 16 bits.
+        wide = query.detach().to(torch.promote_types(query.dtype, torch.float32) if cache.quantised else query.dtype)
+        output, lse = _gathered(wide, cache, spans, query_offsets, options)
+        output = output.to(query.dtype)
+    return (output, lse) if return_lse else output
+
+
+def causal_spans(cache: PagedCache, query_len: int, query_offsets: Tensor | None) -> Spans:
+    """Each row sees its sequence up to its own position: the queries are the sequence's last tokens."""
+    index = torch.arange(query_len, device=cache.seq_lens.device, dtype=torch.int32)[None]
+    start = torch.zeros(1, 1, dtype=torch.int32, device=index.device)
+    if query_offsets is None:
+        end = cache.seq_lens[:, None] - query_len + index + 1
+    else:
+        sequence = torch.searchsorted(query_offsets, index[0], right=True) - 1
+        sequence = sequence.clamp(0, cache.seq_lens.shape[0] - 1)
+        end = (cache.seq_lens - query_offsets[1:])[sequence][None] + index + 1
+    return Spans(start, end.clamp(0, cache.key_len).to(torch.int32), query_len, cache.key_len)
+
+
+def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) -> None:
+    """Put new keys and values into pages, quantised on the way where the cache is.
+
+    Args:
+        key: `[tokens, num_kv_heads, head_dim]`.
+        value: `[tokens, num_kv_heads, value_dim]`.
+        cache: whose `key` and `value` are written. Scales are not: they must be set before.
+        slots: int64 or int32 `[tokens]`, `page * page_size + place in the page`; a negative slot is left out (padding).
+            Slots that come twice, or beyond the pages, are undefined behaviour.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
+        if new.shape != (slots.numel(), *old.shape[2:]):
+            raise ValueError(
+                f"write_cache: `{name}` must be [tokens, num_kv_heads, dim] = {[slots.numel(), *old.shape[2:]]} for "
+                f"{slots.numel()} slots and this cache, got {list(new.shape)}"
+            )
+    if runs_triton(key):
+        from .write import write  # not before it is needed: importing Triton takes time
+
+        for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
+            write(new, old, scale, slots)
+        return
+    kept = slots >= 0
+    page, place = slots[kept].long() // cache.page_size, slots[kept].long() % cache.page_size
+    for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
+        rows = new[kept]
+        if scale is not None:
+            rows = quantise(rows.float() / scale.expand(old.shape[:3])[page, place][..., None].float(), old.dtype)
+        old[page, place] = rows.to(old.dtype)
+
+
+def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
+    """Scales `[pages, num_kv_heads, page_size]`, expanded."""
+    return scale.expand(tensor.shape[:3]).transpose(1, 2)
+
+
+def _gathered(
+    query: Tensor, cache: PagedCache, spans: Spans, query_offsets: Tensor | None, options: dict
+) -> tuple[Tensor, Tensor]:
+    """The same in torch, one sequence after the other over its gathered keys."""
+    log_once(f"{query.device.type} tensors run paged attention in torch, over keys gathered for each sequence")
+    num_heads, query_len = query.shape[1:3]
+    output = query.new_zeros(query.shape[0], query_len, num_heads, cache.value.shape[3]).transpose(1, 2)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    shape = (spans.batch, query_len)
+    start, end = spans.start.expand(shape), spans.end.expand(shape)
+    for sequence in range(cache.seq_lens.shape[0]):
+        row, rows = (sequence, slice(None))
+        if query_offsets is not None:
+            row, rows = 0, slice(int(query_offsets[sequence]), int(query_offsets[sequence + 1]))
+        if rows.start == rows.stop and rows.start is not None:
+            continue
+        key, value = cache.gather(sequence, query.dtype)
+        index = min(row, spans.batch - 1)
+        first, last = (bound[index : index + 1, rows].clamp(max=key.shape[2]).contiguous() for bound in (start, end))
+        part = query[row : row + 1, :, rows]
+        own = Spans(first, last, part.shape[2], key.shape[2])
+        output[row : row + 1, :, rows], lse[row : row + 1, :, rows] = attention(
+            part, key, value, own, return_lse=True, **options
+        )
+    return output, lse
+
+
+def _check_query(
+    query: Tensor,
+    cache: PagedCache,
+    query_offsets: Tensor | None,
+    max_query_len: int | None,
+    sinks: Tensor | None,
+    num_splits: int | None,
+) -> None:
+    if query.ndim != 4 or query.shape[-1] != cache.key.shape[-1] or query.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"paged_attention: `query` must be [batch, num_heads, query_len, {cache.key.shape[-1]}] like the cache's "
+            f"keys, of at most {MAX_HEAD_DIM} columns, got {list(query.shape)}"
+        )
+    if query.shape[1] % cache.key.shape[2]:
+        raise ValueError(
+            "paged_attention: the number of query heads must be a multiple of the cache's key heads, got "
+            f"{query.shape[1]} and {cache.key.shape[2]}"
+        )
+    if not cache.quantised and query.dtype != cache.key.dtype:
+        raise TypeError(f"paged_attention: `query` is {query.dtype}, the cache {cache.key.dtype}; cast one of them")
+    sequences = cache.seq_lens.shape[0]
+    if query_offsets is None and query.shape[0] != sequences:
+        raise ValueError(
+            f"paged_attention: `query` has a batch of {query.shape[0]}, the cache {sequences} sequences; pass "
+            "`query_offsets` for queries that lie one after the other"
+        )
+    if query_offsets is not None and (
+        query_offsets.shape != (sequences + 1,) or query_offsets.dtype != torch.int32 or query.shape[0] != 1
+    ):
+        raise ValueError(
+            f"paged_attention: `query_offsets` must be int32 [sequences + 1] = [{sequences + 1}] beside a `query` with "
+            f"a batch of 1, got {query_offsets.dtype} {list(query_offsets.shape)} and a batch of {query.shape[0]}"
+        )
+    for name, number in (("max_query_len", max_query_len), ("num_splits", num_splits)):
+        if number is not None and number < 1:
+            raise ValueError(f"paged_attention: `{name}` must be at least 1, got {number}")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"paged_attention: `sinks` must be [num_heads] = [{query.shape[1]}], got {list(sinks.shape)}")

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing new keys or values into the pages of a cache."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, launching_on
+from .quantised import largest, quantise
+
+
+@triton.jit
+def write_kernel(
+    new_ptr, new_stride_t, new_stride_h, new_stride_n, pages_ptr, page_stride, row_stride, head_stride, column_stride,
+    scale_ptr, scale_stride_page, scale_stride_row, scale_stride_head, slots_ptr, page_size, most,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """One token of one head; the grid is (tokens, heads). ROUND: whether numbers become integers."""
+    token, h = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    if slot >= 0:
+        page, row = slot // page_size, slot % page_size
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < DIM
+        place = tl.cast(token, tl.int64) * new_stride_t + h * new_stride_h
+        numbers = tl.load(new_ptr + place + columns * new_stride_n, mask=inside, other=0.0)
+        if scale_ptr is not None:
+            place = page * scale_stride_page + row * scale_stride_row + h * scale_stride_head
+            numbers = numbers.to(tl.float32) / tl.load(scale_ptr + place).to(tl.float32)
+            numbers = tl.minimum(tl.maximum(numbers, -most), most)
+            if ROUND:
+                # To the nearest, ties to even, as torch rounds: beside this number no digits after the point fit.
+                numbers = (numbers + 12582912.0) - 12582912.0
+        place = page * page_stride + row * row_stride + h * head_stride
+        tl.store(pages_ptr + place + columns * column_stride, numbers.to(pages_ptr.dtype.element_ty), mask=inside)
+
+
+def write(new: Tensor, pages: Tensor, scale: Tensor | None, slots: Tensor) -> None:
+    """Launch the kernel on validated arguments (`cache.write_cache` says what they are), for keys or for values."""
+    tokens, heads, dim = new.shape
+    if not new.numel():
+        return
+    if INTERPRETED and scale is not None:
+        # The interpreter can neither compute in bf16 nor round to float8: only where rows go is left to it.
+        page, row = (part(slots.clamp(min=0), pages.shape[1]) for part in (torch.floor_divide, torch.remainder))
+        rows = quantise(new.float() / scale.expand(pages.shape[:3])[page, row][..., None].float(), pages.dtype)
+        new, pages, scale = rows.view(torch.int8), pages.view(torch.int8), None
+    strides = (0, 0, 0) if scale is None else scale.expand(pages.shape[:3]).stride()
+    with launching_on(new):
+        write_kernel[tokens, heads](
+            new, *new.stride(), pages, *pages.stride(), scale, *strides, slots, pages.shape[1], largest(pages.dtype),
+            dim, triton.next_power_of_2(dim), pages.dtype == torch.int8,
+        )  # fmt: skip

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over caches: split keys, pages, quantised numbers, against float64 on whichever path this process runs."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from attention_kernels import PagedCache, Spans, attention, attention_reference, paged_attention, write_cache
+from attention_kernels.cache import MAX_PAGE_SIZE
+from attention_kernels.operators import interpreting
+from attention_kernels.quantised import QUANTISED, quantise
+
+from helpers import DEVICE, DTYPES, SLOW_IN_INTERPRETER, assert_within_bound, tensor
+
+pytestmark = pytest.mark.interpreter
+
+on_a_gpu_or_interpreted = pytest.mark.skipif(
+    DEVICE == "cpu" and not interpreting(), reason="the torch path does not split keys"
+)
+
+
+@dataclass
+class PagedProblem:
+    """A call of `paged_attention`, and per sequence its queries, keys and values as the cache holds them."""
+
+    query: torch.Tensor
+    cache: PagedCache
+    offsets: torch.Tensor | None
+    query_lens: list[int]
+    window: int | None
+    options: dict
+
+    def spans(self):
+        """The default, or a window on top of it."""
+        if self.window is None:
+            return None
+        from attention_kernels.cache import causal_spans
+
+        causal = causal_spans(self.cache, self.query.shape[2], self.offsets)
+        start = (causal.end - self.window).clamp(min=0)
+        return Spans(start, causal.end, causal.query_len, causal.key_len)
+
+    def run(self, **options):
+        return paged_attention(
+            self.query, self.cache, self.spans(), query_offsets=self.offsets, return_lse=True,
+            max_query_len=max(1, *self.query_lens) if self.offsets is not None else None, **self.options, **options,
+        )  # fmt: skip
+
+    def check(self, **options):
+        output, lse = self.run(**options)
+        found: list[list[torch.Tensor]] = [[], [], []]
+        for sequence, query_len in enumerate(self.query_lens):
+            place = (slice(sequence, sequence + 1), slice(None), slice(0, query_len))
+            if self.offsets is not None:
+                first = int(self.offsets[sequence])
+                place = (slice(0, 1), slice(None), slice(first, first + query_len))
+            (exact, exact_lse), (eager, _) = (
+                self.reference(self.query[place], sequence, dtype) for dtype in (torch.float64, output.dtype)
+            )
+            torch.testing.assert_close(lse[place].double(), exact_lse, rtol=1e-4, atol=1e-4)
+            for parts, part in zip(found, (output[place], eager, exact), strict=True):
+                parts.append(part.flatten())
+        assert_within_bound(*(torch.cat(parts) for parts in found))
+
+    def reference(self, query, sequence, dtype):
+        """Attention of one sequence's queries in `dtype`."""
+        key, value = self.cache.gather(sequence, torch.float64)
+        q_pos = torch.arange(query.shape[2], device=DEVICE)[:, None] + key.shape[2] - query.shape[2]
+        k_pos = torch.arange(key.shape[2], device=DEVICE)[None]
+        mask = (k_pos <= q_pos) & (k_pos > q_pos - (self.window or 10**9))
+        named = {name: self.options[name] for name in ("sinks", "scale", "softcap")}
+        return attention_reference(query, key, value, mask=mask, **named, dtype=dtype)
+
+
+def random_paged_problem(seed, **fixed):
+    """Page sizes, lengths, layouts, dtypes and features at random; every unused place holds NaN where it can."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+
+    def choose(name, choices):
+        return fixed.get(name, draw.choice(choices))
+
+    dtype, stored = choose("dtype", DTYPES), choose("stored", [None, None, *QUANTISED])
+    num_kv_heads, group_size = draw.randint(1, 3), draw.choice([1, 2, 3, 7, 8])
+    head_dim = choose("head_dim", [8, 15, 64, 80, 128])
+    value_dim = draw.choice([head_dim, head_dim, 24])
+    page_size = choose("page_size", [1, 2, 5, 16, 33, 64, MAX_PAGE_SIZE])
+    sequences, packed = draw.randint(1, 4), choose("packed", [False, True])
+    seq_lens = [draw.choice([0, 1, 2, 17, 40, 100]) for _ in range(sequences)]
+    if packed:
+        query_lens = [min(length, draw.choice([0, 1, 1, 3, 40])) for length in seq_lens]
+    else:
+        query_lens = [choose("query_len", [1, 1, 2, 5, 16, 20])] * sequences
+        seq_lens = [max(length, query_lens[0]) for length in seq_lens]
+    num_heads = num_kv_heads * group_size
+    lengths = sum(query_lens) if packed else query_lens[0]
+    query = tensor(1 if packed else sequences, num_heads, lengths, head_dim, dtype=dtype, layout="tokens")
+    offsets = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int() if packed else None
+    options = {
+        "sinks": torch.randn(num_heads, device=DEVICE) if draw.random() < 0.3 else None,
+        "scale": draw.choice([None, 0.2]),
+        "softcap": draw.choice([None, None, 5.0]),
+        "num_splits": choose("num_splits", [None, 1, 2, 5]),
+    }
+    cache = random_cache(draw, seq_lens, page_size, num_kv_heads, (head_dim, value_dim), dtype, stored)
+    return PagedProblem(query, cache, offsets, query_lens, draw.choice([None, None, 7]), options)
+
+
+def random_cache(draw, seq_lens, page_size, num_kv_heads, dims, dtype, stored):
+    """A cache filled through `write_cache`, its pages in random order among others that hold NaN."""
+    table_len = max(1, *(-(-length // page_size) for length in seq_lens)) + 1
+    pages = table_len * len(seq_lens) + 3
+    numbers = draw.sample(range(pages), table_len * len(seq_lens))
+    table = torch.tensor(numbers, dtype=torch.int32, device=DEVICE).view(len(seq_lens), table_len)
+    kind = stored or dtype
+    poison = 127 if kind == torch.int8 else math.nan
+    key, value = (torch.full((pages, page_size, num_kv_heads, dim), poison, device=DEVICE).to(kind) for dim in dims)
+    scales = (None, None)
+    if stored is not None:
+        shape = draw.choice([(1,), (num_kv_heads,), (pages, page_size, num_kv_heads)])
+        scales = [torch.rand(shape, device=DEVICE) * 0.02 + 0.02 for _ in dims]
+    cache = PagedCache(key, value, table, torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), *scales)
+    for sequence, length in enumerate(seq_lens):
+        index = torch.arange(length, device=DEVICE)
+        slots = table[sequence, index // page_size].long() * page_size + index % page_size
+        new = [torch.randn(length, num_kv_heads, dim, device=DEVICE).to(dtype) for dim in dims]
+        write_cache(*new, cache, slots)
+    return cache
+
+
+SEEDS_PER_TEST = 5
+
+
+@pytest.mark.parametrize(
+    "first_seed",
+    [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 50 else ()) for seed in range(0, 250, SEEDS_PER_TEST)],
+)
+def test_random_pages(first_seed):
+    for seed in range(first_seed, first_seed + SEEDS_PER_TEST):
+        try:
+            random_paged_problem(seed).check()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_splits", [1, 3, 64, None])
+def test_contiguous_keys_are_split(num_splits, dtype):
+    """Decoding with a cache of which some is empty, some padding, and more queries than one."""
+    torch.manual_seed(0)
+    query, key, value = (tensor(2, heads, n, 40, dtype=dtype) for heads, n in ((6, 3), (2, 300), (2, 300)))
+    shown = torch.arange(300, device=DEVICE)[None] >= torch.tensor([[0], [150]], device=DEVICE)
+    spans = Spans.causal(3, 300, offset=240, device=DEVICE) & Spans.padded(shown, 3)
+    sinks = torch.randn(6, device=DEVICE)
+    output, lse = attention(query, key, value, spans, sinks=sinks, num_splits=num_splits, return_lse=True)
+    mask = spans.to_dense()[:, None]
+    exact, exact_lse = attention_reference(query, key, value, mask=mask, sinks=sinks)
+    eager, _ = attention_reference(query, key, value, mask=mask, sinks=sinks, dtype=dtype)
+    assert_within_bound(output, eager, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+@on_a_gpu_or_interpreted
+def test_with_fixed_splits_a_sequence_does_not_depend_on_its_neighbours():
+    problem = random_paged_problem(3, packed=False, num_splits=4, stored=None)
+    together, _ = problem.run()
+    cache = problem.cache
+    for sequence in range(len(problem.query_lens)):
+        one = slice(sequence, sequence + 1)
+        own = PagedCache(cache.key, cache.value, cache.block_table[one], cache.seq_lens[one])
+        alone = PagedProblem(problem.query[one], own, None, [problem.query_lens[0]], problem.window, problem.options)
+        assert torch.equal(alone.run()[0], together[one])
+
+
+@pytest.mark.parametrize("stored", [None, *QUANTISED])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multi_head_latent_attention(dtype, stored):
+    """One key head of 576 columns, of which the first 512 are the values: the same storage."""
+    torch.manual_seed(0)
+    pages, page_size = 6, 16
+    key = torch.randn(pages, page_size, 1, 576, device=DEVICE).to(dtype)
+    scale = None
+    if stored is not None:
+        scale = torch.tensor([0.03], device=DEVICE)
+        key = quantise(key.float() / 0.03, stored)
+    table = torch.tensor([[4, 1, 3], [2, 0, 5]], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([33, 48], dtype=torch.int32, device=DEVICE)
+    cache = PagedCache(key, key[..., :512], table, lengths, scale, scale)
+    query = tensor(2, 8, 2, 576, dtype=dtype)
+    options = {"sinks": None, "scale": 0.05, "softcap": None, "num_splits": 2}
+    PagedProblem(query, cache, None, [2, 2], None, options).check()
+
+
+def test_shared_pages():
+    """Two sequences with one prefix: the prefix's pages are in both rows of the table."""
+    torch.manual_seed(0)
+    key, value = (torch.randn(5, 4, 1, 16, device=DEVICE) for _ in range(2))
+    table = torch.tensor([[3, 0, 1], [3, 0, 2]], dtype=torch.int32, device=DEVICE)
+    cache = PagedCache(key, value, table, torch.tensor([9, 11], dtype=torch.int32, device=DEVICE))
+    options = {"sinks": None, "scale": None, "softcap": None}
+    PagedProblem(tensor(2, 2, 1, 16), cache, None, [1, 1], None, options).check()
+
+
+@pytest.mark.parametrize("stored", [None, *QUANTISED])
+def test_writing(stored):
+    torch.manual_seed(0)
+    kind = stored or torch.float32
+    key, value = (torch.zeros(3, 4, 2, dim, device=DEVICE).to(kind) for dim in (8, 5))
+    scales = (None, None) if stored is None else [torch.rand(2, device=DEVICE) * 0.1 + 0.02 for _ in range(2)]
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    cache = PagedCache(key, value, table.to(DEVICE), lengths.to(DEVICE), *scales)
+    slots = torch.tensor([11, -1, 0, 6], device=DEVICE)
+    new = [torch.randn(4, 2, dim, device=DEVICE) * 3 for dim in (8, 5)]
+    write_cache(*new, cache, slots)
+    for rows, stored_rows, scale in zip(new, (cache.key, cache.value), scales, strict=True):
+        expected = torch.zeros(12, *rows.shape[1:], device=DEVICE).to(kind)
+        kept = rows if scale is None else quantise(rows / scale[:, None], kind)
+        for slot, row in ((11, 0), (0, 2), (6, 3)):
+            expected[slot] = kept[row].to(kind)
+        assert torch.equal(stored_rows.flatten(0, 1).float(), expected.float())
+
+
+def test_checking_finds_entries_out_of_range():
+    problem = random_paged_problem(8, packed=False, stored=None, page_size=16)
+    problem.run(check=True)
+    table = problem.cache.block_table
+    unused = int(problem.cache.seq_lens[0] + 15) // 16
+    table[0, unused] = 10**6
+    problem.run(check=True)  # nobody reads it
+    table[0, 0] = problem.cache.key.shape[0]
+    with pytest.raises(IndexError, match=r"`block_table`\[0, 0\] = .* must be 0 to .*; write the page's number there"):
+        problem.run(check=True)
+    table[0, 0], table[0, unused] = 0, 0
+    problem.cache.seq_lens[0] = problem.cache.key_len + 1
+    with pytest.raises(IndexError, match=r"`seq_lens` must be 0 to .*; widen the block table"):
+        problem.run(check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"query": (1, 4, 1, 8)}, ValueError, r"`query` must be .* 16\] like the cache's"),
+        ({"query": (2, 3, 1, 16)}, ValueError, "must be a multiple of the cache's key heads, got 3 and 2"),
+        ({"query": (3, 4, 1, 16)}, ValueError, "a batch of 3, the cache 2 sequences; pass `query_offsets`"),
+        ({"dtype": torch.float16}, TypeError, "`query` is torch.float16, the cache torch.float32"),
+        ({"query_offsets": torch.zeros(2, dtype=torch.int32)}, ValueError, r"`query_offsets` must be int32 .* = \[3\]"),
+        ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1, got 0"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be \[num_heads\] = \[4\], got \[3\]"),
+        ({"spans": Spans.causal(1, 9)}, ValueError, "`spans` must be for 1 queries and the cache's 8 keys"),
+    ],
+)
+def test_bad_calls(change, error, words):
+    key = torch.zeros(4, 4, 2, 16)
+    cache = PagedCache(key, key, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    change = dict(change)
+    query = torch.zeros(change.pop("query", (2, 4, 1, 16)), dtype=change.pop("dtype", torch.float32))
+    with pytest.raises(error, match=words):
+        paged_attention(query, cache, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"value": torch.zeros(4, 5, 2, 16)}, ValueError, "equal first three"),
+        ({"value": torch.zeros(4, 4, 2, 16, dtype=torch.float16)}, TypeError, "must share a dtype"),
+        ({"block_table": torch.zeros(2, 2)}, ValueError, "`block_table` must be int32 with 2 dimensions"),
+        ({"key_scale": torch.ones(1)}, ValueError, "`key_scale` belongs to quantised keys and values"),
+    ],
+)
+def test_bad_caches(change, error, words):
+    zeros = torch.zeros(4, 4, 2, 16)
+    given = {"key": zeros, "value": zeros, "block_table": torch.zeros(2, 2, dtype=torch.int32)}
+    with pytest.raises(error, match=words):
+        PagedCache(**(given | {"seq_lens": torch.ones(2, dtype=torch.int32)} | change))
+    with pytest.raises(ValueError, match="a page must hold 1 to 256 tokens, got 257"):
+        large = torch.zeros(1, 257, 1, 8)
+        PagedCache(large, large, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
