@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .configs import unsupported_dtype
 from .operators import MAX_HEAD_DIM, attention, log_once, runs_triton
 from .quantised import QUANTISED, quantise
 from .spans import Spans
@@ -172,6 +173,8 @@ def paged_attention(
             f"without hidden keys, got {spans!r}; leave it out for causal attention"
         )
     if runs_triton(query):
+        if (reason := unsupported_dtype(query.device, cache.key.dtype)) is not None:
+            raise TypeError(f"paged_attention: {reason}")
         from .decode import decode  # not before it is needed: importing Triton takes time
 
         output, lse = decode(

@@ -345,3 +345,15 @@ def unsupported_device(device: torch.device) -> str | None:
         f"attention: the GPU {torch.cuda.get_device_name(device)!r} ({name}) is not supported by the Triton kernels, "
         f'which run on {", ".join(SHARED_MEMORY)} and their siblings; use attn_implementation="sdpa", or CPU tensors'
     )
+
+
+def unsupported_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU that the kernels run on cannot read a dtype, in words for its user, or None if it can."""
+    if dtype != torch.float8_e4m3fn or device.type != "cuda" or torch.version.hip:
+        return None
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        return None
+    return (
+        f"the GPU {torch.cuda.get_device_name(device)!r} has no float8_e4m3fn (compute capability 8.9 has); keep the "
+        "cache in float8_e5m2 or int8"
+    )

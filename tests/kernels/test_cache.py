@@ -12,6 +12,7 @@ import torch
 
 from attention_kernels import PagedCache, Spans, attention, attention_reference, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
+from attention_kernels.configs import unsupported_dtype
 from attention_kernels.operators import interpreting
 from attention_kernels.quantised import QUANTISED, quantise
 
@@ -280,3 +281,14 @@ def test_bad_caches(change, error, words):
     with pytest.raises(ValueError, match="a page must hold 1 to 256 tokens, got 257"):
         large = torch.zeros(1, 257, 1, 8)
         PagedCache(large, large, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("capability", "served"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_chips_without_float8_e4m3fn_are_told(monkeypatch, capability, served):
+    """No such chip need be here: what torch says of it decides."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    reason = unsupported_dtype(torch.device("cuda"), torch.float8_e4m3fn)
+    assert (reason is None) == served
+    assert served or "keep the cache in float8_e5m2 or int8" in reason
+    assert unsupported_dtype(torch.device("cuda"), torch.float8_e5m2) is None
