@@ -19,11 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from . import cases, kernels, memory, models, report, tensor_parallel, training
+from . import cases, host, kernels, memory, models, report, tensor_parallel, training
 from .measure import Effort, Result
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
-SECTIONS = ("kernels", "training", "models", "tp")
+SECTIONS = ("kernels", "host", "training", "models", "tp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINTS = FOLDER.parent / "checkpoints"
@@ -34,6 +34,8 @@ TRAINING_EFFORT = {"full": Effort(seconds=2.5), "quick": Effort(seconds=0.5, mos
 MASK_EFFORT = {"full": Effort(seconds=1.0, most=20), "quick": Effort(seconds=0.2, most=10)}
 LONG_MASK_EFFORT = Effort(seconds=2.0, most=10)
 MODEL_EFFORT = {"full": Effort(seconds=8.0, most=20), "quick": Effort(seconds=1.0, most=10)}
+HOST_EFFORT = {"full": Effort(seconds=2.0), "quick": Effort(seconds=0.3, most=20)}
+HOST_TOKENS = {"full": 4096, "quick": 512}
 MEMORY_TOKENS = {"full": (4096, 8192), "quick": (4096,)}
 LONG_MASK_TOKENS = {"full": 32_768, "quick": 8192}
 
@@ -54,7 +56,8 @@ def parse(arguments: Sequence[str] | None) -> Run:
     parser.add_argument(
         "--only",
         choices=SECTIONS,
-        help="run one section: kernels (with masks and memory), training (forward and backward), models or tp",
+        help="run one section: kernels (with masks and memory), host (what a call costs before a device works), "
+        "training (forward and backward), models or tp",
     )
     parser.add_argument(
         "--tp", type=int, metavar="N", help="ranks of the tensor-parallel section; given alone, run only it"
@@ -156,6 +159,17 @@ def run_kernels(run: Run, progress: Progress) -> list[Result]:
     return results
 
 
+def run_host(run: Run, progress: Progress) -> list[Result]:
+    """What a call costs in Python."""
+    task = progress.add_task("", section="host", total=1)
+    say = teller(progress, task)
+    sizes = cases.Sizes(HOST_TOKENS[run.thoroughness], num_heads=32, num_kv_heads=8, head_dim=128)
+    results = host.run_host(sizes, run.device, HOST_EFFORT[run.thoroughness], say)
+    progress.advance(task)
+    say("done")
+    return results
+
+
 def long_masks(tokens: int, device: torch.device, say: Callable[[str], None]) -> list[Result]:
     """The mask of a long prompt whose left half is padding. A dense one needs up to four bytes per pair on the way."""
     say(f"building masks for {tokens:,} tokens")
@@ -229,6 +243,7 @@ def show(results: Sequence[Result], console: Console) -> None:
         *report.kernel_tables(results),
         report.mask_table(results),
         report.memory_table(results),
+        report.host_table(results),
         *report.kernel_tables(results, "training"),
         report.model_table(results),
         report.tensor_parallel_table(results),
@@ -266,7 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = (run.only,) if run.only else SECTIONS
     if {"models", "tp"} & set(sections):
         models.ensure_checkpoint(run.checkpoint, models.SIZES[run.thoroughness].train_seconds)
-    runners = {"kernels": run_kernels, "training": run_training, "models": run_models, "tp": run_tp}
+    runners = {
+        "kernels": run_kernels, "host": run_host, "training": run_training, "models": run_models, "tp": run_tp,
+    }  # fmt: skip
     results: list[Result] = []
     machine = report.describe_machine(run.device)
     described = {"command": report.printable_command(), "quick": run.quick, "sections": list(sections)}

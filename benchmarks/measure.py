@@ -32,7 +32,7 @@ class Result:
     """One row of the outcome: one provider on one case.
 
     Attributes:
-        section: "kernels", "masks", "memory", "training", "models" or "tp".
+        section: "kernels", "masks", "memory", "host", "training", "models" or "tp".
         case, dtype, provider: what ran.
         description: the case in words, with its sizes.
         status: "failed" is a wrong result, which is never timed; "unavailable" did not run, `reason` says why.

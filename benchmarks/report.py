@@ -176,6 +176,21 @@ def memory_table(results: Sequence[Result]) -> Table | None:
     return table
 
 
+def host_table(results: Sequence[Result]) -> Table | None:
+    """What a call costs in Python."""
+    calls = results_of(results, "host")
+    if not any(result.measured for result in calls):
+        return None
+    table = Table(title="A decoding call before the device works: microseconds of Python ± spread")
+    table.add_column("call")
+    table.add_column("", justify="right")
+    names = {OURS: f"{OURS} in a model", BASELINE: f"{BASELINE} in a model"}
+    for result in calls:
+        figures = f"{1e6 * result.median:.1f} ±{1e6 * result.spread:.1f}" if result.measured else ABSENT
+        table.add_row(names.get(result.provider, result.provider), figures)
+    return table
+
+
 def model_table(results: Sequence[Result]) -> Table | None:
     """Tokens per second of whole models, and what was compared."""
     models = results_of(results, "models")
@@ -292,7 +307,7 @@ def closing_panel(results: Sequence[Result], machine: dict[str, Any], files: dic
         parts.append(Text(busy, style="yellow"))
     if failed:
         parts.append(Text(f"{len(failed)} results FAILED; they are listed above and were not timed.", style="bold red"))
-    else:
+    elif checked:
         parts.append(Text(f"All {checked} results that were compared with the right answer are right.", style="green"))
     parts += [Text(f"{name}: {path}", overflow="fold") for name, path in files.items()]
     return Panel(Group(*parts), title="Summary", border_style="red" if failed else "green")

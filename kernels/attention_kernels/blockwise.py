@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .pieces import Piece, Plan, plan_batch, uncovered
+from .pieces import Piece, Plan, Sharing, plan_batch, uncovered
 
 TILE_SCORES = 1 << 20
 """Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
+
+CALL_BYTES = 1 << 18
+"""Keys and values, in bytes, that take as long to read as one more call of fused attention takes."""
+
+THREADED_CALL_BYTES = 1 << 21
+"""Likewise on several threads, which wait for each other: long, where their cores are shared with other work."""
+
+WRITTEN_OUT_CALLS = 8
+"""As many calls of fused attention take as long as one tile written out."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,16 @@ class Problem:
         """How its batch is computed. What is written out has all keys of a row in one piece."""
         batch, query_len = self.query.shape[0], self.query.shape[2]
         tiles_only = self.has_tiles or not fused
-        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, together=not self.trains)
+        sharing = None if self.trains else self._sharing(fused=fused)
+        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, sharing=sharing)
+
+    def _sharing(self, *, fused: bool) -> Sharing:
+        """What decides which sequences are decoded in one call."""
+        num_kv_heads, value_dim = self.value.shape[1], self.value.shape[3]
+        bytes_per_key = num_kv_heads * (self.key.shape[3] + value_dim) * self.key.element_size()
+        threads = torch.get_num_threads()
+        call_bytes = (CALL_BYTES if threads == 1 else THREADED_CALL_BYTES) * (1 if fused else WRITTEN_OUT_CALLS)
+        return Sharing(-(-threads // num_kv_heads), call_bytes // bytes_per_key)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -77,7 +95,10 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
-    groups = problem.plan(fused=fused).groups
+    plan = problem.plan(fused=fused)
+    groups = plan.groups
+    if fused and is_plain_decoding(problem, plan):
+        return with_sinks(*attend_tokens(problem, plan), problem.sinks)
     if len(groups) == 1 and len(groups[0].pieces) == 1 and groups[0].pieces[0].rows == slice(0, query_len):
         # One piece is the whole answer: nothing to gather.
         output, lse = attend(problem, groups[0].elements, groups[0].pieces[0])
@@ -145,10 +166,60 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
     tile_masks = problem.plan(fused=problem.fused).tile_masks
     if pattern not in tile_masks:
         visible = visible_keys(problem, elements, piece)
-        tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
+        if sum(tile.numel() for tile in tile_masks.values()) + visible.numel() > TILE_SCORES:
+            tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
         tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         tile_masks[pattern].masked_fill_(~visible, -math.inf)
     return tile_masks[pattern]
+
+
+def is_plain_decoding(problem: Problem, plan: Plan) -> bool:
+    """Whether `attend_tokens` serves a call: one query token each, which sees something, and heads as it takes them."""
+    query, key, value = problem.query, problem.key, problem.value
+    return (
+        query.shape[2] == 1
+        and not problem.has_tiles
+        and query.shape[3] == value.shape[3]
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and all(group.pieces and not group.pieces[0].blind for group in plan.groups)
+    )
+
+
+def attend_tokens(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one query token for each sequence, by torch's fused CPU attention.
+
+    As `attend_fused`, in as few steps as possible: after each layer's keys and values have passed through the caches,
+    a step of Python costs as much as reading a hundred keys does.
+    """
+    query, key, value = problem.query, problem.key, problem.value
+    batch, num_heads, _, dim = query.shape
+    num_kv_heads, group_size = key.shape[1], num_heads // key.shape[1]
+    query = query.reshape(batch, num_kv_heads, group_size, dim)  # the heads of a group as rows of one head
+    parts = []
+    for elements, (piece,), _ in plan.groups:
+        own = query if len(plan.groups) == 1 else query[elements]
+        place = (elements, slice(None), piece.keys)
+        mask = None if piece.kind != "masked" else remembered_mask(problem, plan, elements, piece, group_size)
+        parts.append(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                own, key[place], value[place], attn_mask=mask, scale=problem.scale
+            )
+        )
+    output, lse = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
+    # One token: what is stored head by head is stored token by token as well.
+    return output.reshape(batch, 1, num_heads, dim).transpose(1, 2), lse.reshape(batch, num_heads, 1)
+
+
+def remembered_mask(problem: Problem, plan: Plan, elements: slice, piece: Piece, rows: int) -> Tensor:
+    """The additive mask of a piece of one row, for `rows` rows; kept with the plan, which all layers share."""
+    dtype = accumulator(problem.query.dtype)
+    known = (dtype, elements.start, rows)
+    mask = plan.tile_masks.get(known)
+    if mask is None:
+        visible = visible_keys(problem, elements, piece)
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf).expand(-1, -1, rows, -1)
+        plan.tile_masks[known] = mask
+    return mask
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,8 +61,8 @@ class Plan:
 
     Attributes:
         groups: the batch, in parts that share a mask.
-        tile_masks: the additive mask of the last tile, by its dtype, size, and what its rows see relative to it. All
-            tiles of a sliding window share one, and so do all layers of a model.
+        tile_masks: the additive masks of the last tiles, by dtype, size, and what the rows see relative to the tile.
+            All tiles of a sliding window share one, and so do all layers of a model.
     """
 
     groups: list[Group]
@@ -140,21 +141,36 @@ def plan_neighbours(start: Tensor, end: Tensor, sharing: Sharing) -> Iterator[Gr
     sees = end > start
     firsts = start.masked_fill(~sees, UNSEEN).amin(1).tolist()
     lasts = end.masked_fill(~sees, 0).amax(1).tolist()
-    group = slice(0, 0)
-    first, last = UNSEEN, 0  # of the keys that the group sees
-    for element in range(0, len(firsts), sharing.least):
-        block = slice(element, min(element + sharing.least, len(firsts)))
-        block_first, block_last = min(firsts[block]), max(lasts[block])
-        both_first, both_last = min(first, block_first), max(last, block_last)
-        apart = (group.stop - group.start) * max(0, last - first) + (block.stop - element) * max(
-            0, block_last - block_first
-        )
-        if (block.stop - group.start) * max(0, both_last - both_first) <= apart + sharing.worth:
-            group, first, last = slice(group.start, block.stop), both_first, both_last
-            continue
-        yield _whole_group(start, end, group, slice(first, last))
-        group, first, last = block, block_first, block_last
-    yield _whole_group(start, end, group, slice(first, last))
+    for elements in cut_batch(firsts, lasts, slice(0, len(firsts)), sharing):
+        yield _whole_group(start, end, elements, slice(min(firsts[elements]), max(lasts[elements])))
+
+
+def cut_batch(firsts: list[int], lasts: list[int], elements: slice, sharing: Sharing) -> Iterator[slice]:
+    """Parts of `elements`, each to be computed over all keys that any of its own sees, from `firsts` to `lasts`.
+
+    They are halved where that spares most keys, as long as it spares enough.
+    """
+    least, most = sharing.least, elements.stop - elements.start
+    own_firsts, own_lasts = firsts[elements], lasts[elements]
+    before = _running_lengths(own_firsts, own_lasts)
+    after = _running_lengths(own_firsts[::-1], own_lasts[::-1])
+    spared, cut = max(
+        ((most * before[-1] - size * before[size - 1] - (most - size) * after[most - size - 1], size)
+         for size in range(least, most - least + 1, least)),
+        default=(0, 0),
+    )  # fmt: skip
+    if spared <= sharing.worth:
+        yield elements
+        return
+    middle = elements.start + cut
+    yield from cut_batch(firsts, lasts, slice(elements.start, middle), sharing)
+    yield from cut_batch(firsts, lasts, slice(middle, elements.stop), sharing)
+
+
+def _running_lengths(firsts: list[int], lasts: list[int]) -> list[int]:
+    """From the smallest of the first n `firsts` to the greatest of the first n `lasts`, for every n from 1 on."""
+    bounds = zip(accumulate(firsts, min), accumulate(lasts, max), strict=True)
+    return [max(0, last - first) for first, last in bounds]
 
 
 def _whole_group(start: Tensor, end: Tensor, elements: slice, keys: slice) -> Group:

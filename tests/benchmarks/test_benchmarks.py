@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_kernels import Spans
+from attention_kernels import Spans, attention, operators
 from benchmarks import __main__ as runner
 from benchmarks import cases, kernels, measure, memory, models, providers, report, tensor_parallel, training
 
@@ -250,6 +250,26 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert header.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", header[16:24])
     assert width > 600 and height > 600
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_host_cost_is_measured_without_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launches: bool
+) -> None:
+    monkeypatch.setattr(runner.host, "triton_installed", lambda: launches and operators.triton_installed())
+    out = tmp_path / "run.json"
+    arguments = ["--only", "host", "--quick", "--device", "cpu", "--json", str(out)]
+    assert runner.main([*arguments, "--plot", str(tmp_path / "run.png")]) == 0
+    assert "microseconds of Python" in capsys.readouterr().out
+    rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
+    assert list(rows) == ["attention", "my_triton", "sdpa"]
+    assert {row["section"] for row in rows.values()} == {"host"} and rows["sdpa"]["samples"]
+    for name in ("attention", "my_triton"):
+        available = launches and operators.triton_installed() and not operators.interpreting()
+        assert bool(rows[name]["samples"]) == available and bool(rows[name]["reason"]) != available
+    # What launched nothing is forgotten: the next call of the kind computes.
+    query, key, value = (torch.ones(8, heads, 512, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    assert (attention(query[:, :, :1], key, value, Spans.full(1, 512)) == 1).all()
 
 
 def test_training_by_itself_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

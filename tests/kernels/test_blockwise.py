@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_kernels import Spans, attention, attention_reference, operators
-from attention_kernels.pieces import plan_rows
+from attention_kernels import Spans, attention, attention_reference, blockwise, operators
+from attention_kernels.pieces import Sharing, plan_neighbours, plan_rows
 
 from helpers import DTYPES, Problem, assert_gradients_within_bound, random_spans, tensor
 
@@ -60,6 +60,62 @@ def test_work_is_skipped(spans, waste):
     start, end = (bound.expand(1, spans.query_len)[0] for bound in (spans.start, spans.end))
     area = drawn_area(plan_rows(start, end), spans.query_len, spans.key_len)
     assert area.sum() <= waste * spans.visible_pairs()
+
+
+@given(st.integers(0, 10_000))
+def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, query_len, key_len = draw.choice([1, 2, 7, 16]), draw.choice([1, 3, 16]), 400
+    start = torch.randint(0, key_len, (batch, query_len), dtype=torch.int32)
+    end = start + torch.randint(-20, key_len, start.shape, dtype=torch.int32)
+    end = end.clamp(max=key_len)
+    sharing = Sharing(least=draw.choice([1, 2, 4]), worth=draw.choice([0, 50, 10_000]))
+    groups = list(plan_neighbours(start, end, sharing))
+    assert [index for group in groups for index in range(group.elements.start, group.elements.stop)] == [*range(batch)]
+    computed = 0
+    for elements, pieces, _ in groups:
+        visible = Spans(start[elements], end[elements], query_len, key_len).to_dense()
+        area = torch.zeros_like(visible)
+        for piece in pieces:
+            area[:, piece.rows, piece.keys] = True
+            assert piece.blind or visible[:, piece.rows].any(-1).all()
+            assert piece.kind == "masked" or visible[:, piece.rows, piece.keys].all()
+            computed += (elements.stop - elements.start) * (piece.keys.stop - piece.keys.start)
+        assert not (visible & ~area).any()
+        assert elements.start % sharing.least == 0
+    if groups[1:]:
+        ((whole,),) = [group.pieces for group in plan_neighbours(start, end, Sharing(batch, 0))]
+        assert computed + sharing.worth < batch * (whole.keys.stop - whole.keys.start)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("num_kv_heads", "sinks"), [(1, None), (2, "sinks"), (8, None)])
+def test_decoding_over_uneven_padding(dtype, threads, num_kv_heads, sinks, monkeypatch):
+    """Some sequences are computed together and some are not; what is padded or not filled yet may hold anything."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(blockwise, "CALL_BYTES", 1 << 14)
+    monkeypatch.setattr(blockwise, "THREADED_CALL_BYTES", 1 << 14)
+    torch.manual_seed(0)
+    pads, filled = torch.tensor([0, 3, 250, 130, 131, 299]), 300
+    shown = torch.arange(400) >= pads[:, None]
+    spans = Spans.causal(1, 400, offset=filled - 1) & Spans.padded(shown, 1)
+    query = torch.randn(6, 8, 1, 32).to(dtype)
+    key, value = (torch.randn(6, num_kv_heads, 400, 32).to(dtype) for _ in range(2))
+    inputs = {"query": query, "key": key, "value": value, "sinks": None if sinks is None else torch.randn(8).to(dtype)}
+    hidden = ~spans.to_dense()[:, 0, None, :, None].expand_as(key)
+    with torch.no_grad():
+        for _ in range(2):  # the second time with what was remembered
+            output, lse = attention(**inputs, spans=spans, return_lse=True)
+            exact, exact_lse = attention_reference(**inputs, mask=spans.to_dense()[:, None])
+            eager, _ = attention_reference(**inputs, mask=spans.to_dense()[:, None], dtype=dtype)
+            bound = 2 * (eager.double() - exact).norm() + 3e-7 * exact.norm()
+            assert (output.double() - exact).norm() <= bound
+            torch.testing.assert_close(lse.double(), exact_lse.double(), rtol=1e-3, atol=1e-3)
+            assert output.transpose(1, 2).is_contiguous()
+        inputs |= {name: inputs[name].masked_fill(hidden, torch.nan) for name in ("key", "value")}
+        assert (attention(**inputs, spans=spans).double() - exact).norm() <= bound
 
 
 def larger_problem(seed):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host section: what a call of attention costs in Python, before a device has anything to do.
+
+On a GPU calls are real and nobody waits for them. On the CPU kernels and torch's operator are replaced by nothing, so
+that what is left is the same: checks, the choice of kernels, memory for results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from attention_kernels import attention, operators, prebound
+from attention_kernels.operators import interpreting, triton_installed
+
+from .cases import CASES, Sizes, build_problem
+from .measure import Call, Effort, Result, dtype_name, interleaved
+from .providers import BASELINE, OURS, PROVIDERS
+
+OPERATOR = "attention"
+CALLS = 100
+"""Calls in a sample; few enough that a GPU's queue never fills."""
+
+PROCESSORS = 132
+"""Of the GPU that the CPU stands for (H100): they decide whether keys are split, which takes a second kernel."""
+
+
+@torch.no_grad()
+def run_host(sizes: Sizes, device: torch.device, effort: Effort, say: Callable[[str], None]) -> list[Result]:
+    """Time a decoding call of the operator, of this project's attention function and of transformers' sdpa function."""
+    problem = build_problem(next(case for case in CASES if case.decode), sizes, torch.bfloat16, device)
+    masks = {name: problem.mask_builder(name)() for name in (OURS, BASELINE)}
+    runs: dict[str, Callable[[], Any]] = {
+        provider.name: provider.bind(problem, masks[provider.name]) for provider in PROVIDERS if provider.name in masks
+    }
+    runs[OPERATOR] = lambda: attention(problem.query, problem.key, problem.value, masks[OURS].spans)
+    results = [
+        Result("host", "decode", name, dtype_name(problem.query.dtype), problem.description)
+        for name in (OPERATOR, OURS, BASELINE)
+    ]
+    if device.type == "cpu" and (interpreting() or not triton_installed()):
+        for result in results[:2]:
+            result.status, result.reason = "unavailable", "Triton is not installed, or runs in its interpreter"
+            del runs[result.provider]
+    say("decode: calls that launch nothing")
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(without_launching(ours=OURS in runs))
+        calls = {name: Call(lambda _, run=run: repeat(run), lambda: finish(device)) for name, run in runs.items()}
+        samples = interleaved(calls, torch.device("cpu"), effort)  # by the clock on the wall, on a GPU too
+    for result in results:
+        result.samples = [seconds / CALLS for seconds in samples.get(result.provider, [])]
+    return results
+
+
+def repeat(run: Callable[[], Any]) -> None:
+    """Make the call as often as a sample has it."""
+    for _ in range(CALLS):
+        run()
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Nothing:
+    """In place of a kernel: takes its arguments, does nothing, and is its own compiled form."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Nothing:
+        return self
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Nothing:
+        """Launch nothing."""
+        return self
+
+
+@contextmanager
+def without_launching(*, ours: bool) -> Iterator[None]:
+    """CPU tensors take the path of GPU tensors, up to the launch of a kernel (ours) or of torch's operator."""
+    with ExitStack() as stack:
+        if ours:
+            from attention_kernels import configs, decode  # imports Triton
+
+            for name in ("decode_kernel", "merge_kernel"):
+                stack.enter_context(patch.object(decode, name, Nothing(getattr(decode, name))))
+            stack.enter_context(patch.object(configs, "processors", lambda device: PROCESSORS))
+            stack.enter_context(patch.object(operators, "runs_triton", lambda tensor: True))
+            # What is remembered of these calls computes nothing.
+            stack.callback(prebound.forget)
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", like_query))
+        yield
+
+
+def like_query(query: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    """In place of torch's operator: memory for the result."""
+    return torch.empty_like(query)

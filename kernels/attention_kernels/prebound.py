@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding again what was decoded before: kernels already compiled, with other tensors of the same kind.
+
+The layers of a model make the same call with tensors that differ in their addresses alone. Checking arguments, choosing
+tiles and having Triton find the compiled kernel takes several times as long as handing it the addresses. So the first
+call of a kind is remembered, by all that the checks and Triton's specialisation look at: shapes, strides, dtypes,
+devices, scale and number of parts. Addresses count by whether 16 divides them: only such calls are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .spans import Spans
+
+if TYPE_CHECKING:
+    from .tiles import SpanOperand
+
+ALIGNMENT = 15
+"""Bits of an address that are 0 where Triton takes it as divisible by 16."""
+
+MOST_LAUNCHES = 64
+"""Kinds of calls that are remembered. A growing cache makes a new kind with every token."""
+
+Run = Callable[..., object]
+
+_launches: dict[tuple, Launch] = {}
+_known_spans: WeakKeyDictionary[Spans, tuple[tuple, SpanOperand] | None] = WeakKeyDictionary()
+
+
+TENSORS = (0, 1, 2, 6, 7, 8)
+"""Places of query, key, value, output, log-sum-exp and spans among the arguments of `decode.decode_kernel`."""
+
+
+class Launch:
+    """Kernels compiled for one kind of call, and their arguments but for the tensors."""
+
+    def __init__(
+        self, output: Tensor, lse: Tensor, splits: int, arguments: list[Any], attend: Run, merge: Run | None
+    ) -> None:
+        """Of a call that has been made.
+
+        Args:
+            output, lse: its results.
+            splits: in how many parts it computed its keys.
+            arguments: what its kernel took, in order.
+            attend, merge: its compiled kernels, with the grid; the latter with all arguments but the tensors.
+        """
+        self.device_type, self.device_index = output.device.type, output.device.index
+        self.output, self.lse = (output.shape, output.stride(), output.dtype), (lse.shape, lse.stride(), lse.dtype)
+        self.parts_shape, self.part_lse_shape = ((splits, *each.shape) for each in (output.transpose(1, 2), lse))
+        self.operand, self.strides = type(arguments[0]), tuple(each[1:] for each in arguments[:3])
+        self.lse_strides = arguments[7][1:]
+        self.arguments = [None if place in TENSORS else each for place, each in enumerate(arguments)]
+        self.attend, self.merge = attend, merge
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+        """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
+        (shape, strides, dtype), (lse_shape, lse_strides, lse_dtype) = self.output, self.lse
+        output = query.new_empty_strided(shape, strides, dtype=dtype)
+        lse = query.new_empty_strided(lse_shape, lse_strides, dtype=lse_dtype)
+        parts, part_lse = output, lse
+        addresses = output.data_ptr() | lse.data_ptr()
+        if self.merge is not None:
+            parts = query.new_empty(self.parts_shape, dtype=lse_dtype)
+            part_lse = query.new_empty(self.part_lse_shape, dtype=lse_dtype)
+            addresses |= parts.data_ptr() | part_lse.data_ptr()
+        if addresses & ALIGNMENT:
+            return None
+        operand, arguments = self.operand, self.arguments.copy()
+        query_strides, key_strides, value_strides = self.strides
+        arguments[0] = operand(query, *query_strides)
+        arguments[1], arguments[2] = operand(key, *key_strides), operand(value, *value_strides)
+        arguments[6], arguments[7], arguments[8] = parts, operand(part_lse, *self.lse_strides), spans
+        if self.device_index is None or torch.cuda.current_device() == self.device_index:
+            self._run(arguments, parts, part_lse, output, lse)
+        else:  # Triton launches on the current device
+            with torch.cuda.device(self.device_index):
+                self._run(arguments, parts, part_lse, output, lse)
+        return output, lse
+
+    def _run(self, arguments: list[Any], parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
+        self.attend(*arguments)
+        if self.merge is not None:
+            self.merge(parts, part_lse, output, self.operand(lse, *self.lse_strides))
+
+
+def relaunch(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, scale: float | None, num_splits: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of a call without gradients, if one of its kind is remembered."""
+    if not _launches or spans is None or (known := _spans_as_operand(spans)) is None:
+        return None
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
+        return None
+    launch = _launches.get(_kind(query, key, value, known[0], scale, num_splits))
+    # Autocast changes dtypes.
+    if launch is None or torch.is_autocast_enabled(launch.device_type):
+        return None
+    return launch(query, key, value, known[1])
+
+
+def launch_and_remember(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, num_splits: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """As `relaunch`, of a call that has been checked and that no other of its kind came before; None if not served."""
+    from . import decode  # imports Triton, which takes time
+
+    known = _spans_as_operand(spans)
+    same_batch = query.shape[0] == key.shape[0] == value.shape[0]
+    if decode.INTERPRETED or known is None or not same_batch or not query.numel() or not key.numel():
+        return None
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
+        return None
+    output, lse, launch = decode_first(query, key, value, known[1], scale, num_splits)
+    if not (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
+        if len(_launches) >= MOST_LAUNCHES:
+            _launches.clear()
+        _launches[_kind(query, key, value, known[0], scale, num_splits)] = launch
+    return output, lse
+
+
+def decode_first(
+    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float | None, num_splits: int | None
+) -> tuple[Tensor, Tensor, Launch]:
+    """Launch as `decode.decode` does; also what launches again."""
+    from . import decode
+
+    batch, num_heads, query_len, head_dim = query.shape
+    num_kv_heads, key_len, value_dim = value.shape[1:]
+    rows = query_len * (num_heads // num_kv_heads)
+    config = decode.decode_config(decode.architecture(query.device), query.dtype, head_dim, value_dim, rows)
+    programs = -(-rows // config.block_m), batch * num_kv_heads
+    splits = num_splits or decode.choose_splits(programs[0] * programs[1], key_len, config.block_n, query.device)
+    output = query.new_empty(batch, query_len, num_heads, value_dim)
+    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    parts, part_lse = output, lse
+    if splits > 1:
+        parts, part_lse = (lse.new_empty(splits, *each.shape) for each in (output, lse))
+    named = decode.decode_arguments(
+        query, key, value, parts, part_lse, spans, None, None, None, head_dim**-0.5 if scale is None else scale, None,
+        None, None, None, None, key_len, config,
+    )  # fmt: skip
+    tokens = batch * query_len
+    sizes = splits, num_heads, query_len, tokens, part_lse.stride(0), value_dim, decode.padded_dim(value_dim)
+    arguments = [named[name] for name in decode.decode_kernel.arg_names]
+    grid, merge_grid, merge = (*programs, splits), (tokens, num_heads, 1), None
+    with decode.launching_on(query):
+        attend = decode.decode_kernel[grid](**named)[grid]
+        if splits > 1:
+            own = decode.row_operand(lse)
+            merge_all = decode.merge_kernel[merge_grid](parts, part_lse, output, own, *sizes)[merge_grid]
+
+            def merge(*tensors):
+                merge_all(*tensors, *sizes)
+
+    output = output.transpose(1, 2)
+    return output, lse, Launch(output, lse, splits, arguments, attend, merge)
+
+
+def forget() -> None:
+    """Remember no call any more."""
+    _launches.clear()
+
+
+def _kind(
+    query: Tensor, key: Tensor, value: Tensor, spans: tuple, scale: float | None, num_splits: int | None
+) -> tuple:
+    """All that decides how a call is checked and which kernels serve it."""
+    return (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device, spans, scale, num_splits,
+    )  # fmt: skip
+
+
+def _spans_as_operand(spans: Spans) -> tuple[tuple, SpanOperand] | None:
+    """What decides which kernels serve spans, and the spans as kernels take them; None for unusual ones.
+
+    All layers share their spans, whose tensors never change but in their values.
+    """
+    try:
+        return _known_spans[spans]
+    except KeyError:
+        known = _known_spans[spans] = _describe_spans(spans)
+        return known
+
+
+def _describe_spans(spans: Spans) -> tuple[tuple, SpanOperand] | None:
+    from .launch import span_operand
+
+    tensors = [each for each in (spans.start, spans.end, spans.key_mask, spans.gap_count) if each is not None]
+    if any(each.data_ptr() & ALIGNMENT or type(each) is not Tensor for each in tensors):
+        return None
+    if spans.key_mask is not None and not spans.key_mask.is_contiguous():
+        return None  # the operand would be a copy, and so miss later changes
+    kinds = tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+    operand = span_operand(spans.start, spans.end, spans.key_mask, spans.gap_count)
+    return (spans.query_len, spans.key_len, *kinds), operand
