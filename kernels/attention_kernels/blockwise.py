@@ -19,7 +19,7 @@ from torch import Tensor
 from .dropout import keep_mask, threshold_and_scale
 from .pieces import Piece, Plan, Sharing, plan_batch, uncovered
 
-TILE_SCORES = 1 << 20
+TILE_SCORES = 1 << 21
 """Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
 
 CALL_BYTES = 1 << 18
