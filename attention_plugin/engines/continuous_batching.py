@@ -60,8 +60,9 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     """
     parts = list(_parts(model))
     _check_model(model, parts)
-    for name in {config._attn_implementation for config in parts}:
+    for name in _own_names(model):
         _check_transformers(name + SUFFIX)
+    for name in {config._attn_implementation for config in parts}:
         AttentionInterface.register(name + SUFFIX, partial(variable_length_forward, AttentionInterface()[name]))
         AttentionMaskInterface.register(name + SUFFIX, span_mask)
         support.registered_names.add(name + SUFFIX)
@@ -280,6 +281,12 @@ def _parts(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
         name = config._attn_implementation
         if name in support.registered_names and not name.endswith(SUFFIX):
             yield config
+
+
+def _own_names(model: PreTrainedModel) -> set[str]:
+    """Names of this attention that parts of the model have, as they were before enabling."""
+    names = {config._attn_implementation for config in _configs(model)}
+    return {name.removesuffix(SUFFIX) for name in names if name in support.registered_names}
 
 
 def _rename(config: PreTrainedConfig, name: str) -> None:

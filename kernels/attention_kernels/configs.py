@@ -93,7 +93,7 @@ _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 64, "spans"): ForwardConfig(128, 128, 8, 2),
     (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
-    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2),
     # 128 rows would leave no registers to write down what rounding the output took.
     (2, 256, "spans"): ForwardConfig(64, 64, 8, 2),
     (2, 256, "tiles"): ForwardConfig(64, 16, 8, 2),

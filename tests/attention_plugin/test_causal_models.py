@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import attention_plugin  # noqa: F401  (importing it registers "my_triton")
 
+from helpers import SLOW_IN_INTERPRETER
 from tiny_models import SLIDING_WINDOW, VOCAB_SIZE, WINDOWS, build
 
 IMPLEMENTATION = "my_triton"
@@ -279,15 +280,19 @@ def test_skipped_model_computes_attention_itself(model_type):
     assert "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(model_module(model_type))
 
 
-IN_THE_INTERPRETER = ("llama", "gemma2", "gpt_oss")
-"""Plain, with softcap and windows, with sinks: enough to see the kernels inside models."""
+IN_THE_INTERPRETER = {
+    "llama": (pytest.mark.interpreter,),
+    "gpt_oss": (pytest.mark.interpreter,),
+    "gemma2": (pytest.mark.interpreter, *([SLOW_IN_INTERPRETER] if SLOW_IN_INTERPRETER else [])),
+}
+"""Plain, with sinks, with softcap and windows: enough to see the kernels inside models."""
 
 
 # The model type is the outer loop, so that a model is built once for all its runs.
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=pytest.mark.interpreter if name in IN_THE_INTERPRETER else ()) for name in MODEL_TYPES],
+    [pytest.param(name, marks=IN_THE_INTERPRETER.get(name, ())) for name in MODEL_TYPES],
 )
 def test_equals_eager(model_type, run):
     pair = models(model_type)
@@ -315,6 +320,7 @@ def test_packing_is_honoured_beside_a_mask_of_ones(model_type):
     assert relative_error(actual, reference(pair.eager)["logits"]) < TOLERANCE
 
 
+@pytest.mark.exhaustive  # of the tests here, not of what they test
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.no_grad()
 def test_masks_matter(model_type):

@@ -130,6 +130,7 @@ def test_dynamic_lengths_compile_once_without_gradients():
         assert_close({"logits": actual}, {"logits": run(pair.eager, inputs(kind, tokens))})
 
 
+@pytest.mark.exhaustive  # minutes of compiling on a slow machine
 def test_inductor():
     pair = models("one layer")
     expected = run_with_gradients(pair.eager, pair.eager, inputs("left-padded"))

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from attention_kernels import Spans, attention, cascade_attention, merge_states
 
-from helpers import DEVICE, DTYPES, GRADIENTS, Problem, assert_gradients_within_bound, random_spans, tensor
+from helpers import (
+    DEVICE,
+    DTYPES,
+    GRADIENTS,
+    SLOW_IN_INTERPRETER,
+    Problem,
+    assert_gradients_within_bound,
+    random_spans,
+    tensor,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -126,7 +135,9 @@ def test_random_splits(first_seed):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-@pytest.mark.parametrize("first_seed", range(9100, 9115, 3))
+@pytest.mark.parametrize(
+    "first_seed", [9100, *(pytest.param(seed, marks=SLOW_IN_INTERPRETER) for seed in range(9103, 9115, 3))]
+)
 def test_gradients_of_random_splits(first_seed):
     for seed in range(first_seed, first_seed + 3):
         try:
@@ -252,7 +263,9 @@ def test_random_cascades(first_seed):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-@pytest.mark.parametrize("first_seed", range(9300, 9309, 3))
+@pytest.mark.parametrize(
+    "first_seed", [9300, *(pytest.param(seed, marks=SLOW_IN_INTERPRETER) for seed in range(9303, 9309, 3))]
+)
 def test_gradients_of_random_cascades(first_seed):
     for seed in range(first_seed, first_seed + 3):
         try:
