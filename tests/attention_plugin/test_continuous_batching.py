@@ -461,7 +461,12 @@ class OtherCache:
 
 MOVED = {
     # The plugin's own reference: transformers makes its module anew where imports of it meet.
-    "version": (continuous_batching.transformers, "__version__", "5.22.1", "transformers 5.22.1 .* needs transformers 5.23"),
+    "version": (
+        continuous_batching.transformers,
+        "__version__",
+        "5.22.1",
+        "transformers 5.22.1 .* needs transformers 5.23",
+    ),
     "name": (generic, "is_flash_attention_requested", lambda **kwargs: False, "no longer goes by the word 'flash'"),
     "gone": (generic, "is_flash_attention_requested", None, "no longer goes by the word 'flash'.*TypeError"),
     "by number": (generic, "is_flash_attention_requested", lambda **kwargs: True, "no longer goes by the word"),
