@@ -139,7 +139,7 @@ SEEDS_PER_TEST = 5
 
 @pytest.mark.parametrize(
     "first_seed",
-    [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 50 else ()) for seed in range(0, 250, SEEDS_PER_TEST)],
+    [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 25 else ()) for seed in range(0, 250, SEEDS_PER_TEST)],
 )
 def test_random_pages(first_seed):
     for seed in range(first_seed, first_seed + SEEDS_PER_TEST):

@@ -20,7 +20,7 @@ SEEDS_PER_TEST = 8
 
 @pytest.mark.parametrize(
     "first_seed",
-    [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 80 else ()) for seed in range(0, 240, SEEDS_PER_TEST)],
+    [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 40 else ()) for seed in range(0, 240, SEEDS_PER_TEST)],
 )
 def test_random_problems(first_seed):
     for seed in range(first_seed, first_seed + SEEDS_PER_TEST):
