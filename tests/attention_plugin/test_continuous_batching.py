@@ -460,7 +460,7 @@ class OtherCache:
 
 
 MOVED = {
-    # The plugin's own reference: transformers makes its module anew where imports of it meet.
+    # The plugin's own reference: when all tests are collected together, this file's is another module object.
     "version": (
         continuous_batching.transformers,
         "__version__",

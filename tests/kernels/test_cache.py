@@ -292,3 +292,15 @@ def test_chips_without_float8_e4m3fn_are_told(monkeypatch, capability, served):
     assert (reason is None) == served
     assert served or "keep the cache in float8_e5m2 or int8" in reason
     assert unsupported_dtype(torch.device("cuda"), torch.float8_e5m2) is None
+
+
+def test_writing_what_does_not_fit():
+    zeros = torch.zeros(2, 4, 1, 8)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    cache, slots = PagedCache(zeros, zeros, table, lengths), torch.tensor([0, 1])
+    with pytest.raises(
+        ValueError, match=r"`value` must be .* = \[2, 1, 8\] for 2 slots and this cache, got \[2, 1, 7\]"
+    ):
+        write_cache(torch.zeros(2, 1, 8), torch.zeros(2, 1, 7), cache, slots)
+    with pytest.raises(ValueError, match="`max_query_len` must be at least 1, got 0"):
+        paged_attention(torch.zeros(1, 1, 1, 8), cache, max_query_len=0)
