@@ -136,6 +136,7 @@ def paged_attention(
     num_splits: int | None = None,
     check: bool = False,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of new queries to keys and values in pages: prefill, decoding, and both in one batch.
 
@@ -153,15 +154,19 @@ def paged_attention(
         check: look at the block table first (`PagedCache.check`); otherwise entries out of range are undefined
             behaviour, as looking would be a synchronisation.
         return_lse: also return the log-sum-exp.
+        out: where to write the output, of its shape and dtype; token by token (its transpose of dimensions 1 and 2 is
+            contiguous) it is written to without a copy. Rows that belong to no sequence are undefined.
 
     Returns:
-        Output as `query`, with value's last dimension; with `return_lse` also the natural log-sum-exp, float32
-        `[batch or 1, num_heads, query_len or tokens]`. No gradients.
+        Output as `query`, with value's last dimension, or `out` if that was given; with `return_lse` also the natural
+        log-sum-exp, float32 `[batch or 1, num_heads, query_len or tokens]`. No gradients.
 
     Raises:
         ValueError, TypeError: an argument breaks a rule above. IndexError: `check` found a wrong entry.
     """
     _check_query(query, cache, query_offsets, max_query_len, sinks, num_splits)
+    if out is not None:
+        _check_out(out, query, cache)
     if check:
         cache.check()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -182,14 +187,14 @@ def paged_attention(
             scale=scale, softcap=softcap, block_table=cache.block_table, query_offsets=query_offsets,
             max_query_len=max_query_len, num_splits=num_splits,
             key_scale=None if cache.key_scale is None else _by_head(cache.key_scale, cache.key),
-            value_scale=None if cache.value_scale is None else _by_head(cache.value_scale, cache.value),
+            value_scale=None if cache.value_scale is None else _by_head(cache.value_scale, cache.value), out=out,
         )  # fmt: skip
     else:
         options = {"sinks": sinks, "scale": scale, "softcap": softcap}
         # Quantised numbers times their scales fit float32, not 16 bits.
         wide = query.detach().to(torch.promote_types(query.dtype, torch.float32) if cache.quantised else query.dtype)
         output, lse = _gathered(wide, cache, spans, query_offsets, options)
-        output = output.to(query.dtype)
+        output = output.to(query.dtype) if out is None else out.copy_(output)
     return (output, lse) if return_lse else output
 
 
@@ -270,6 +275,15 @@ def _gathered(
             part, key, value, own, return_lse=True, **options
         )
     return output, lse
+
+
+def _check_out(out: Tensor, query: Tensor, cache: PagedCache) -> None:
+    shape = (*query.shape[:3], cache.value.shape[3])
+    if out.shape != shape or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"paged_attention: `out` must be {query.dtype} {list(shape)} on {query.device} like the output, got "
+            f"{out.dtype} {list(out.shape)} on {out.device}; leave it out to have it made"
+        )
 
 
 def _check_query(

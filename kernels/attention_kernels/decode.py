@@ -274,12 +274,14 @@ def decode(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     num_splits: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels on validated arguments (`operators.attention` and `cache.paged_attention` say what they are).
 
     Args:
         key, value: `[batch, num_kv_heads, key_len, dim]`; with `block_table` `[pages, num_kv_heads, page_size, dim]`.
         key_scale, value_scale: of quantised keys and values, of their shape without the last dimension.
+        out: what the output is written to.
 
     Returns:
         Output, stored token by token, and log-sum-exp, as `forward.forward` gives them.
@@ -292,13 +294,17 @@ def decode(
             block_table=block_table, query_offsets=query_offsets, max_query_len=max_query_len, key_scale=key_scale,
             value_scale=value_scale, num_splits=num_splits,
         )  # fmt: skip
-        return output.to(torch.bfloat16), lse
+        return output.to(torch.bfloat16) if out is None else out.copy_(output), lse
     batch, num_heads, query_len, _ = query.shape
     num_kv_heads, value_dim = value.shape[1], value.shape[3]
-    output = query.new_empty(batch, query_len, num_heads, value_dim)
+    in_place = out is not None and out.transpose(1, 2).is_contiguous()
+    if out is not None and in_place:
+        output = out.transpose(1, 2)
+    else:
+        output = query.new_empty(batch, query_len, num_heads, value_dim)
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     if not lse.numel():
-        return output.transpose(1, 2), lse
+        return output.transpose(1, 2) if out is None else out, lse
     sequences = batch if query_offsets is None else query_offsets.numel() - 1
     longest = query_len if max_query_len is None else max_query_len
     rows = longest * (num_heads // num_kv_heads)
@@ -322,7 +328,8 @@ def decode(
                 parts, part_lse, output, row_operand(lse), splits, num_heads, query_len, batch * query_len,
                 part_lse.stride(0), value_dim, padded_dim(value_dim),
             )  # fmt: skip
-    return output.transpose(1, 2), lse
+    output = output.transpose(1, 2)
+    return output if out is None or in_place else out.copy_(output), lse
 
 
 def row_operand(lse: Tensor) -> Operand:

@@ -304,3 +304,26 @@ def test_writing_what_does_not_fit():
         write_cache(torch.zeros(2, 1, 8), torch.zeros(2, 1, 7), cache, slots)
     with pytest.raises(ValueError, match="`max_query_len` must be at least 1, got 0"):
         paged_attention(torch.zeros(1, 1, 1, 8), cache, max_query_len=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("token_by_token", [True, False])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_output_is_written_where_it_is_asked_for(dtype, token_by_token, num_splits):
+    problem = random_paged_problem(4, dtype=dtype, stored=None, packed=True, num_splits=num_splits)
+    expected, _ = problem.run()
+    tokens, heads = problem.query.shape[2], problem.query.shape[1]
+    sizes = (1, tokens, heads, expected.shape[3]) if token_by_token else (1, heads, tokens, expected.shape[3])
+    out = torch.full(sizes, torch.nan, dtype=dtype, device=DEVICE)
+    out = out.transpose(1, 2) if token_by_token else out
+    found, _ = problem.run(out=out)
+    assert found is out or found.data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
+
+
+def test_a_place_for_the_output_that_does_not_fit_is_refused():
+    problem = random_paged_problem(4, dtype=torch.float32, stored=None, packed=True)
+    with pytest.raises(ValueError, match=r"paged_attention: `out` must be torch.float32 .* like the output, got"):
+        problem.run(out=problem.query.double())
+    with pytest.raises(ValueError, match=r"leave it out to have it made"):
+        problem.run(out=problem.query[:, :, 1:])

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's attention backend my_triton: from SGLang's batches and pools to the paged kernels, and nothing else.
+
+Written to the contract of `sglang.srt.layers.attention.base_attn_backend` (SGLang 0.5.23). SGLang's pool writes new
+keys and values itself; a request's row in `req_to_token` says where each of its tokens lies, which is a block table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch import Tensor
+
+from attention_kernels import PagedCache
+from attention_kernels.configs import unsupported_device
+
+from .batch import Batch, HeldSpans, pages_of
+
+NAME = "my_triton"
+
+
+def register() -> None:
+    """Add the backend to SGLang's registry and to the choices of its command line. Doing so again is harmless."""
+    if NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([NAME])
+    if NAME not in ATTENTION_BACKENDS:
+        register_attention_backend(NAME)(MyTritonBackend)
+
+
+class MyTritonBackend(AttentionBackend):
+    """Prefill, pieces of long prompts, decoding and mixtures of them, over keys in SGLang's pools.
+
+    Served: grouped heads, windows (also in a pool of their own), sinks, softcap, encoders, float8 pools, the
+    verification of drafts that form a chain. Refused by name: multi-head latent attention, cross attention, trees of
+    drafts, score functions.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any) -> None:
+        """For a model runner whose model and pools exist.
+
+        Raises:
+            ValueError: the model or the configuration asks for something that is not served.
+        """
+        super().__init__()
+        self.device = torch.device(runner.device)
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.pool = runner.token_to_kv_pool
+        self.page_size = runner.page_size or 1
+        self.context_len = runner.model_config.context_len
+        self.windowed_pool = isinstance(self.pool, SWAKVPool)
+        layers = (module for module in runner.model.modules() if isinstance(module, RadixAttention))
+        self.windows = {_window(layer) for layer in layers}
+        self.num_draft_tokens = runner.server_args.speculative_num_draft_tokens or 0
+        self._refuse_unserved(runner)
+        self.forward_metadata: _Metadata | None = None
+
+    def _refuse_unserved(self, runner: Any) -> None:
+        if runner.model_config.attention_arch == AttentionArch.MLA:
+            _refuse("multi-head latent attention is not served", "flashinfer")
+        if (runner.server_args.speculative_eagle_topk or 1) > 1:
+            _refuse("trees of drafts (speculative_eagle_topk above 1) are not served, chains are", "triton")
+        if getattr(self.pool, "use_hnd", False):
+            _refuse("a pool of head-major pages (SGLANG_USE_HND_KVCACHE) is not served", "trtllm_mha")
+        if self.device.type == "cuda" and (reason := unsupported_device(self.device)) is not None:
+            _refuse(reason, "torch_native")
+
+    def support_triton(self) -> bool:
+        """Whether SGLang may run Triton kernels of its own beside this backend."""
+        return self.device.type != "cpu"
+
+    # ------------------------------------------------------------------ metadata
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Describe a batch that runs layer by layer."""
+        longest = self.context_len
+        if forward_batch.seq_lens_cpu is not None and len(forward_batch.seq_lens_cpu):
+            longest = int(forward_batch.seq_lens_cpu.max()) + self._drafts(forward_batch)
+        table = self._block_table(forward_batch.req_pool_indices, longest)
+        offsets, rows, most = self._queries(forward_batch)
+        batch = Batch(offsets, self._seq_lens(forward_batch), table, self.page_size, rows, most)
+        self.forward_metadata = self._metadata(batch, forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make the tensors that captured graphs read, for up to `max_bs` requests."""
+        pages = -(-self.context_len // self.page_size)
+        self.held_table = torch.zeros(max_bs, pages, dtype=torch.int32, device=self.device)
+        self.held_window_table = torch.zeros_like(self.held_table) if self.windowed_pool else None
+        self.held_lengths = torch.zeros(max_bs, dtype=torch.int32, device=self.device)
+        self.held_offsets: dict[int, Tensor] = {}
+        self.held_write_slots = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
+        self.held_spans = HeldSpans(max_num_tokens, self.device)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of the requests that fill up a captured batch."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Bring the tensors that captured layers read up to date, before a capture and before each replay.
+
+        Every request of a captured batch has equally many rows: one while decoding, all drafts while verifying.
+        """
+        requests = forward_batch.batch_size
+        offsets, rows, most = self._queries(forward_batch)
+        offsets = self.held_offsets.setdefault(rows, offsets)  # the same numbers each time
+        lengths, table = self.held_lengths[:requests], self.held_table[:requests]
+        lengths.copy_(self._seq_lens(forward_batch))
+        table.copy_(self._block_table(forward_batch.req_pool_indices, self.context_len))
+        batch = Batch(offsets, lengths, table, self.page_size, rows, most, held=self.held_spans)
+        self.forward_metadata = self._metadata(batch, forward_batch, self.held_window_table, self.held_write_slots)
+
+    def _metadata(
+        self,
+        batch: Batch,
+        forward_batch: ForwardBatch,
+        held_table: Tensor | None = None,
+        held_slots: Tensor | None = None,
+    ) -> _Metadata:
+        """The batch as layers without and with a pool of windows see it."""
+        for window in self.windows:  # here and not in a layer: a captured graph replays its layers without Python
+            batch.spans(window)
+        if not self.windowed_pool or forward_batch.out_cache_loc is None:
+            return _Metadata(batch, batch, None)
+        # A token's slot in the pool of windows. Entries of tokens that are no longer there are not read.
+        first_slots = (batch.block_table.long() * self.page_size).clamp(
+            max=self.pool.full_to_swa_index_mapping.numel() - 1
+        )
+        table = (self.pool.translate_loc_from_full_to_swa(first_slots) // self.page_size).to(torch.int32)
+        slots = self.pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+        if held_table is not None and held_slots is not None:
+            table = held_table[: table.shape[0]].copy_(table)
+            slots = held_slots[: slots.shape[0]].copy_(slots)
+        return _Metadata(batch, replace(batch, block_table=table), slots)
+
+    def _drafts(self, forward_batch: ForwardBatch) -> int:
+        """New tokens of each request that its length does not count yet."""
+        return self.num_draft_tokens if forward_batch.forward_mode.is_target_verify() else 0
+
+    def _seq_lens(self, forward_batch: ForwardBatch) -> Tensor:
+        return (forward_batch.seq_lens + self._drafts(forward_batch)).to(torch.int32)
+
+    def _queries(self, forward_batch: ForwardBatch) -> tuple[Tensor, int, int]:
+        """Offsets of each request's rows, int32 `[requests + 1]`, the number of rows, the most rows of a request."""
+        requests = forward_batch.batch_size
+        each = self._drafts(forward_batch) or int(forward_batch.forward_mode.is_decode_or_idle())
+        if each:
+            offsets = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * each
+            return offsets, requests * each, each
+        offsets = torch.zeros(requests + 1, dtype=torch.int32, device=self.device)
+        torch.cumsum(forward_batch.extend_seq_lens, 0, out=offsets[1:])
+        known = forward_batch.extend_seq_lens_cpu
+        most = max(known) if known is not None else int(forward_batch.extend_seq_lens.max())
+        return offsets, forward_batch.input_ids.shape[0], most
+
+    def _block_table(self, req_pool_indices: Tensor, longest: int) -> Tensor:
+        """Pages of each request, int32 `[requests, pages]`, for `longest` tokens."""
+        first_slots = self.req_to_token[req_pool_indices, :longest][:, :: self.page_size]
+        return (first_slots // self.page_size).to(torch.int32)
+
+    # ------------------------------------------------------------------ layers
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            q: `[tokens, num_heads * head_dim]`; k and v likewise, or None where another layer has written them.
+            layer, forward_batch: as SGLang describes them.
+            save_kv_cache: whether k and v are to be put into the pool.
+            sinks: `[num_heads]`.
+            kwargs: refused by name unless None.
+
+        Returns:
+            `[tokens, num_heads * value_dim]`.
+
+        Raises:
+            ValueError: the layer has something that is not served.
+        """
+        _check_layer(layer, kwargs)
+        metadata = self.forward_metadata
+        assert metadata is not None  # SGLang describes a batch before it runs its layers
+        if save_kv_cache and k is not None and v is not None:
+            where = KVWriteLoc.for_batch(forward_batch, swa_loc=metadata.window_slots)
+            # The pool divides by the scales in place.
+            scaled = (k, v) if layer.k_scale is None else (k.clone(), v.clone(), layer.k_scale, layer.v_scale)
+            self.pool.set_kv_buffer(layer, where, *scaled)
+        batch = metadata.batch
+        if self.windowed_pool and self.pool.layers_mapping[layer.layer_id][1]:
+            batch = metadata.window_batch
+        if layer.attn_type == AttentionType.ENCODER_ONLY or layer.is_cross_attention:
+            batch = replace(batch, causal=False, held=None, _spans={})
+        rows = batch.num_rows
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = query.new_empty(*query.shape[:2], layer.v_head_dim)
+        if rows < out.shape[0]:
+            out[rows:] = 0  # padding
+        batch.attend(
+            query[:rows], self._pages(layer), out[:rows],
+            window=_window(layer), sinks=sinks, scale=layer.scaling, softcap=layer.logit_cap or None,
+        )  # fmt: skip
+        return out.flatten(1)
+
+    def forward_decode(self, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `forward_extend`: decoding is a batch of one new token each."""
+        return self.forward_extend(q, *args, **kwargs)
+
+    def _pages(self, layer: RadixAttention) -> PagedCache:
+        """A layer's pool as pages: `[slots, num_kv_heads, dim]`, some slots of which are a page."""
+        key, value = self.pool.get_kv_buffer(layer.layer_id)
+        scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        if key.dtype.itemsize == 1:
+            scales = tuple(
+                key.new_ones(1, dtype=torch.float32) if scale is None else scale.reshape(1)
+                for scale in (layer.k_scale, layer.v_scale)
+            )  # type: ignore[assignment]
+        key, value = (each.view(-1, self.page_size, *each.shape[1:]) for each in (key, value))
+        return pages_of(key, value, *scales)
+
+
+class _Metadata:
+    """What the layers of one forward pass share."""
+
+    def __init__(self, batch: Batch, window_batch: Batch, window_slots: Tensor | None) -> None:
+        """The batch, the same in the pool of windows, and where that pool's new tokens go."""
+        self.batch, self.window_batch, self.window_slots = batch, window_batch, window_slots
+
+
+def _window(layer: RadixAttention) -> int | None:
+    """Keys that a row of a layer sees at most, its own among them. SGLang counts those before it; -1 is no window."""
+    size = layer.sliding_window_size
+    return None if size is None or size < 0 else size + 1
+
+
+def _check_layer(layer: RadixAttention, keywords: dict[str, Any]) -> None:
+    """Refuse what a layer asks for and is not served, as an error in the engine's own log."""
+    for name, value in keywords.items():
+        if value is not None:
+            _refuse(f"`{name}` of layer {layer.layer_id} is not served", "triton")
+    if layer.attn_type == AttentionType.DECODER_BIDIRECTIONAL:
+        _refuse(f"layer {layer.layer_id} is bidirectional over a cache, which is not served", "triton")
+    if layer.logit_cap and layer.logit_capping_method != "tanh":
+        _refuse(f"`logit_capping_method`={layer.logit_capping_method!r} is not served, 'tanh' is", "triton")
+    if layer.xai_temperature_len > 0:
+        _refuse("a temperature that depends on the length (xai_temperature_len) is not served", "triton")
+
+
+def _refuse(reason: str, alternative: str) -> None:
+    raise ValueError(f"my_triton attention in SGLang: {reason}; use --attention-backend {alternative}")
