@@ -19,6 +19,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
 from attention_kernels import PagedCache
@@ -62,15 +63,19 @@ class MyTritonBackend(AttentionBackend):
         self.windowed_pool = isinstance(self.pool, SWAKVPool)
         layers = (module for module in runner.model.modules() if isinstance(module, RadixAttention))
         self.windows = {_window(layer) for layer in layers}
-        self.num_draft_tokens = runner.server_args.speculative_num_draft_tokens or 0
+        self.num_draft_tokens = get_spec().speculative_num_draft_tokens or 0
         self._refuse_unserved(runner)
         self.forward_metadata: _Metadata | None = None
 
     def _refuse_unserved(self, runner: Any) -> None:
         if runner.model_config.attention_arch == AttentionArch.MLA:
             _refuse("multi-head latent attention is not served", "flashinfer")
-        if (runner.server_args.speculative_eagle_topk or 1) > 1:
-            _refuse("trees of drafts (speculative_eagle_topk above 1) are not served, chains are", "triton")
+        if (get_spec().speculative_eagle_topk or 1) > 1:
+            _refuse(
+                "trees of drafts are not served, chains are (speculative_eagle_topk or, for n-grams, "
+                "speculative_ngram_max_bfs_breadth of 1)",
+                "triton",
+            )
         if getattr(self.pool, "use_hnd", False):
             _refuse("a pool of head-major pages (SGLANG_USE_HND_KVCACHE) is not served", "trtllm_mha")
         if self.device.type == "cuda" and (reason := unsupported_device(self.device)) is not None:

