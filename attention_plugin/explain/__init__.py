@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..command import UsageError, require
 from .inputs import Prompts, check_lengths, default_lengths
@@ -53,11 +53,21 @@ def explain(
     if not found.calls and not found.refusals:
         reason = f"; {found.notes[0]}" if found.notes else ""
         raise UsageError(f"{found.model_class} has no attention layers, so there is nothing to explain{reason}")
+    if not found.calls and not any(refusal.refused for refusal in found.refusals):
+        raise UsageError(f"{'; '.join(found.notes)}{_too_long(config, prompts)}")
     notes = list(found.notes)
     if found.guesses:
         notes.append(f"{found.guesses} decisions that hang on weights were taken as if the weights were 0")
     target = Target.chosen(config, architecture)
     return Report(found.model_class, config.model_type, prompts, target, rows_of(found, target), found.refusals, notes)
+
+
+def _too_long(config: Any, prompts: Prompts) -> str:
+    """A hint, where prompts are longer than what a model has positions for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or prompts.shape[1] <= limit:
+        return ""
+    return f"; it has {limit} positions, and the prompts take {prompts.shape[1]}: give shorter --prompt-lengths"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -68,14 +68,22 @@ def check_lengths(lengths: Sequence[int], layout: str) -> None:
 def default_lengths(config: Any) -> tuple[int, int]:
     """A long prompt and one of a third of its length: long enough to show windows, short enough for the model."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    windows = [getattr(part, name, None) for part in parts for name in ("sliding_window", "attention_chunk_size")]
+    windows = [_value(part, name) for part in parts for name in ("sliding_window", "attention_chunk_size")]
     widest = max([size for size in windows if isinstance(size, int)], default=0)
     tokens = DEFAULT_TOKENS if not widest else min(max(DEFAULT_TOKENS, 2 * widest), MOST_DEFAULT_TOKENS)
-    limits = [getattr(part, "max_position_embeddings", None) for part in parts]
+    limits = [_value(part, "max_position_embeddings") for part in parts]
     # Some learned positions begin after the padding's.
     limit = min([size - 2 for size in limits if isinstance(size, int) and size > 2], default=tokens)
     tokens = max(1, min(tokens, limit))
     return tokens, max(1, tokens // 3)
+
+
+def _value(config: Any, name: str) -> Any:
+    """A value of a configuration, or None where it has none, or not one for all layers."""
+    try:
+        return getattr(config, name)
+    except Exception:  # transformers has an error of its own for values that differ between layers
+        return None
 
 
 def inputs_for(model: Any, prompts: Prompts, *, with_media: bool) -> dict[str, Any]:
@@ -171,6 +179,9 @@ def _image_sizes(config: Any, prompts: Prompts, parameters: Any) -> Tensor | Non
 
 
 def _sound(config: Any, prompts: Prompts, parameters: Any) -> Tensor:
+    bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
+    if isinstance(bins, int) and isinstance(frames, int):
+        return torch.zeros(prompts.shape[0], frames, bins)  # a spectrogram, as a picture
     return torch.zeros(prompts.shape[0], 16_000)
 
 
@@ -178,7 +189,7 @@ def _features(config: Any, prompts: Prompts, parameters: Any) -> Tensor | None:
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     if isinstance(bins, int) and isinstance(frames, int):
         return torch.zeros(prompts.shape[0], bins, 2 * frames)  # as Whisper: two frames for each position
-    width = getattr(config, "feature_projection_input_dim", None)
+    width = getattr(config, "feature_projection_input_dim", bins)
     return torch.zeros(prompts.shape[0], 200, width) if isinstance(width, int) else None
 
 

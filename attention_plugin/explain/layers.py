@@ -152,7 +152,8 @@ def work_of(call: Call, target: Target) -> Work:
     dense = batch * query_len * key_len
     visible = _visible(call.spans) * repeats
     if call.dense is not None and not call.dense.is_meta:
-        visible = int((call.dense & call.spans.to_dense()[:, None]).float().mean().item() * dense + 0.5)
+        seen = call.dense & call.spans.to_dense()[:, None]
+        visible = int(seen.sum()) * dense // seen.numel()
     computed = sum(_computed(call, element, target) for element in range(call.spans.batch)) * repeats
     return Work(dense, visible, computed)
 
@@ -179,8 +180,10 @@ def _computed(call: Call, element: int, target: Target) -> int:
         return sum(_area(piece) for piece in pieces_of(call, element))
     block_m, block_n = tile_of(call, target)
     first, last = tile_columns(spans, block_m, block_n)
-    tiles = int((last - first).sum())
-    return min(tiles * block_m * block_n, spans.query_len * spans.key_len)
+    rows = torch.full_like(first, block_m)
+    rows[-1:] = spans.query_len - block_m * (len(rows) - 1)
+    # Of tiles that reach beyond the last row or key, what lies within: dense attention has no more.
+    return int((rows * ((last * block_n).clamp(max=spans.key_len) - first * block_n)).sum())
 
 
 def tile_columns(spans: Spans, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:

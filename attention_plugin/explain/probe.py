@@ -8,7 +8,7 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -76,19 +76,22 @@ def probe(config: Any, prompts: Prompts, *, trust_remote_code: bool = False) -> 
             if name == "" or (_unreached(part, result) and not _is_refused(name, result)):
                 _run(part, name, prompts, result)
         result.refusals += _never_run(model, result)
+        if not any("input_ids" in inspect.signature(part.forward).parameters for _, part in _parts(model)):
+            result.notes.append("the model takes no text: the prompt lengths are not those of its inputs")
     return result
 
 
 # ---------------------------------------------------------------------- building
 
 
+class ModelRefused(Exception):
+    """A model, or a part of it, was refused while it was built."""
+
+
 def _build(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, list[Refusal]]:
     """The model, with its refused parts on eager attention; refused as a whole, it is all eager and not to be run."""
-    try:
+    with suppress(ModelRefused):
         return _construct(config, NAME, trust_remote_code), []
-    except ValueError as error:
-        if not str(error).startswith(PREFIX):
-            raise UsageError(f"transformers cannot build this model: {one_line(error)}") from error
     model = _construct(config, "eager", trust_remote_code)
     refused = {
         name: support._model_refusal(type(part).__name__, type(part).__module__)
@@ -103,25 +106,29 @@ def _build(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, list[
             mixed = _construct(config, {"": NAME, **chosen}, trust_remote_code)
             outermost = {n: w for n, w in refused.items() if not any(n.startswith(f"{o}.") for o in refused)}
             return mixed, [Refusal(name, words) for name, words in outermost.items()]
-        except ValueError as error:
+        except ModelRefused as error:
             refused = {"": str(error)}
     return model, [Refusal("", refused[""])]
 
 
 def _construct(config: Any, implementation: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device, in eval mode, with a copy of the configuration."""
+    """The model on the meta device, in eval mode, with a copy of the configuration.
+
+    Raises:
+        ModelRefused: we refuse it under this implementation.
+        UsageError: transformers cannot build it.
+    """
     config = copy.deepcopy(config)
-    failures = []
     for auto_class in _auto_classes(config):
         options = {"attn_implementation": implementation, "trust_remote_code": trust_remote_code}
         try:
             with torch.device("meta"):
                 return auto_class.from_config(config, **options).eval()
-        except ValueError as error:
-            if not str(error).startswith("Unrecognized configuration class"):
-                raise
-            failures.append(error)
         except Exception as error:
+            if str(error).startswith("Unrecognized configuration class"):
+                continue
+            if str(error).startswith(PREFIX):
+                raise ModelRefused(str(error)) from error
             raise UsageError(f"transformers cannot build this model: {one_line(error)}") from error
     model_type = getattr(config, "model_type", None)
     raise UsageError(f"transformers has no model to build from a configuration of type {model_type!r}")

@@ -144,8 +144,9 @@ def name_of_mask(mask_function: Callable) -> str:
 
 
 def _joined(names: list[str], separator: str) -> str:
-    kept = list(dict.fromkeys(name for name in names if name not in ("", "all keys"))) or ["all keys"]
-    kept.sort(key=lambda name: name != "causal")
+    flat = [part for name in names for part in name.split(separator)]
+    kept = list(dict.fromkeys(part for part in flat if part not in ("", "all keys"))) or ["all keys"]
+    kept.sort(key=lambda part: part != "causal")
     return separator.join(kept)
 
 

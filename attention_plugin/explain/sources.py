@@ -90,8 +90,9 @@ def _from_hub(source: str, trust_remote_code: bool) -> Any:
             ) from error
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         close = difflib.get_close_matches(source, list(CONFIG_MAPPING), n=1)
+        where = "in the hub's cache (HF_HUB_OFFLINE is set)" if offline else "in the hub's cache and on the hub"
         raise UsageError(
-            f"{source!r} was looked for as a folder, a file, one of transformers' {len(CONFIG_MAPPING)} model types, "
-            f"in the hub's cache{' (HF_HUB_OFFLINE is set)' if offline else ' and on the hub'}, and not found"
+            f"{source!r} was looked for as a folder, a file, one of {len(list(CONFIG_MAPPING))} model types of "
+            f"transformers, {where}, and not found"
             f"{f' (did you mean {close[0]!r}?)' if close else ''}; {INSTEAD}"
         ) from error

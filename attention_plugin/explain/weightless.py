@@ -20,6 +20,11 @@ LARGEST = 1 << 24
 META = torch.device("meta")
 
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+_INDEXES = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
 _SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default)
 
 
@@ -48,8 +53,8 @@ class Weightless(TorchDispatchMode):
             self.guesses += 1
             shape = (0, args[0].ndim) if function is _SIZED_BY_VALUES[0] else (0,)
             return torch.empty(shape, dtype=torch.long if len(shape) == 2 else args[0].dtype, device=META)
-        if function is torch.ops.aten.index.Tensor:
-            args = (args[0], [self._as_places(index) for index in args[1]])
+        if function in _INDEXES:
+            args = (args[0], self._as_places(args[1]), *args[2:])
         if kwargs.get("device") is not None:
             kwargs["device"] = META
         args, kwargs = tree_map(_without_values, (args, kwargs))
@@ -80,14 +85,18 @@ class Weightless(TorchDispatchMode):
             return False
         return any(isinstance(leaf, Tensor) and leaf.numel() > LARGEST for leaf in tree_flatten(result)[0])
 
-    def _as_places(self, index: Tensor | None) -> Tensor | None:
-        """A boolean index as an index of places, of which there are none if it has no values."""
-        if index is None or index.dtype not in (torch.bool, torch.uint8):
-            return index
-        if index.is_meta:
-            self.guesses += 1
-            return torch.empty((0,), dtype=torch.long, device=META)
-        return index.nonzero()[:, 0] if index.ndim == 1 else index
+    def _as_places(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Boolean indices as indices of places, of which there are none if they have no values."""
+        places: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                places.append(index)
+            elif index.is_meta:
+                self.guesses += 1
+                places += [torch.empty((0,), dtype=torch.long, device=META) for _ in range(index.ndim)]
+            else:
+                places += index.nonzero().unbind(1)
+        return places
 
 
 def _zero_like(tensor: Tensor) -> bool | int | float:
