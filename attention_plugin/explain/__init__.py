@@ -37,7 +37,7 @@ def explain(
         source: a model's folder, the path of a `config.json`, a model type of transformers, or a hub id.
         prompt_lengths: tokens of each prompt of the batch; default two prompts, long enough to show windows.
         layout: padding on the left or right, or prompts packed into one row.
-        architecture: whose Triton kernels to assume, such as "sm_90"; default what this machine would run.
+        architecture: whose Triton kernels to assume, such as "sm_90", or "torch"; default what this machine would run.
         trust_remote_code: whether to run Python files that lie beside the configuration.
 
     Raises:
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architecture",
         metavar="NAME",
-        help=f"show the Triton kernels of another chip: {', '.join(ARCHITECTURES)}; default: what runs here",
+        help=f"what computes attention: {', '.join(ARCHITECTURES)}; default: what this machine has",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python files beside the config.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the masks (needs matplotlib)")

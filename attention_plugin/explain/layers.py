@@ -20,6 +20,11 @@ from .probe import Probe
 from .record import Call
 
 
+TORCH = "torch"
+ARCHITECTURES = (TORCH, *CONFIGS)
+"""Names that `Target.chosen` takes."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What would compute attention: the Triton kernels of an architecture, or torch where that is None."""
@@ -29,7 +34,7 @@ class Target:
 
     @classmethod
     def chosen(cls, config: Any, name: str | None = None) -> Target:
-        """This machine's path, or that of an architecture by name, in the dtype of a configuration.
+        """This machine's path, or that of an architecture by name or of "torch", in the dtype of a configuration.
 
         `unsupported_device` is left to `my-triton doctor`: such a GPU runs nothing, and is shown the torch path.
         """
@@ -39,6 +44,7 @@ class Target:
             name = architecture(device) if unsupported_device(device) is None else None
         if name is None and interpreting():
             name = "interpreter"
+        name = None if name == TORCH else name
         if not isinstance(dtype, torch.dtype) or dtype.itemsize not in (2, 4):
             dtype = torch.float32 if name in (None, "interpreter") else torch.bfloat16
         return cls(name, dtype)
@@ -46,7 +52,7 @@ class Target:
     @property
     def words(self) -> str:
         """Where and in which dtype."""
-        where = "torch path (no GPU)" if self.architecture is None else f"Triton kernels, {self.architecture}"
+        where = "torch path" if self.architecture is None else f"Triton kernels, {self.architecture}"
         return f"{where}, {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -269,7 +275,3 @@ def _ranges(numbers: list[int]) -> str:
             parts.append([number])
     ranges = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts]
     return "{" + ",".join(ranges if len(ranges) <= 5 else [*ranges[:2], "...", ranges[-1]]) + "}"
-
-
-ARCHITECTURES = tuple(CONFIGS)
-"""Names that `Target.chosen` takes."""

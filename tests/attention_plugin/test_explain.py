@@ -94,7 +94,7 @@ def test_without_weights_layers_get_what_they_get_with_weights(model_type, layou
 
 
 def test_layers_of_a_kind_are_one_row():
-    rows = explain("gemma2", [5000, 100]).rows
+    rows = explain("gemma2", [5000, 100], architecture="torch").rows
     assert [row.layers for row in rows] == ["layers.{0,2,...,24}.self_attn", "layers.{1,3,...,25}.self_attn"]
     assert [row.count for row in rows] == [13, 13]
     assert rows[0].names == tuple(f"layers.{index}.self_attn" for index in range(0, 26, 2))
@@ -116,7 +116,7 @@ def test_layers_of_a_kind_are_one_row():
     ],
 )
 def test_encoders_vision_towers_and_cross_attention_are_reached(model_type, layers, path, mask):
-    report = explain(model_type, [40, 20])
+    report = explain(model_type, [40, 20], architecture="torch")
     (row,) = [row for row in report.rows if row.layers == layers]
     assert (row.path, row.mask.name) == (path, mask)
     assert report.refusals == []
@@ -314,10 +314,11 @@ def test_large_results_lose_their_values_instead_of_filling_memory():
 
 
 def test_the_table_and_the_pictures(tmp_path, capsys):
-    assert main(["explain", config_file(tmp_path, "gemma2"), "--prompt-lengths", "20", "8"]) == 0
+    source = config_file(tmp_path, "gemma2")
+    assert main(["explain", source, "--prompt-lengths", "20", "8", "--architecture", "torch"]) == 0
     printed = capsys.readouterr().out
     words = " ".join(printed.split())
-    assert "prompts of 20, 8 tokens, padded on the left; torch path (no GPU), float32; no weights are loaded" in words
+    assert "prompts of 20, 8 tokens, padded on the left; torch path, float32; no weights are loaded" in words
     assert "layers.0.self_attn 1 4 / 2 8 torch, written out A: causal, window 5, padding; " in words
     assert "B: causal, padding, 20 queries x 20 keys, the first 2 of the batch" in words
     assert "\n#" + "." * 19 + "   " + "." * 20 + "\n" in printed
@@ -346,7 +347,8 @@ def test_json_holds_all_of_it(tmp_path, capsys):
 def test_the_plot_is_drawn_in_its_colours(tmp_path):
     plot = tmp_path / "masks.png"
     source = config_file(tmp_path, "gpt_oss")
-    assert main(["explain", source, "--prompt-lengths", "600", "200", "--plot", str(plot)]) == 0
+    lengths = ["--prompt-lengths", "600", "200"]
+    assert main(["explain", source, *lengths, "--architecture", "torch", "--plot", str(plot)]) == 0
     pixels = (matplotlib.image.imread(plot)[..., :3] * 255).round().astype(int)
     height, width, _ = pixels.shape
     assert 800 < height < 1600 and 800 < width < 1600  # two masks of two prompts
