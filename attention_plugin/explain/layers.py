@@ -19,7 +19,6 @@ from attention_kernels.pieces import Piece, plan_batch
 from .probe import Probe
 from .record import Call
 
-
 TORCH = "torch"
 ARCHITECTURES = (TORCH, *CONFIGS)
 """Names that `Target.chosen` takes."""

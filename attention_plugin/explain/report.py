@@ -191,7 +191,7 @@ def _layer_table(rows: list[Row]) -> Any:
     table.add_column("layers", overflow="fold", no_wrap=max(len(row.layers) for row in rows) <= WIDEST_NAME)
     for heading in ("number", "heads / kv", "dim"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("path", overflow="fold")
+    table.add_column("path", no_wrap=True)
     table.add_column("mask", overflow="fold")
     for heading in ("seen", "computed"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -375,7 +375,7 @@ REFUSED = {
     "no attention": (["fnet"], "FNetModel has no attention layers, so there is nothing to explain"),
     "too long": (["bert", "--prompt-lengths", "600"], "it has 512 positions, and the prompts take 600"),
     "no positions": (["t5", "--packed"], "--packed: this model takes no `position_ids`"),
-    "no architecture": (["llama", "--architecture", "sm_1"], "--architecture must be one of sm_80,"),
+    "no architecture": (["llama", "--architecture", "sm_1"], "--architecture must be one of torch, sm_80,"),
     "plot": (["llama", "--plot", "masks.jpg"], "--plot must be a file ending in .png in a folder that exists"),
     "plot of nothing": (["falcon", "--plot", "FOLDER/a.png"], "--plot: there is no mask to draw, since nothing of"),
 }
