@@ -16,6 +16,9 @@ from .report import Report, elements_to_draw, share
 RESOLUTION = 512
 """Pixels of a panel's raster, at most, on each side."""
 
+MOST_MASKS = 12
+"""Masks in a picture."""
+
 SKIPPED, MASKED, WHOLE = 0, 1, 2
 COLOURS = ("#eceff1", "#f5b35c", "#3b7ea1")
 LABELS = ("skipped", "computed under a mask", "computed without a mask")
@@ -28,13 +31,14 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    panels = [(mask, element) for mask in report.masks for element in elements_to_draw(mask)]
-    columns = max(len(elements_to_draw(mask)) for mask in report.masks) if len(report.masks) > 1 else len(panels)
-    if all(len(elements_to_draw(mask)) == 1 for mask in report.masks):
+    masks = report.masks[:MOST_MASKS]
+    panels = [(mask, element) for mask in masks for element in elements_to_draw(mask)]
+    columns = max(len(elements_to_draw(mask)) for mask in masks) if len(masks) > 1 else len(panels)
+    if columns == 1:
         columns = min(3, len(panels))
         places = {id(panel): divmod(index, columns) for index, panel in enumerate(panels)}
     else:
-        index = {mask.label: row for row, mask in enumerate(report.masks)}
+        index = {mask.label: row for row, mask in enumerate(masks)}
         places = {id(panel): (index[panel[0].label], panel[1]) for panel in panels}
     rows = 1 + max(row for row, _ in places.values())
     figure = Figure(figsize=(0.6 + 4.4 * columns, 1.3 + 4.6 * rows), dpi=110, layout="constrained")
@@ -44,7 +48,8 @@ def draw(report: Report, path: Path) -> None:
         axes.set_visible(False)
     for panel in panels:
         _draw_panel(grid[places[id(panel)]], *panel, report)
-    figure.suptitle(f"{report.model}: what attention computes, {report.target.words}", fontsize=12)
+    more = f" (the first {len(masks)} of {len(report.masks)} masks)" if len(masks) < len(report.masks) else ""
+    figure.suptitle(f"{report.model}: what attention computes, {report.target.words}{more}", fontsize=12)
     handles = [Patch(facecolor=c, edgecolor="#90a4ae", label=name) for c, name in zip(COLOURS, LABELS, strict=True)]
     handles.append(Patch(facecolor="none", edgecolor="#b3261e", label="edge of what rows see"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
@@ -72,9 +77,10 @@ def _draw_panel(axes: Any, mask: Mask, element: int, report: Report) -> None:
     axes.set_ylim(query_len, 0)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
-    axes.set_title(
-        f"{mask.label}: {mask.name}{_prompt(mask, element, report)}\n{_shares(mask, element, report)}", fontsize=9
-    )
+    layers = next(row.layers for row in report.rows if row.mask is mask)
+    layers = layers if len(layers) <= 54 else f"...{layers[-51:]}"
+    name = f"{mask.label}: {mask.name}{_prompt(mask, element, report)}"
+    axes.set_title(f"{name}\n{layers}\n{_shares(mask, element, report)}", fontsize=9)
     axes.tick_params(labelsize=8)
     for spine in axes.spines.values():
         spine.set_color("#90a4ae")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -93,11 +94,8 @@ def _build(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, list[
     with suppress(ModelRefused):
         return _construct(config, NAME, trust_remote_code), []
     model = _construct(config, "eager", trust_remote_code)
-    refused = {
-        name: support._model_refusal(type(part).__name__, type(part).__module__)
-        for name, part in _parts(model)
-        if not support._uses_interface(type(part).__module__)
-    }
+    reasons = {name: refusal_of(type(part)) for name, part in _parts(model)}
+    refused = {name: words for name, words in reasons.items() if words is not None}
     if "" not in refused:
         configs = {id(part.config) for name, part in _parts(model) if name in refused}
         keys = list(model.config.sub_configs)
@@ -109,6 +107,18 @@ def _build(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, list[
         except ModelRefused as error:
             refused = {"": str(error)}
     return model, [Refusal("", refused[""])]
+
+
+def refusal_of(model_class: type[PreTrainedModel]) -> str | None:
+    """Why a class of models is refused while it is built, or None."""
+    # All that the check looks at is the class and what its configuration says.
+    stand_in = object.__new__(model_class)
+    stand_in.__dict__["config"] = SimpleNamespace(_attn_implementation=NAME)
+    try:
+        support.check_new_module(stand_in, "", None)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _construct(config: Any, implementation: Any, trust_remote_code: bool) -> PreTrainedModel:

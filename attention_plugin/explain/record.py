@@ -96,16 +96,19 @@ class Recorder:
         scores = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
         name = self._name_of(attention_mask)
         self._current = Call(module, scores, key.shape[1], query.shape[3], value.shape[3], name)
+        before = len(self.calls)
         try:
             return adapter.attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         except (ValueError, TypeError) as error:
+            del self.calls[before:]
             self.calls.append(replace(self._current, refused=str(error)))
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def operator(
         self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, mask: Tensor | None = None,
-        bias: Tensor | None = None, sinks: Tensor | None = None, softcap: float | None = None, **others: Any,
-    ) -> Tensor:  # fmt: skip
+        bias: Tensor | None = None, sinks: Tensor | None = None, softcap: float | None = None, return_lse: bool = False,
+        **others: Any,
+    ) -> Any:  # fmt: skip
         """In place of `attention_kernels.attention`: checks tensors as it does, and computes nothing."""
         query, key, value = operators._validated(query, key, value)
         assert self._current is not None
@@ -119,7 +122,8 @@ class Recorder:
             "softcap": softcap,
         }
         self.calls.append(replace(self._current, mask_name=name, **known))
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+        return (output, query.new_empty(query.shape[:3], dtype=torch.float32)) if return_lse else output
 
     def _name_of(self, attention_mask: Any) -> str:
         if isinstance(attention_mask, Tensor):

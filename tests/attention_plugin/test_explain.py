@@ -197,19 +197,19 @@ def test_a_refused_part_leaves_the_others():
 
 
 def test_a_keyword_that_is_refused_is_refused_for_its_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(support.REFUSED_KEYWORDS, "is_causal_of_nothing", "it is not served")
     from transformers.models.llama import modeling_llama
 
     forward = modeling_llama.LlamaAttention.forward
     monkeypatch.setattr(
         modeling_llama.LlamaAttention,
         "forward",
-        lambda self, *args, **kwargs: forward(self, *args, **kwargs, is_causal_of_nothing=3),
+        lambda self, *args, **kwargs: forward(self, *args, **kwargs, head_mask=3),
     )
     assert main(["explain", config_file(tmp_path, "llama"), "--prompt-lengths", "9"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "layers.{0-1}.self_attn: my_triton attention: `is_causal_of_nothing`=3 is refused: it is not served" in printed
+        "layers.{0-1}.self_attn: my_triton attention: `head_mask`=3 is refused: masks of heads are not served"
+        in printed
     )
 
 
