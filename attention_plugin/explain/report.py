@@ -203,6 +203,8 @@ def _layer_table(rows: list[Row]) -> Any:
         mask += "; sinks" if call.has_sinks else ""
         work = row.work
         shares = ["", ""] if work is None else [share(work.visible, work.dense), share(work.computed, work.dense)]
+        if call.dense is not None and call.dense.is_meta:
+            shares[0] = f"<= {shares[0]}"
         number = str(row.count) if row.calls == 1 else f"{row.count} x {row.calls} calls"
         path = f"[red]{row.path}[/red]" if call.refused is not None else row.path
         cells = [row.layers, number, f"{call.scores[1]} / {call.num_kv_heads}", dim, path, mask]
@@ -223,6 +225,9 @@ def _show_masks(console: Any, report: Report) -> None:
         many = mask.call.spans is not None and mask.call.spans.batch > 1
         heading = f"\n{mask.label}: {mask.name}, {query_len} queries x {key_len} keys"
         console.print(text.Text(heading + (f", the first {len(pictures)} of the batch" if many else ""), style="bold"))
+        if pictures[0] == ["?"]:
+            console.print("which keys each row sees depends on the weights", highlight=False)
+            continue
         for lines in zip(*pictures, strict=True):
             row = text.Text()
             for character in "   ".join(lines):

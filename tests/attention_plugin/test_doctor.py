@@ -270,8 +270,3 @@ def test_no_command_and_unknown_ones_are_said_in_one_line(capsys):
         assert leaving.value.code == 2
         assert error.startswith("my-triton: ") and error.count("\n") == 1
         assert words in error
-
-
-def test_the_program_is_installed_under_its_name():
-    text = (REPOSITORY / "pyproject.toml").read_text()
-    assert 'my-triton = "attention_plugin.__main__:main"' in text

@@ -190,10 +190,10 @@ def test_a_model_with_attention_of_its_own_is_refused_in_the_words_of_loading_it
 def test_a_refused_part_leaves_the_others():
     report = explain("deepseek_vl_hybrid", [20, 10])
     (refusal,) = report.refusals
-    assert refusal.part == "high_res_vision_model"
+    assert refusal.part.startswith("high_res_vision_model")
     assert "SamVisionModel computes attention in its own code" in refusal.reason
     assert report.serves
-    assert not any(name.startswith("high_res_vision_model") for row in report.rows for name in row.names)
+    assert not any(name.startswith(refusal.part) for row in report.rows for name in row.names)
 
 
 def test_a_keyword_that_is_refused_is_refused_for_its_layer(tmp_path, monkeypatch, capsys):
