@@ -21,7 +21,8 @@ def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {
         "attention_kernels",
         "attention_plugin",
@@ -29,4 +30,8 @@ def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     }
     assert {"attention_kernels/py.typed", "attention_plugin/py.typed"} <= set(names)
     assert "attention_kernels/forward.py" in names
+    # The program, with what its commands import.
+    assert {f"attention_plugin/{each}/__init__.py" for each in ("doctor", "engines", "explain")} <= set(names)
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "my-triton = attention_plugin.__main__:main" in archive.read(entry_points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
