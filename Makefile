@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench finetune test test-exhaustive lint clean
+.PHONY: bench finetune test test-engines test-exhaustive lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -29,6 +29,14 @@ test-exhaustive: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m exhaustive
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
 
+# Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
+# is slow the first time takes some minutes more.
+test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json
+	$(BIN)/python tests/engines/environment.py vllm .venv-vllm
+	$(BIN)/python tests/engines/environment.py sglang .venv-sglang
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m engines --durations 5 tests/engines
+	$(BIN)/python tests/engines/engine_table.py check
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +49,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) checkpoints build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-sglang checkpoints build dist

@@ -172,7 +172,10 @@ def test_sinks_and_softcap_reach_the_kernels():
     "options, words",
     [
         ({"attention_arch": AttentionArch.MLA}, "multi-head latent attention is not served; use --attention-backend"),
-        ({"drafts": {"speculative_eagle_topk": 4}}, r"trees of drafts are not served, chains are \(speculative_eagle_topk"),
+        (
+            {"drafts": {"speculative_eagle_topk": 4}},
+            r"trees of drafts are not served, chains are \(speculative_eagle_topk",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_when_the_engine_starts(options, words):

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine_table import Cell, table_of
+from engine_table import FOUND, Cell, table_of
 from greedy import Greedy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,17 +28,6 @@ def greedy(text_model: Path) -> Greedy:
 
 
 @pytest.fixture
-def decided(text_model: Path) -> Callable[[Sequence[str], int, torch.dtype], list[str]]:
-    """Of some texts those whose answers are no toss-up: in 16 bits, equal scores are decided by rounding."""
-
-    def choose(prompts: Sequence[str], count: int, dtype: torch.dtype) -> list[str]:
-        model = Greedy(text_model, dtype)
-        return [prompt for prompt in prompts if model.margin(prompt, count) > 0.25]
-
-    return choose
-
-
-@pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Cell], None]:
     """Put a cell into the table at the end, if the test that did so passes."""
 
@@ -50,7 +37,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[Cell], None]:
     return add
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
     """Print the table, and write it where docs/engines.md can be compared with it."""
     cells = [
         (Cell(*value), report.outcome)
@@ -64,7 +51,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_sep("=", "same greedy tokens")
     table = table_of(cells)
     terminalreporter.write_line(table)
-    if "PYTEST_XDIST_WORKER" not in os.environ and all(outcome == "passed" for _, outcome in cells):
-        folder = REPOSITORY / "build"
-        folder.mkdir(exist_ok=True)
-        (folder / "engines.md").write_text(table)
+    complete = not config.option.keyword and not any("::" in argument for argument in config.args)
+    if complete and not exitstatus:
+        FOUND.parent.mkdir(exist_ok=True)
+        FOUND.write_text(table)

@@ -10,6 +10,7 @@ Neither engine installs on a CPU by its name alone, and they want different vers
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,7 @@ INSTALL: dict[str, Callable[[Environment], None]] = {"vllm": install_vllm, "sgla
 
 def install_project(environment: Environment) -> None:
     """Build a wheel of this project and install it, as a user would. What it depends on is there."""
+    shutil.rmtree(REPOSITORY / "build" / "lib", ignore_errors=True)  # setuptools would take along what was deleted
     with tempfile.TemporaryDirectory() as folder:
         build = ["wheel", "--no-deps", "--wheel-dir", folder, str(REPOSITORY)]
         environment.pip(*build)

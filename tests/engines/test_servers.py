@@ -17,7 +17,6 @@ from launch import ENGINES, SGLANG, VLLM, Server, tail
 
 pytestmark = pytest.mark.engines
 
-BACKEND = {"vllm": ("--attention-backend", "MY_TRITON"), "sglang": ("--attention-backend", "my_triton")}
 RANKS = {"vllm": ("--tensor-parallel-size", "2"), "sglang": ("--tp-size", "2")}
 PROMPTS = [
     "Return the", "This class provides a way to", "Raise ValueError if the name of the file is not", "The",
@@ -26,10 +25,17 @@ PROMPTS = [
 REQUESTS, CANCELLED_SHARE = 200, 0.2
 
 
-@pytest.fixture(scope="module", params=ENGINES.values(), ids=lambda engine: engine.name)
+# With pytest-xdist, tests that share a server stay together.
+one_server_each = [
+    pytest.param(engine, marks=pytest.mark.xdist_group(f"server of {engine.name}"), id=engine.name)
+    for engine in ENGINES.values()
+]
+
+
+@pytest.fixture(scope="module", params=one_server_each)
 def server(request, text_model, tmp_path_factory):
     engine = request.param
-    with Server(engine, tmp_path_factory.mktemp(engine.name), text_model, *BACKEND[engine.name]) as running:
+    with Server(engine, tmp_path_factory.mktemp(engine.name), text_model) as running:
         yield running
 
 
@@ -91,7 +97,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text_or_an_error(server, greedy):
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
 def test_a_killed_worker_ends_the_server_with_the_engine_s_own_message(engine, text_model, tmp_path):
     """Requests in the middle get errors, nobody waits for ever."""
-    with Server(engine, tmp_path, text_model, *BACKEND[engine.name], *RANKS[engine.name], ranks=2) as server:
+    with Server(engine, tmp_path, text_model, *RANKS[engine.name], ranks=2) as server:
         outcomes: list[object] = []
 
         def run():

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from engine_table import Cell
-from greedy import Greedy
+from greedy import Greedy, decided
 from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, ask
 
 pytestmark = pytest.mark.engines
@@ -83,10 +83,17 @@ def test_triton_kernels_inside_the_engine(engine, text_model, greedy, tmp_path, 
     record(Cell(engine.name, "text", "-", "my_triton, Triton kernels", "float32", "transformers"))
 
 
+MORE_PROMPTS = [
+    *SHORT_PROMPTS, LONG[:300], "Initialize the", "Convert a", "Class for", "Test if the", "This is an", "Create a new",
+    "Write the", "Read a line from", "Open the file", "Return True if", "Return a list of", "A dictionary of",
+    "Parse the", "Raise an error", "The name of", "Base class for",
+]  # fmt: skip
+
+
 @engines
-def test_triton_kernels_inside_the_engine_in_bfloat16(engine, text_model, decided, tmp_path, record):
-    prompts = decided([*SHORT_PROMPTS, LONG[:300]], FEW_TOKENS, torch.bfloat16)
-    assert len(prompts) >= 2, "too few of the prompts have answers that rounding does not decide"
+def test_triton_kernels_inside_the_engine_in_bfloat16(engine, text_model, tmp_path, record):
+    prompts = decided(text_model, MORE_PROMPTS, FEW_TOKENS, torch.bfloat16)[:6]
+    assert len(prompts) >= 2, "rounding decides the answers to nearly all prompts: the model has learned too little"
     work = [Round(prompts, FEW_TOKENS)]
     (own,) = ask(engine, tmp_path / "own", work, model=text_model, backend="own", dtype="bfloat16")
     (ours,) = ask(engine, tmp_path / "ours", work, model=text_model, dtype="bfloat16", interpreted=True)
@@ -167,11 +174,31 @@ def test_what_sglang_drops_our_backend_does_not_make_worse(family, tmp_path):
     assert answers[0] != expected, "SGLang no longer drops what this family needs: say so in docs/engines.md"
 
 
-def test_drafts_are_verified(text_model, greedy, tmp_path, record):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    (answer,) = ask(VLLM, tmp_path, [Round(PROMPTS, NEW_TOKENS)], model=text_model, speculative_config=drafts)
+DRAFTS = {
+    "vllm": {
+        "speculative_config": {
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1
+        }
+    },
+    # Chains of drafts; trees are refused, for which SGLang's own torch_native backend gives other tokens.
+    "sglang": {
+        "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4, "speculative_ngram_max_bfs_breadth": 1
+    },
+}  # fmt: skip
+
+
+@engines
+def test_drafts_are_verified(engine, text_model, greedy, tmp_path, record):
+    work = [Round(PROMPTS, NEW_TOKENS)]
+    (answer,) = ask(engine, tmp_path, work, model=text_model, **DRAFTS[engine.name])
     assert answer.tokens == [greedy.tokens(prompt, NEW_TOKENS) for prompt in PROMPTS]
-    record(Cell("vllm", "text, drafts by n-grams", "-", BACKENDS["my_triton"], "float32", "transformers"))
+    record(Cell(engine.name, "text, drafts by n-grams", "-", BACKENDS["my_triton"], "float32", "transformers"))
+
+
+def test_trees_of_drafts_are_refused_when_sglang_starts(text_model, tmp_path):
+    options = {**DRAFTS["sglang"], "speculative_ngram_max_bfs_breadth": 4}
+    with pytest.raises(EngineFailed, match="trees of drafts are not served"):
+        ask(SGLANG, tmp_path, [Round(["The"], 2)], model=text_model, **options)
 
 
 def test_a_float8_cache(text_model, tmp_path, record):
