@@ -63,7 +63,8 @@ class ReferenceMultimodalConfig(PreTrainedConfig):
         image_start_token_id: the token in front of an image.
         image_end_token_id: the token behind an image.
         tie_word_embeddings: whether the output projection is the embedding matrix.
-        is_mm_prefix_lm: tells vLLM that the tokens of an image see each other in both directions.
+        is_mm_prefix_lm: whether the tokens of an image, and those of a frame, see each other in both directions. The
+            name is vLLM's, which reads it too. False makes the model causal throughout, for engines that are.
 
     Raises:
         ValueError: where two of the tokens are the same, or a token lies outside of the vocabulary.

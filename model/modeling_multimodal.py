@@ -34,14 +34,16 @@ class ReferencePatchEmbedding(nn.Module):
     def __init__(self, config: ReferenceVisionConfig) -> None:
         super().__init__()
         self.num_frequencies = config.num_frequencies
-        self.pixels = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.place = nn.Linear(4 * config.num_frequencies, config.hidden_size, bias=False)
+        pixels, waves = config.num_channels * config.patch_size**2, 4 * config.num_frequencies
+        self.pixels = nn.Linear(pixels, config.hidden_size)
+        self.place = nn.Linear(waves, config.hidden_size, bias=False)
+        # The place, which is hardest to learn, begins as loud as the pixels, which are many more.
+        self.loudness = math.sqrt(pixels / waves)
 
     def forward(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Patches [patches of all images, C], and rows and columns of each image, to [patches of all images, F]."""
-        dtype = self.pixels.weight.dtype
         places = torch.cat([self.places(rows, columns, pixel_values.device) for rows, columns in sizes])
-        return self.pixels(pixel_values.to(dtype)) + self.place(places.to(dtype))
+        return self.pixels(pixel_values) + self.place(places.to(pixel_values.dtype))
 
     def places(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """Sines and cosines of where each patch lies, as a share of the image's height and width: [patches, 4 waves].
@@ -53,7 +55,7 @@ class ReferencePatchEmbedding(nn.Module):
         shares = torch.cartesian_prod(*middles)  # [patches, 2]
         waves = math.pi * torch.arange(1, self.num_frequencies + 1, device=device)
         angles = (shares[:, :, None] * waves).flatten(1)
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return self.loudness * torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class ReferenceVisionAttention(nn.Module):
@@ -152,8 +154,10 @@ class ReferenceVisionModel(ReferenceMultimodalPreTrainedModel):
             raise ValueError(f"grids of {expected} patches came with {len(pixel_values)} patches.")
         sizes = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
         counts = [rows * columns for rows, columns in sizes]
+        # Of the norm: engines pack the weights of matrices, and what is left of those says nothing.
+        embedded = self.embeddings(pixel_values.to(self.norm.weight.dtype), sizes)
         # One row for each image or frame, the smaller ones padded behind.
-        hidden_states = pad_sequence(self.embeddings(pixel_values, sizes).split(counts), batch_first=True)  # [N, P, F]
+        hidden_states = pad_sequence(embedded.split(counts), batch_first=True)  # [N, P, F]
         lengths = torch.tensor(counts, device=hidden_states.device)
         is_patch = torch.arange(hidden_states.shape[1], device=hidden_states.device) < lengths[:, None]
         mask = create_bidirectional_mask(
@@ -275,7 +279,8 @@ class ReferenceMultimodalModel(ReferenceMultimodalPreTrainedModel):
         if pixel_values is not None or pixel_values_videos is not None:
             image_places = self.get_placeholder_mask(self.config.image_token_id, input_ids, inputs_embeds)
             video_places = self.get_placeholder_mask(self.config.video_token_id, input_ids, inputs_embeds)
-            blocks = runs_of(image_places | video_places)
+            if self.config.is_mm_prefix_lm:
+                blocks = runs_of(image_places | video_places)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
                 inputs_embeds = self.merge(inputs_embeds, image_places, features)

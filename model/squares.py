@@ -18,14 +18,14 @@ COLOURS = {
     "yellow": (235, 220, 40),
     "white": (250, 250, 250),
     "black": (5, 5, 5),
+    "orange": (240, 130, 20),
+    "purple": (140, 40, 160),
 }
 ROWS = ["top", "middle", "bottom"]
 COLUMNS = ["left", "centre", "right"]
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]
-HELD_OUT = [
-    (colour, PLACES[(4 * index + step) % len(PLACES)]) for index, colour in enumerate(COLOURS) for step in (0, 5)
-]
-SHORTEST_SIDE, LONGEST_SIDE = 24, 64
+HELD_OUT = [(colour, PLACES[4 * index % len(PLACES)]) for index, colour in enumerate(COLOURS)]
+SHORTEST_SIDE, LONGEST_SIDE = 24, 48
 
 SEE, COLOUR, PLACE, MOVE = "What do you see?", "Which colour?", "Which place?", "How does it move?"
 
@@ -55,12 +55,13 @@ def draw_square(
     row, column = (names.index(name) for names, name in zip((ROWS, COLUMNS), place.split(), strict=True))
     side = min(height, width) // 3
     top, left = (2 * row + 1) * height // 6 - side // 2, (2 * column + 1) * width // 6 - side // 2
-    pixels[top : top + side, left : left + side] = COLOURS[colour]
+    shade = [min(255, max(0, channel + generator.randint(-20, 20))) for channel in COLOURS[colour]]
+    pixels[top : top + side, left : left + side] = shade
     return Image.fromarray(pixels)
 
 
 def draw_example(generator: random.Random, held_out: bool = False, kind: str | None = None) -> Example:
-    """A random example; `held_out` says which pairs of colour and place it may show.
+    """A random example; `held_out` says which pairs of colour and place it shows (in a video: first).
 
     `kind` is "one" image, "several", "video" or "none"; drawn as well when None.
     """
@@ -69,19 +70,19 @@ def draw_example(generator: random.Random, held_out: bool = False, kind: str | N
         return Example(generator.choice([SEE, COLOUR, PLACE]), "nothing")
     if kind == "video":
         return _draw_video(generator, held_out)
-    shown = [_pair(generator, held_out) for _ in range(1 if kind == "one" else generator.randint(2, 3))]
+    shown = [_pair(generator, held_out) for _ in range(1 if kind == "one" else generator.choice([2, 2, 3]))]
     images = [draw_square(*pair, _side(generator), _side(generator), generator) for pair in shown]
-    question = generator.choice([SEE, SEE, COLOUR, PLACE])
+    question = generator.choice([SEE, COLOUR, PLACE])
     words = {SEE: "{0} square {1}", COLOUR: "{0}", PLACE: "{1}"}[question]
     return Example(question, ", ".join(words.format(*pair) for pair in shown), images=images)
 
 
 def _draw_video(generator: random.Random, held_out: bool) -> Example:
-    """Two or three frames in which a square jumps from place to place; the answer names colour, first and last place."""
+    """Two or three frames of a square that jumps; the answer names its colour, its first and its last place."""
     colour, first = _pair(generator, held_out)
     places = [first]
     for _ in range(generator.randint(1, 2)):
-        allowed = [place for place in PLACES if ((colour, place) in HELD_OUT) == held_out and place != places[-1]]
+        allowed = [place for place in PLACES if place != places[-1] and (held_out or (colour, place) not in HELD_OUT)]
         places.append(generator.choice(allowed))
     height, width, background = _side(generator), _side(generator), generator.randint(90, 160)
     frames = [draw_square(colour, place, height, width, generator, background) for place in places]
