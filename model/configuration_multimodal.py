@@ -34,7 +34,7 @@ class ReferenceVisionConfig(PreTrainedConfig):
     hidden_size: int = 96
     intermediate_size: int = 192
     num_hidden_layers: int = 2
-    num_attention_heads: int = 3
+    num_attention_heads: int = 4
     head_dim: int | None = None
     patch_size: int = 8
     num_channels: int = 3

@@ -31,8 +31,10 @@ from .processing_reference import (
 )
 from .training import prepare, train_on, train_tokenizer
 
-# Examples of one kind make a batch, so that little of it is padding; one image first, the rest when that is learned.
+# Examples of one kind make a batch, so that little of it is padding.
 BATCH_SIZES = {"one": 32, "several": 12, "video": 12, "none": 8}
+ONE_IMAGE_SHARE = 0.4  # of the training, before there are several images: what is learned then serves those too
+VECTOR_LEARNING_RATE = 5e-3
 VOCAB_SIZE = 384  # all 256 bytes, the special tokens, and the few words there are
 
 # An answer begins a line: after a space its first token would be another one, with the space inside.
@@ -186,12 +188,12 @@ def write_multimodal_checkpoint(
     print(f"images of coloured squares, {parameters:,} parameters, {model.device}", flush=True)
 
     def draw(elapsed: float) -> BatchFeature:
-        later = min(1.0, 2.0 * elapsed)
-        kind = generator.choices(list(BATCH_SIZES), weights=[8, 16 * later, 8 * later, 1])[0]
+        weights = [12, 0, 0, 1] if elapsed < ONE_IMAGE_SHARE else [4, 8, 8, 1]
+        kind = generator.choices(list(BATCH_SIZES), weights)[0]
         examples = [squares.draw_example(generator, kind=kind) for _ in range(BATCH_SIZES[kind])]
         return batch_of(processor, examples, with_answers=True)
 
-    train_on(model, draw, train_seconds)
+    train_on(model, draw, train_seconds, VECTOR_LEARNING_RATE)
     save(model, processor, out)
     held_out = random.Random(seed + 1)
     for kind in ("one", "several", "video", "none"):

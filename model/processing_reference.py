@@ -51,8 +51,6 @@ class ReferenceVideoProcessor:
         for video in make_batched_videos(videos):
             frames = self.image_processor(images=list(video), return_tensors="np")
             rows, columns = frames["image_grid_thw"][0, 1:]
-            if (frames["image_grid_thw"][:, 1:] != (rows, columns)).any():
-                raise ValueError("all frames of a video must have one size.")
             patches.append(frames["pixel_values"])
             grids.append((len(frames["image_grid_thw"]), rows, columns))
         data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids, dtype=np.int64)}

@@ -25,7 +25,7 @@ ROWS = ["top", "middle", "bottom"]
 COLUMNS = ["left", "centre", "right"]
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]
 HELD_OUT = [(colour, PLACES[4 * index % len(PLACES)]) for index, colour in enumerate(COLOURS)]
-SHORTEST_SIDE, LONGEST_SIDE = 24, 48
+SHORTEST_SIDE, LONGEST_SIDE = 24, 40
 
 SEE, COLOUR, PLACE, MOVE = "What do you see?", "Which colour?", "Which place?", "How does it move?"
 

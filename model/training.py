@@ -60,7 +60,9 @@ def train_tokenizer(
     )
 
 
-def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: PreTrainedModel, vector_learning_rate: float = VECTOR_LEARNING_RATE
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices that multiply, AdamW for embeddings and norms.
 
     Muon gets as far in one step as AdamW in about three, and a minute on a laptop has only some hundred steps.
@@ -70,7 +72,7 @@ def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=VECTOR_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=vector_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -80,13 +82,16 @@ def learning_rate_factor(elapsed: float) -> float:
 
 
 def train_on(
-    model: PreTrainedModel, draw: Callable[[float], Mapping[str, torch.Tensor]], train_seconds: float
+    model: PreTrainedModel,
+    draw: Callable[[float], Mapping[str, torch.Tensor]],
+    train_seconds: float,
+    vector_learning_rate: float = VECTOR_LEARNING_RATE,
 ) -> float:
     """Train in place on batches, the model's arguments with labels, showing progress; returns the smoothed loss.
 
     `draw` gets the share of the time that has passed. At least one step is taken, however short the time.
     """
-    optimizers = build_optimizers(model)
+    optimizers = build_optimizers(model, vector_learning_rate)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
     loss_average, steps = math.nan, 0
