@@ -34,7 +34,7 @@ from .training import prepare, train_on, train_tokenizer
 # Examples of one kind make a batch, so that little of it is padding.
 BATCH_SIZES = {"one": 32, "several": 12, "video": 12, "none": 8}
 ONE_IMAGE_SHARE = 0.4  # of the training, before there are several images: what is learned then serves those too
-VECTOR_LEARNING_RATE = 5e-3
+LEARNING_RATE = 3e-3  # at three times this, places of squares are never learned
 VOCAB_SIZE = 384  # all 256 bytes, the special tokens, and the few words there are
 
 # An answer begins a line: after a space its first token would be another one, with the space inside.
@@ -193,7 +193,7 @@ def write_multimodal_checkpoint(
         examples = [squares.draw_example(generator, kind=kind) for _ in range(BATCH_SIZES[kind])]
         return batch_of(processor, examples, with_answers=True)
 
-    train_on(model, draw, train_seconds, VECTOR_LEARNING_RATE)
+    train_on(model, draw, train_seconds, LEARNING_RATE, LEARNING_RATE)
     save(model, processor, out)
     held_out = random.Random(seed + 1)
     for kind in ("one", "several", "video", "none"):

@@ -61,7 +61,9 @@ def train_tokenizer(
 
 
 def build_optimizers(
-    model: PreTrainedModel, vector_learning_rate: float = VECTOR_LEARNING_RATE
+    model: PreTrainedModel,
+    matrix_learning_rate: float = MATRIX_LEARNING_RATE,
+    vector_learning_rate: float = VECTOR_LEARNING_RATE,
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices that multiply, AdamW for embeddings and norms.
 
@@ -71,7 +73,7 @@ def build_optimizers(
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=vector_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -85,13 +87,14 @@ def train_on(
     model: PreTrainedModel,
     draw: Callable[[float], Mapping[str, torch.Tensor]],
     train_seconds: float,
+    matrix_learning_rate: float = MATRIX_LEARNING_RATE,
     vector_learning_rate: float = VECTOR_LEARNING_RATE,
 ) -> float:
     """Train in place on batches, the model's arguments with labels, showing progress; returns the smoothed loss.
 
     `draw` gets the share of the time that has passed. At least one step is taken, however short the time.
     """
-    optimizers = build_optimizers(model, vector_learning_rate)
+    optimizers = build_optimizers(model, matrix_learning_rate, vector_learning_rate)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
     loss_average, steps = math.nan, 0
