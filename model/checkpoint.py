@@ -1,45 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small reference model on the Python standard library's documentation and write it as a checkpoint.
 
-    python -m model.checkpoint OUT [--train-seconds 60] [--seed 0] [--attn-implementation sdpa]
+    python -m model.checkpoint OUT [--multimodal] [--train-seconds 60] [--seed 0] [--attn-implementation sdpa]
 
 OUT becomes a directory that `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)` loads anywhere: it
-holds the configuration, the weights, the tokenizer and the modeling files themselves.
+holds the configuration, the weights, the tokenizer and the modeling files themselves. With `--multimodal` it is a model
+that reads images instead: see `model.multimodal_checkpoint`.
 """
 
 import argparse
 import ast
-import json
-import math
-import os
 import random
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
-from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from .configuration_reference import ReferenceConfig
 from .modeling_reference import ReferenceForCausalLM
+from .multimodal_checkpoint import write_multimodal_checkpoint
+from .training import UnusableInput, idle_cores, prepare, train_on, train_tokenizer
 
-BOS, EOS, PAD = SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
-VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 4
-MATRIX_LEARNING_RATE = 1e-2
-VECTOR_LEARNING_RATE = 1e-2
 # Code of other people, and the tests' documentation, which is often broken on purpose.
 FOREIGN_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 SAMPLE_PROMPTS = ["Return the", "This class", "If the file"]
-
-
-class UnusableInput(ValueError):
-    """What the caller gave cannot be worked with; the message says what, why, and what to give instead."""
 
 
 def collect_documents() -> list[str]:
@@ -70,35 +59,6 @@ def docstrings(path: Path) -> Iterator[str]:
             yield text
 
 
-def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Byte-level pairs learned from `documents`: every text has tokens, and decoding gives back the text itself.
-
-    A text is preceded by the token that begins a document, as every document is in training. Padding goes to the left.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 def token_stream(documents: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tensor:
     """All documents in an order drawn from `seed`, each closed by its end token, as one int64 tensor [tokens]."""
     shuffled = random.Random(seed).sample(documents, len(documents))
@@ -125,55 +85,19 @@ def reference_config(tokenizer: PreTrainedTokenizerFast) -> ReferenceConfig:
     )
 
 
-def build_optimizers(model: ReferenceForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms.
-
-    Muon gets as far in one step as AdamW in about three, and a minute on a laptop has only some hundred steps.
-    """
-    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=VECTOR_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def learning_rate_factor(elapsed: float) -> float:
-    """Of the highest learning rate, after a share `elapsed` of the training: a short rise, then a cosine to zero."""
-    return min(1.0, 0.02 + elapsed / 0.03) * 0.5 * (1.0 + math.cos(math.pi * elapsed))
-
-
 def train(model: ReferenceForCausalLM, stream: torch.Tensor, train_seconds: float) -> float:
     """Train in place on windows drawn from `stream`, int64 [tokens], showing progress; returns the smoothed loss.
 
     At least one step is taken, however short the time.
     """
-    optimizers = build_optimizers(model)
-    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     window = torch.arange(SEQUENCE_LENGTH)
-    model.train()
-    loss_average, steps = math.nan, 0
-    bar_format = "training {percentage:3.0f}%|{bar:30}| {desc}, {remaining} left"
-    with tqdm(total=train_seconds, bar_format=bar_format) as bar:
-        started = time.monotonic()
-        while steps == 0 or bar.n < train_seconds:
-            for group, highest in groups:
-                group["lr"] = highest * learning_rate_factor(bar.n / train_seconds)
-            offsets = torch.randint(len(stream) - SEQUENCE_LENGTH, (BATCH_SIZE, 1))
-            batch = stream[offsets + window].to(model.device)  # [BATCH_SIZE, SEQUENCE_LENGTH]
-            loss = model(batch, labels=batch, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            steps += 1
-            loss_average = loss.item() if steps == 1 else 0.95 * loss_average + 0.05 * loss.item()
-            bar.set_description_str(f"{steps} steps, loss {loss_average:.3f}", refresh=False)
-            bar.update(min(train_seconds, time.monotonic() - started) - bar.n)
-    model.eval()
-    return loss_average
+
+    def draw(elapsed: float) -> dict[str, torch.Tensor]:
+        offsets = torch.randint(len(stream) - SEQUENCE_LENGTH, (BATCH_SIZE, 1))
+        batch = stream[offsets + window]  # [BATCH_SIZE, SEQUENCE_LENGTH]
+        return {"input_ids": batch, "labels": batch}
+
+    return train_on(model, draw, train_seconds)
 
 
 def save(model: ReferenceForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -196,26 +120,6 @@ def sample(model: ReferenceForCausalLM, tokenizer: PreTrainedTokenizerFast) -> l
     return tokenizer.batch_decode(drawn, skip_special_tokens=True)
 
 
-def prepare_out(out: Path) -> None:
-    """Make the directory `out`. `UnusableInput` unless it is new, empty, or an earlier checkpoint of this model."""
-    if out.exists() and not out.is_dir():
-        raise UnusableInput(f"OUT must be a directory, but {out} is a file; give another path.")
-    # Now and not after the training: a place that cannot be written to should cost nobody a minute.
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not is_checkpoint(out):
-        raise UnusableInput(f"OUT must be new, empty or an earlier checkpoint, but {out} holds other files.")
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds the configuration of a reference model."""
-    try:
-        return (
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == ReferenceConfig.model_type
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def write_checkpoint(
     out: str | Path, train_seconds: float = 60.0, seed: int = 0, attn_implementation: str = "sdpa"
 ) -> ReferenceForCausalLM:
@@ -230,14 +134,7 @@ def write_checkpoint(
             or a Python without documentation.
         OSError: where `out` cannot be written.
     """
-    if not 0.0 < train_seconds < math.inf:
-        raise UnusableInput(f"train_seconds must be above 0 and finite, got {train_seconds}.")
-    known = ["eager", *AttentionInterface().valid_keys()]
-    if attn_implementation not in known:
-        raise UnusableInput(f"Unknown attention implementation {attn_implementation!r}; known are {', '.join(known)}.")
-    out = Path(out)
-    prepare_out(out)
-
+    out = prepare(out, train_seconds, attn_implementation)
     torch.manual_seed(seed)
     print("reading the standard library's documentation", flush=True)
     documents = collect_documents()
@@ -258,25 +155,19 @@ def write_checkpoint(
     return model
 
 
-def idle_cores() -> int:
-    """Cores that other programs have left idle in the last minute, at least one.
-
-    Where a thread's core is busy all others wait for it at every step: on two busy cores, two threads took a tenth of
-    the steps that one did.
-    """
-    return max(1, round((os.cpu_count() or 1) - os.getloadavg()[0]))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for arguments that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m model.checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; an earlier checkpoint is replaced")
-    parser.add_argument("--train-seconds", type=float, default=60.0, help="time to train (default: 60)")
+    parser.add_argument("--multimodal", action="store_true", help="a model that reads images of coloured squares")
+    parser.add_argument("--train-seconds", type=float, help="time to train (default: 60, with --multimodal 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches (default: 0)")
     parser.add_argument("--attn-implementation", default="sdpa", help="attention used in training (default: sdpa)")
     options = parser.parse_args(arguments)
     try:
-        write_checkpoint(options.out, options.train_seconds, options.seed, options.attn_implementation)
+        write = write_multimodal_checkpoint if options.multimodal else write_checkpoint
+        seconds = {} if options.train_seconds is None else {"train_seconds": options.train_seconds}
+        write(options.out, seed=options.seed, attn_implementation=options.attn_implementation, **seconds)
     except (UnusableInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -226,6 +226,7 @@ class ReferenceModel(ReferencePreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        block_sequence_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -234,14 +235,17 @@ class ReferenceModel(ReferencePreTrainedModel):
         input_ids [B, T] or inputs_embeds [B, T, E], exactly one of them, else `ValueError`. attention_mask is None, or
         [B, S] with 1 for a token and 0 for padding, or a prepared mask per layer type. position_ids [B or 1, T]
         continue the cache when None; where they start anew within a row, and attention_mask is None, the row holds
-        several packed documents that do not see each other. `last_hidden_state` is [B, T, E].
+        several packed documents that do not see each other. block_sequence_ids [B, T] number the blocks of tokens that
+        also see each other backwards, such as those of an image, -1 elsewhere. `last_hidden_state` is [B, T, E].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if block_sequence_ids is not None and past_key_values is not None:
+            block_sequence_ids = nn.functional.pad(block_sequence_ids, (int(seen_tokens), 0), value=-1)
         if position_ids is None:
-            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
         # Before a cache is made: beside one, transformers takes position_ids that start anew for a continuation.
@@ -254,6 +258,7 @@ class ReferenceModel(ReferencePreTrainedModel):
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
                     position_ids=position_ids,
+                    block_sequence_ids=block_sequence_ids,
                 )
                 for layer_type in set(self.config.layer_types)
             }

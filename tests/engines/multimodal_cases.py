@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about images and videos, put to an engine and compared with transformers, token by token.
+
+    python multimodal_cases.py write  CHECKPOINT CASES [--causal]                where this project is installed
+    python multimodal_cases.py vllm   CHECKPOINT CASES [--tensor-parallel 2]     in vLLM's environment
+    python multimodal_cases.py sglang CHECKPOINT CASES [--pipeline-parallel 2]   in SGLang's environment
+
+`write` asks the model in transformers, with eager attention, and writes questions and tokens as JSON. With `--causal`
+images attend causally there, and are asked to in vLLM: what both engines' own CPU backends do in any case. The other
+two print one line of JSON: for each kind of question how many answers were asked for, how many were equal token by
+token, and how many were right. They need nothing of this project: the checkpoint brings its code.
+
+An engine starts processes that import this file again, so the work is under the `__main__` guard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+KINDS = ("one", "several", "video", "none")
+MAX_NEW_TOKENS = 32
+
+
+def encode(image: Any) -> str:
+    """A PIL image as base64 of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decode(text: str) -> Any:
+    """The PIL image that `encode` wrote."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+
+
+def write_cases(checkpoint: str, cases: Path, causal: bool, each: int = 4) -> None:
+    """Ask transformers and write `each` questions of every kind, all of them about pairs not seen in training."""
+    import random
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from model import squares
+    from model.multimodal_checkpoint import batch_of, prompt_of
+
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, trust_remote_code=True, attn_implementation="eager", is_mm_prefix_lm=not causal
+    )
+    generator, written = random.Random(11), []
+    for kind in KINDS:
+        for _ in range(each):
+            example = squares.draw_example(generator, held_out=True, kind=kind)
+            inputs = batch_of(processor, [example], with_answers=False)
+            tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0]
+            written.append(
+                {
+                    "kind": kind,
+                    "prompt": prompt_of(processor, example),
+                    "images": [encode(image) for image in example.images],
+                    "videos": [[encode(frame) for frame in video] for video in example.videos],
+                    "tokens": tokens[inputs["input_ids"].shape[1] :].tolist(),
+                    "answer": example.answer,
+                }
+            )
+    cases.write_text(json.dumps({"causal": causal, "cases": written}))
+
+
+def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[tuple[list[int], str]]:
+    """Tokens and text of each answer, all questions in one batch."""
+    import numpy as np
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=checkpoint,
+        model_impl="transformers",
+        trust_remote_code=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=8,
+        limit_mm_per_prompt={"image": 3, "video": 1},
+        **options,
+    )
+    prompts: list[dict] = []
+    for case in cases:
+        data: dict[str, Any] = {}
+        if case["images"]:
+            data["image"] = [decode(image) for image in case["images"]]
+        if case["videos"]:
+            data["video"] = [np.stack([np.asarray(decode(frame)) for frame in video]) for video in case["videos"]]
+        prompts.append({"prompt": case["prompt"], **({"multi_modal_data": data} if data else {})})
+    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS))
+    return [(list(output.outputs[0].token_ids), output.outputs[0].text) for output in outputs]
+
+
+def ask_sglang(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[tuple[list[int], str]]:
+    """Tokens and text of each answer, all questions in one batch."""
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=checkpoint,
+        model_impl="transformers",
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        attention_backend="torch_native",
+        max_total_tokens=4096,
+        max_running_requests=4,
+        disable_overlap_schedule=True,
+        disable_cuda_graph=True,
+        grammar_backend="none",
+        log_level="warning",
+        **options,
+    )
+    outputs = engine.generate(
+        prompt=[case["prompt"] for case in cases],
+        image_data=[[f"data:image/png;base64,{image}" for image in case["images"]] for case in cases],
+        sampling_params={"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS},
+    )
+    engine.shutdown()
+    return [(output["output_ids"], output["text"]) for output in outputs]
+
+
+def main() -> int:
+    """The command line; returns the exit status, 1 where tokens differ."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=["write", "vllm", "sglang"])
+    parser.add_argument("checkpoint")
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.what == "write":
+        write_cases(arguments.checkpoint, arguments.cases, arguments.causal)
+        return 0
+    read = json.loads(arguments.cases.read_text())
+    cases, parallel = read["cases"], (arguments.tensor_parallel, arguments.pipeline_parallel)
+    binding = "|".join(str(core) for core in range(max(parallel)))
+    if arguments.what == "vllm":
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | (
+            {"VLLM_CPU_OMP_THREADS_BIND": binding} if "|" in binding else {}
+        )
+        options: dict[str, Any] = {"tensor_parallel_size": parallel[0], "pipeline_parallel_size": parallel[1]}
+        if read["causal"]:
+            options["hf_overrides"] = {"is_mm_prefix_lm": False}
+        answers = ask_vllm(arguments.checkpoint, cases, options)
+    else:
+        os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": binding} if "|" in binding else {}
+        cases = [case for case in cases if not case["videos"]]  # its generic processor loads no videos
+        answers = ask_sglang(arguments.checkpoint, cases, {"tp_size": parallel[0], "pp_size": parallel[1]})
+    found = {kind: {"asked": 0, "equal": 0, "right": 0} for kind in KINDS}
+    for case, (tokens, text) in zip(cases, answers, strict=True):
+        counts = found[case["kind"]]
+        counts["asked"] += 1
+        counts["equal"] += tokens == case["tokens"]
+        counts["right"] += text.removesuffix("</s>").strip() == case["answer"]
+    print(json.dumps(found), flush=True)
+    return int(any(counts["equal"] < counts["asked"] for counts in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
