@@ -143,6 +143,27 @@ class MyTritonBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        """Why what is served one by one is not served together, or None."""
+        if kv_cache_dtype in ("float16", "bfloat16") and kv_cache_dtype != str(dtype).removeprefix("torch."):
+            return f"a cache of {kv_cache_dtype} beside a model of {dtype} not supported"
+        is_old = device_capability is not None and (device_capability.major, device_capability.minor) < (8, 9)
+        if QUANTISED_DTYPES.get(kv_cache_dtype) == torch.float8_e4m3fn and is_old:
+            return "float8 e4m3 needs compute capability 8.9, fp8_e5m2 does not"
+        return None
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """What the kernels are compiled for."""
         return capability is None or (capability.major, capability.minor) >= (8, 0)

@@ -23,6 +23,14 @@ def text_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def multimodal_model() -> Path:
+    """The checkpoint that `python -m model.checkpoint --multimodal` writes; `make test-engines` has trained it."""
+    folder = REPOSITORY / "checkpoints" / "multimodal"
+    assert (folder / "tokenizer.json").exists(), f"there is no checkpoint in {folder}; run `make test-engines`"
+    return folder
+
+
+@pytest.fixture(scope="session")
 def greedy(text_model: Path) -> Greedy:
     return Greedy(text_model)
 

@@ -33,15 +33,19 @@ def main() -> None:
 
 
 def prompt_of(prompt):
-    """A text, or a text with images, as vLLM takes it."""
+    """A text, or a text with images and videos, as vLLM takes it. A video is a list of frames."""
     if isinstance(prompt, str):
         return prompt
+    import numpy as np
     from PIL import Image
 
-    return {
-        "prompt": prompt["text"],
-        "multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in prompt["images"]]},
-    }
+    def read(path):
+        return Image.open(path).convert("RGB")
+
+    data = {"image": [read(path) for path in prompt["images"]]} if prompt["images"] else {}
+    if prompt["videos"]:
+        data["video"] = [np.stack([np.asarray(read(path)) for path in frames]) for frames in prompt["videos"]]
+    return {"prompt": prompt["text"], "multi_modal_data": data} if data else {"prompt": prompt["text"]}
 
 
 if __name__ == "__main__":  # worker processes import this file

@@ -126,6 +126,7 @@ def ask(
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, result, log = (folder / name for name in ("job.json", "result.json", "log.txt"))
+    result.unlink(missing_ok=True)
     work = [{"prompts": list(each.prompts), "max_tokens": each.max_tokens} for each in rounds]
     job.write_text(json.dumps({"engine": engine.options(model, backend, dtype, tp, pp, **options), "rounds": work}))
     command = [engine.python, HERE / f"drive_{engine.name}.py", job, result]
