@@ -15,7 +15,7 @@ from model import checkpoint, squares
 from model.configuration_multimodal import ReferenceMultimodalConfig
 from model.modeling_multimodal import ReferenceForConditionalGeneration
 from model.multimodal_checkpoint import answers_of, batch_of, build_processor, multimodal_config, prompt_of
-from model.training import train_on
+from model.training import is_checkpoint, prepare_out, train_on
 
 # Run with the checkpoint; prints what it found as one line of JSON. torchvision is made impossible to import.
 LOADING_SCRIPT = """
@@ -161,9 +161,6 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not out.exists()
 
 
-def test_either_checkpoint_may_replace_the_other(
-    multimodal_checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from model.training import is_checkpoint
-
+def test_a_multimodal_checkpoint_may_be_replaced(multimodal_checkpoint_dir: Path) -> None:
+    prepare_out(multimodal_checkpoint_dir)
     assert is_checkpoint(multimodal_checkpoint_dir)
