@@ -8,7 +8,8 @@
 `write` asks the model in transformers, with eager attention, and writes questions and tokens as JSON. With `--causal`
 images attend causally there, and are asked to in vLLM: what both engines' own CPU backends do in any case. The other
 two print one line of JSON: for each kind of question how many answers were asked for, how many were equal token by
-token, and how many were right. They need nothing of this project: the checkpoint brings its code.
+token, and how many were right; and by how much the log-probabilities of equal tokens differ at most, which shows whether
+the same attention was computed even where the answer is so sure that another attention gives it too. They need nothing of this project: the checkpoint brings its code.
 
 An engine starts processes that import this file again, so the work is under the `__main__` guard.
 """
@@ -22,10 +23,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 KINDS = ("one", "several", "video", "none")
 MAX_NEW_TOKENS = 32
+
+
+class Answer(NamedTuple):
+    """Tokens, the natural logarithm of the probability of each, and the text."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
 
 
 def encode(image: Any) -> str:
@@ -60,22 +69,31 @@ def write_cases(checkpoint: str, cases: Path, causal: bool, each: int = 4) -> No
         for _ in range(each):
             example = squares.draw_example(generator, held_out=True, kind=kind)
             inputs = batch_of(processor, [example], with_answers=False)
-            tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0]
+            generated = model.generate(
+                **inputs,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            tokens = generated.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            scores = [logits[0].log_softmax(-1) for logits in generated.logits]
             written.append(
                 {
                     "kind": kind,
                     "prompt": prompt_of(processor, example),
                     "images": [encode(image) for image in example.images],
                     "videos": [[encode(frame) for frame in video] for video in example.videos],
-                    "tokens": tokens[inputs["input_ids"].shape[1] :].tolist(),
+                    "tokens": tokens,
+                    "logprobs": [float(row[token]) for row, token in zip(scores, tokens, strict=True)],
                     "answer": example.answer,
                 }
             )
     cases.write_text(json.dumps({"causal": causal, "cases": written}))
 
 
-def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[tuple[list[int], str]]:
-    """Tokens and text of each answer, all questions in one batch."""
+def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[Answer]:
+    """The answers, all questions in one batch."""
     import numpy as np
     from vllm import LLM, SamplingParams
 
@@ -98,12 +116,17 @@ def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> lis
         if case["videos"]:
             data["video"] = [np.stack([np.asarray(decode(frame)) for frame in video]) for video in case["videos"]]
         prompts.append({"prompt": case["prompt"], **({"multi_modal_data": data} if data else {})})
-    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS))
-    return [(list(output.outputs[0].token_ids), output.outputs[0].text) for output in outputs]
+    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logprobs=0))
+    answers = []
+    for output in outputs:
+        best = output.outputs[0]
+        logprobs = [each[token].logprob for each, token in zip(best.logprobs, best.token_ids, strict=True)]
+        answers.append(Answer(list(best.token_ids), logprobs, best.text))
+    return answers
 
 
-def ask_sglang(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[tuple[list[int], str]]:
-    """Tokens and text of each answer, all questions in one batch."""
+def ask_sglang(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[Answer]:
+    """The answers, all questions in one batch."""
     import sglang
 
     engine = sglang.Engine(
@@ -125,9 +148,13 @@ def ask_sglang(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> l
         prompt=[case["prompt"] for case in cases],
         image_data=[[f"data:image/png;base64,{image}" for image in case["images"]] for case in cases],
         sampling_params={"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS},
+        return_logprob=True,
     )
     engine.shutdown()
-    return [(output["output_ids"], output["text"]) for output in outputs]
+    return [
+        Answer(output["output_ids"], [row[0] for row in output["meta_info"]["output_token_logprobs"]], output["text"])
+        for output in outputs
+    ]
 
 
 def main() -> int:
@@ -158,14 +185,18 @@ def main() -> int:
         os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": binding} if "|" in binding else {}
         cases = [case for case in cases if not case["videos"]]  # its generic processor loads no videos
         answers = ask_sglang(arguments.checkpoint, cases, {"tp_size": parallel[0], "pp_size": parallel[1]})
-    found = {kind: {"asked": 0, "equal": 0, "right": 0} for kind in KINDS}
-    for case, (tokens, text) in zip(cases, answers, strict=True):
-        counts = found[case["kind"]]
+    found: dict[str, Any] = {kind: {"asked": 0, "equal": 0, "right": 0} for kind in KINDS}
+    difference = 0.0
+    for case, answer in zip(cases, answers, strict=True):
+        counts, equal = found[case["kind"]], answer.tokens == case["tokens"]
         counts["asked"] += 1
-        counts["equal"] += tokens == case["tokens"]
-        counts["right"] += text.removesuffix("</s>").strip() == case["answer"]
-    print(json.dumps(found), flush=True)
-    return int(any(counts["equal"] < counts["asked"] for counts in found.values()))
+        counts["equal"] += equal
+        counts["right"] += answer.text.removesuffix("</s>").strip() == case["answer"]
+        if equal:
+            pairs = zip(answer.logprobs, case["logprobs"], strict=True)
+            difference = max([difference, *(abs(ours - theirs) for ours, theirs in pairs)])
+    print(json.dumps(found | {"largest logprob difference": difference}), flush=True)
+    return int(any(found[kind]["equal"] < found[kind]["asked"] for kind in KINDS))
 
 
 if __name__ == "__main__":
