@@ -8,8 +8,9 @@
 `write` asks the model in transformers, with eager attention, and writes questions and tokens as JSON. With `--causal`
 images attend causally there, and are asked to in vLLM: what both engines' own CPU backends do in any case. The other
 two print one line of JSON: for each kind of question how many answers were asked for, how many were equal token by
-token, and how many were right; and by how much the log-probabilities of equal tokens differ at most, which shows whether
-the same attention was computed even where the answer is so sure that another attention gives it too. They need nothing of this project: the checkpoint brings its code.
+token, and how many were right; and by how much the log-probabilities of equal tokens differ at most, which shows
+whether the same attention was computed even where the answer is so sure that another attention gives it too. They need
+nothing of this project: the checkpoint brings its code.
 
 An engine starts processes that import this file again, so the work is under the `__main__` guard.
 """
