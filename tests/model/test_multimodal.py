@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import attention_plugin  # noqa: F401  (registers "my_triton")
 from attention_plugin.masks import SpanMask
-from model import modeling_multimodal, squares
+from model import modeling_vision, squares
 from model.configuration_multimodal import ReferenceMultimodalConfig, ReferenceVisionConfig
 from model.modeling_multimodal import ReferenceForConditionalGeneration, runs_of
 from model.multimodal_checkpoint import batch_of, build_processor, multimodal_config
@@ -241,7 +241,7 @@ def test_engines_find_what_they_look_for(model: ReferenceForConditionalGeneratio
     assert {re.sub(r"layers\.\d+", "layers.*", name) for name in linear} == set(base.tp_plan)
     assert [name for name in base._pp_plan if name.startswith("language_model.")] == list(base._pp_plan)
     assert model.config.get_text_config() is model.config.text_config and not list(model.buffers())
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(modeling_multimodal))) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(modeling_vision))) if isinstance(node, ast.Call)]
     assert sum(ast.unparse(call.func) == "attention_interface" for call in calls) == 1
 
 

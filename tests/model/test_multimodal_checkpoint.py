@@ -56,6 +56,7 @@ def test_the_directory_is_complete(multimodal_checkpoint_dir: Path) -> None:
         "model.safetensors",
         "modeling_multimodal.py",
         "modeling_reference.py",
+        "modeling_vision.py",
         "processing_reference.py",
         "processor_config.json",
         "tokenizer.json",
