@@ -52,6 +52,13 @@ def decode(text: str) -> Any:
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
 
 
+def frames_of(case: dict) -> list[Any]:
+    """The videos of a case, arrays [frames, height, width, 3]."""
+    import numpy as np
+
+    return [np.stack([np.asarray(decode(frame)) for frame in video]) for video in case["videos"]]
+
+
 def write_cases(checkpoint: str, cases: Path, causal: bool, each: int = 4) -> None:
     """Ask transformers and write `each` questions of every kind, all of them about pairs not seen in training."""
     import random
@@ -95,7 +102,6 @@ def write_cases(checkpoint: str, cases: Path, causal: bool, each: int = 4) -> No
 
 def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> list[Answer]:
     """The answers, all questions in one batch."""
-    import numpy as np
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -115,7 +121,7 @@ def ask_vllm(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> lis
         if case["images"]:
             data["image"] = [decode(image) for image in case["images"]]
         if case["videos"]:
-            data["video"] = [np.stack([np.asarray(decode(frame)) for frame in video]) for video in case["videos"]]
+            data["video"] = frames_of(case)
         prompts.append({"prompt": case["prompt"], **({"multi_modal_data": data} if data else {})})
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logprobs=0))
     answers = []
@@ -148,6 +154,7 @@ def ask_sglang(checkpoint: str, cases: list[dict], options: dict[str, Any]) -> l
     outputs = engine.generate(
         prompt=[case["prompt"] for case in cases],
         image_data=[[f"data:image/png;base64,{image}" for image in case["images"]] for case in cases],
+        video_data=[frames_of(case) or None for case in cases],
         sampling_params={"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS},
         return_logprob=True,
     )
@@ -184,7 +191,6 @@ def main() -> int:
         answers = ask_vllm(arguments.checkpoint, cases, options)
     else:
         os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": binding} if "|" in binding else {}
-        cases = [case for case in cases if not case["videos"]]  # its generic processor loads no videos
         answers = ask_sglang(arguments.checkpoint, cases, {"tp_size": parallel[0], "pp_size": parallel[1]})
     found: dict[str, Any] = {kind: {"asked": 0, "equal": 0, "right": 0} for kind in KINDS}
     difference = 0.0
