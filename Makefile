@@ -19,6 +19,9 @@ finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
 $(CHECKPOINT)/tokenizer.json: | $(STAMP)
 	$(BIN)/python -m model.checkpoint $(CHECKPOINT) --train-seconds 60
 
+checkpoints/multimodal/tokenizer.json: | $(STAMP)
+	$(BIN)/python -m model.checkpoint checkpoints/multimodal --multimodal
+
 # Kernel tests run on whatever the process offers: torch on a CPU, Triton on a GPU, and Triton's interpreter here.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
@@ -31,7 +34,7 @@ test-exhaustive: $(STAMP)
 
 # Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
 # is slow the first time takes some minutes more.
-test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json
+test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/tokenizer.json
 	$(BIN)/python tests/engines/environment.py vllm .venv-vllm
 	$(BIN)/python tests/engines/environment.py sglang .venv-sglang
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m engines --durations 5 tests/engines

@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from model.checkpoint import docstrings, is_checkpoint
+from model.checkpoint import docstrings
 from model.modeling_reference import ReferenceForCausalLM
+from model.training import is_checkpoint
 
 from .measure import Call, Effort, Result, brief, interleaved
 from .providers import BASELINE, FALLBACK_BASELINE, OURS

@@ -30,6 +30,9 @@ class ReferenceVisionConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "my_reference_vision"
     base_config_key: ClassVar[str] = "vision_config"
+    # vLLM shards queries, keys, values and the gated block wherever it finds them. Without a plan it would not shard
+    # what follows them.
+    base_model_tp_plan: ClassVar[dict[str, str]] = dict(ReferenceConfig.base_model_tp_plan)
 
     hidden_size: int = 96
     intermediate_size: int = 192

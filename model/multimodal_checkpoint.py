@@ -33,7 +33,7 @@ from .training import prepare, train_on, train_tokenizer
 
 # Examples of one kind make a batch, so that little of it is padding.
 BATCH_SIZES = {"one": 32, "several": 12, "video": 12, "none": 8}
-ONE_IMAGE_SHARE = 0.4  # of the training, before there are several images: what is learned then serves those too
+ONE_IMAGE_SHARE = 0.25  # of the training, before there are several images: what is learned then serves those too
 LEARNING_RATE = 3e-3  # at three times this, places of squares are never learned
 VOCAB_SIZE = 384  # all 256 bytes, the special tokens, and the few words there are
 
@@ -64,7 +64,7 @@ def build_processor() -> ReferenceProcessor:
     examples = random.Random(0)
     texts = [
         f"user\n{example.question}\nassistant\n{example.answer}"
-        for example in (squares.draw_example(examples, kind=kind) for kind in ("one", "video") * 200)
+        for example in (squares.draw_example(examples, kind=kind) for kind in ("several", "video") * 200)
     ]
     named = {
         "image_token": IMAGE,
@@ -140,7 +140,7 @@ def answers_of(
 ) -> list[str]:
     """What the model answers, greedily."""
     inputs = batch_of(processor, examples, with_answers=False).to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -188,7 +188,7 @@ def write_multimodal_checkpoint(
     print(f"images of coloured squares, {parameters:,} parameters, {model.device}", flush=True)
 
     def draw(elapsed: float) -> BatchFeature:
-        weights = [12, 0, 0, 1] if elapsed < ONE_IMAGE_SHARE else [4, 8, 8, 1]
+        weights = [12, 0, 0, 1] if elapsed < ONE_IMAGE_SHARE else [3, 10, 6, 1]
         kind = generator.choices(list(BATCH_SIZES), weights)[0]
         examples = [squares.draw_example(generator, kind=kind) for _ in range(BATCH_SIZES[kind])]
         return batch_of(processor, examples, with_answers=True)

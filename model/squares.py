@@ -41,8 +41,11 @@ class Example:
 
     @property
     def messages(self) -> list[dict]:
-        """The question as a conversation: images and videos first, as a chat template takes it."""
-        parts = [{"type": "image"} for _ in self.images] + [{"type": "video"} for _ in self.videos]
+        """The question as a conversation, as a chat template takes it: images and videos first, several numbered."""
+        parts: list[dict] = []
+        for number, _ in enumerate(self.images, 1):
+            parts += [{"type": "text", "text": str(number)}] * (len(self.images) > 1) + [{"type": "image"}]
+        parts += [{"type": "video"} for _ in self.videos]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.question}]}]
 
 
@@ -74,7 +77,10 @@ def draw_example(generator: random.Random, held_out: bool = False, kind: str | N
     images = [draw_square(*pair, _side(generator), _side(generator), generator) for pair in shown]
     question = generator.choice([SEE, COLOUR, PLACE])
     words = {SEE: "{0} square {1}", COLOUR: "{0}", PLACE: "{1}"}[question]
-    return Example(question, ", ".join(words.format(*pair) for pair in shown), images=images)
+    answers = [words.format(*pair) for pair in shown]
+    if len(answers) > 1:
+        answers = [f"{number} {answer}" for number, answer in enumerate(answers, 1)]
+    return Example(question, ", ".join(answers), images=images)
 
 
 def _draw_video(generator: random.Random, held_out: bool) -> Example:

@@ -20,13 +20,24 @@ settings.load_profile("project")
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference checkpoint, trained for five seconds by the real command, once for all workers of a test run."""
+    return trained_once(tmp_path_factory, "reference-checkpoint", "--train-seconds", "5")
+
+
+@pytest.fixture(scope="session")
+def multimodal_checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multimodal checkpoint, trained for three seconds by the real command: complete, but it has learned nothing."""
+    return trained_once(tmp_path_factory, "multimodal-checkpoint", "--multimodal", "--train-seconds", "3")
+
+
+def trained_once(tmp_path_factory: pytest.TempPathFactory, name: str, *options: str) -> Path:
+    """What `python -m model.checkpoint` writes with these options, shared by the workers of a test run."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # each worker has its own folder inside that of the run
-    finished, unfinished = shared / "reference-checkpoint", shared / "reference-checkpoint-in-training"
-    with FileLock(shared / "reference-checkpoint.lock"):
+    finished, unfinished = shared / name, shared / f"{name}-in-training"
+    with FileLock(shared / f"{name}.lock"):
         if not finished.exists():
-            command = [sys.executable, "-m", "model.checkpoint", str(unfinished), "--train-seconds", "5"]
+            command = [sys.executable, "-m", "model.checkpoint", str(unfinished), *options]
             environment = os.environ | {"HF_HUB_OFFLINE": "1"}
             run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, run.stdout + run.stderr

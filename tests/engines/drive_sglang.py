@@ -34,10 +34,20 @@ def main() -> None:
 
 
 def prompts_of(prompts):
-    """Texts, or texts with images, as SGLang takes them."""
+    """Texts, or texts with images and videos, as SGLang takes them. A video is a list of frames, handed over as read."""
     if isinstance(prompts[0], str):
         return {"prompt": prompts}
-    return {"prompt": [prompt["text"] for prompt in prompts], "image_data": [prompt["images"] for prompt in prompts]}
+    import numpy as np
+    from PIL import Image
+
+    def read(frames):
+        return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in frames])
+
+    return {
+        "prompt": [prompt["text"] for prompt in prompts],
+        "image_data": [prompt["images"] for prompt in prompts],
+        "video_data": [[read(frames) for frames in prompt["videos"]] or None for prompt in prompts],
+    }
 
 
 if __name__ == "__main__":  # worker processes import this file

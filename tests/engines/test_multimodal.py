@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import base64
-import copy
 from pathlib import Path
 
 import pytest
 from questions import MAX_NEW_TOKENS, Questions
 
 from engine_table import Cell
-from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, Server, ask
+from launch import ENGINES, SGLANG, VLLM, Round, Server, ask
 
 pytestmark = pytest.mark.engines
 
@@ -37,27 +36,24 @@ def causal(multimodal_model, tmp_path_factory):
     return Questions(multimodal_model, tmp_path_factory.mktemp("causal"), causal=True)
 
 
-def check(engine, questions, folder, model, *, videos=True, **options):
+def check(engine, questions, folder, model, **options):
     """All questions in one batch: tokens as in transformers."""
-    asked = [question for question in questions.all if videos or not question.prompt["videos"]]
-    work = [Round([question.prompt for question in asked], MAX_NEW_TOKENS)]
+    work = [Round([question.prompt for question in questions.all], MAX_NEW_TOKENS)]
     (answer,) = ask(engine, folder, work, model=model, **OPTIONS[engine.name], **options)
-    for question, tokens in zip(asked, answer.tokens, strict=True):
+    for question, tokens in zip(questions.all, answer.tokens, strict=True):
         assert questions.until_end(tokens) == question.tokens, f"{question.kind}: {question.messages}"
-    return asked
 
 
-def share_right(questions, asked):
-    right = sum(questions.text(question.tokens) == question.answer for question in asked)
-    return right / len(asked)
+def test_the_answers_show_that_the_text_sees_the_images(both_ways):
+    right = sum(both_ways.text(question.tokens) == question.answer for question in both_ways.all)
+    assert right >= RIGHT_SHARE * len(both_ways.all)
 
 
 @pytest.mark.parametrize("parallel", ["-", "TP 2"])
 def test_vllm_with_our_attention(parallel, multimodal_model, both_ways, tmp_path, record):
     """Images attend in both directions, several of them, of different sizes, and frames of videos."""
     tp, pp = PARALLEL[parallel]
-    asked = check(VLLM, both_ways, tmp_path, multimodal_model, tp=tp, pp=pp)
-    assert share_right(both_ways, asked) >= RIGHT_SHARE, "the text does not see the images"
+    check(VLLM, both_ways, tmp_path, multimodal_model, tp=tp, pp=pp)
     record(Cell("vllm", "multimodal", parallel, BACKENDS["my_triton"], "float32", "transformers"))
 
 
@@ -77,23 +73,13 @@ def test_vllm_with_its_own_attention(multimodal_model, causal, tmp_path, record)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_sglang(backend, parallel, multimodal_model, causal, tmp_path, record):
-    """Its Transformers backend attends causally and loads no videos for models that it does not know."""
+    """Its Transformers backend attends causally."""
     tp, pp = PARALLEL[parallel]
-    check(SGLANG, causal, tmp_path, multimodal_model, videos=False, backend=backend, tp=tp, pp=pp)
+    check(SGLANG, causal, tmp_path, multimodal_model, backend=backend, tp=tp, pp=pp)
     cell = Cell(
         "sglang", "multimodal, images causal", parallel, BACKENDS[backend], "float32", "transformers, images causal"
     )
     record(cell)
-
-
-def test_sglang_loads_no_videos(multimodal_model, causal, tmp_path):
-    """Where this fails, `test_sglang` can ask about videos."""
-    (question, *_) = [question for question in causal.all if question.kind == "video"]
-    frames = copy.deepcopy(question.prompt)
-    frames["images"] = frames["videos"][0]  # the only thing its driver can hand over: frames as images
-    with pytest.raises((EngineFailed, AssertionError)):
-        (answer,) = ask(SGLANG, tmp_path, [Round([frames], MAX_NEW_TOKENS)], model=multimodal_model)
-        assert causal.until_end(answer.tokens[0]) == question.tokens
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)

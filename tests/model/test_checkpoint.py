@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from model import checkpoint
+from model import checkpoint, training
 from model.configuration_reference import ReferenceConfig
 from model.modeling_reference import ReferenceForCausalLM
 
@@ -155,7 +155,7 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    factors = [checkpoint.learning_rate_factor(share / 100) for share in range(101)]
+    factors = [training.learning_rate_factor(share / 100) for share in range(101)]
     assert 0 < factors[0] < 0.1 and max(factors) > 0.95 and abs(factors[-1]) < 1e-6
     peak = factors.index(max(factors))
     assert factors == sorted(factors[: peak + 1]) + sorted(factors[peak + 1 :], reverse=True)
@@ -226,6 +226,6 @@ def test_out_is_never_somebody_elses(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_an_earlier_checkpoint_may_be_replaced(checkpoint_dir: Path, tmp_path: Path) -> None:
-    checkpoint.prepare_out(checkpoint_dir)
-    checkpoint.prepare_out(tmp_path / "new" / "nested")
+    training.prepare_out(checkpoint_dir)
+    training.prepare_out(tmp_path / "new" / "nested")
     assert (tmp_path / "new" / "nested").is_dir()
