@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def prompts_of(prompts):
-    """Texts, or texts with images and videos, as SGLang takes them. A video is a list of frames, handed over as read."""
+    """Texts, or texts with images and videos, as SGLang takes them. A video is a list of frames."""
     if isinstance(prompts[0], str):
         return {"prompt": prompts}
     import numpy as np
