@@ -132,6 +132,7 @@ def resolve_mask(
     if attention_mask is None:
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):
+        attention_mask = attention_mask.fitted(query_len, key_len)
         if tuple(attention_mask.shape[2:]) != (query_len, key_len):
             refuse_mask(attention_mask, scores)
         spans = attention_mask.spans if packed is None else attention_mask.spans_within_documents(packed)

@@ -22,7 +22,7 @@ from transformers import masking_utils
 from attention_kernels import Spans
 from attention_kernels.spans import is_traced, values_at_hand
 
-from .support import log_once, may_compute_with_masks, needs_tensor, refuse_foreign_use, refuse_model
+from .support import log_once, may_compute_with_masks, measures_masks, needs_tensor, refuse_foreign_use, refuse_model
 from .symbolic import Recognised, recognise
 
 CHUNK_ELEMENTS = 1 << 22
@@ -38,6 +38,9 @@ class SpanMask:
         attended: bool `[batch, key_len]`, the 2D attention mask, or None: which tokens are real.
         holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The
             kernels apply it on top of `spans`.
+        batch_size: of the scores it is for, or None where only the spans tell. They have one row if all samples agree.
+        everything: whether it hides nothing, where other implementations are given no mask at all. It then holds for
+            any number of keys: some models attend to more of them than they said.
         dense_dtype: of the additive mask that takes the place of this one where a model computes with its mask, or None
             where that is refused. See `computed_with`.
     """
@@ -45,14 +48,16 @@ class SpanMask:
     spans: Spans
     attended: Tensor | None = None
     holes: Tensor | None = None
+    batch_size: int | None = None
+    everything: bool = False
     dense_dtype: torch.dtype | None = None
     _dense: Tensor | None = field(default=None, repr=False)
     _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> torch.Size:
-        """`[batch or 1, 1, query_len, key_len]`, as that of a dense mask."""
-        return torch.Size((self.spans.batch, 1, self.spans.query_len, self.spans.key_len))
+        """`[batch, 1, query_len, key_len]`, as that of a dense mask."""
+        return torch.Size((self.batch_size or self.spans.batch, 1, self.spans.query_len, self.spans.key_len))
 
     @property
     def ndim(self) -> int:
@@ -82,12 +87,23 @@ class SpanMask:
         if device is None or device == self.device:
             return self
         attended, holes = (None if part is None else part.to(device) for part in (self.attended, self.holes))
-        return SpanMask(self.spans.to(device), attended, holes, self.dense_dtype)
+        return replace(self, spans=self.spans.to(device), attended=attended, holes=holes, _dense=None, _packed=None)
 
     def to_dense(self) -> Tensor:
         """The boolean mask `[batch or 1, 1, query_len, key_len]` that transformers' `sdpa_mask` would have built."""
         dense = self.spans.to_dense()[:, None]
         return dense if self.holes is None else dense & self.holes
+
+    def fitted(self, query_len: int, key_len: int) -> SpanMask:
+        """The mask for scores of this size: a single row is repeated, as a tensor's would be.
+
+        Some models describe padding by a mask of one query. A mask that hides nothing fits any scores.
+        """
+        if self.everything and tuple(self.shape[2:]) != (query_len, key_len):
+            return SpanMask(Spans.full(query_len, key_len, device=self.device))
+        if self.spans.query_len != 1 or query_len == 1:
+            return self
+        return replace(self, spans=replace(self.spans, query_len=query_len), _dense=None, _packed=None)
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
@@ -106,7 +122,7 @@ class SpanMask:
     # attention would have been given, and goes on with the tensor that it makes of it. Any other computes attention
     # itself: it must not go on with an object that it misunderstands, and Python's TypeError would help nobody.
     def computed_with(self, operation: str, error: type[Exception] = TypeError) -> Tensor:
-        """The additive mask of eager attention, `[batch or 1, 1, query_len, key_len]`, for a model to compute with.
+        """The additive mask of eager attention, `[batch, 1, query_len, key_len]`, for a model to compute with.
 
         Raises:
             `error`: the model is not known to leave attention to transformers' interface.
@@ -116,7 +132,7 @@ class SpanMask:
         log_once(f"a model applied {operation} to its attention mask: it is given a dense one, a number for each score")
         if self._dense is not None:
             return self._dense
-        dense = additive(self.to_dense(), self.dense_dtype)
+        dense = additive(self.to_dense(), self.dense_dtype).expand(self.shape)
         if not torch.compiler.is_compiling():  # as for `spans_within_documents`
             self._dense = dense
         return dense
@@ -167,8 +183,9 @@ def span_mask(
     device: torch.device | str = "cpu",
     config: Any = None,
     dtype: torch.dtype = torch.float32,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
-) -> SpanMask | Tensor:
+) -> SpanMask | Tensor | None:
     """The mask that transformers asks for, as spans. Registered in `AttentionMaskInterface`.
 
     Args:
@@ -181,22 +198,29 @@ def span_mask(
         use_vmap: whether `mask_function` holds a user's function that may not be index-based.
         config: the model's configuration; used to refuse models that compute attention themselves.
         dtype: of the additive mask that eager attention would be given.
-        kwargs: what transformers hands to other implementations, such as permissions to skip a mask.
+        allow_is_bidirectional_skip: whether no mask is needed where everything is visible.
+        kwargs: what transformers hands to other implementations.
 
     Returns:
-        The mask; as an additive tensor for a model that would pass over anything else.
+        The mask; as an additive tensor for a model that would pass over anything else; None, where nothing is hidden,
+        for a model that would stumble over its sizes.
     """
     refuse_model(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
+    unpadded = attention_mask is None and mask_function is masking_utils.bidirectional_mask_function
+    everything = allow_is_bidirectional_skip and unpadded
+    mask = replace(mask, batch_size=batch_size, everything=everything)
     if config is None or not may_compute_with_masks(config):
         return mask
+    if everything and measures_masks(config):
+        return None
     mask = replace(mask, dense_dtype=dtype)
     if not needs_tensor(config):
         return mask
-    return mask.computed_with("columns of its own").expand(batch_size, -1, -1, -1)
+    return mask.computed_with("columns of its own")
 
 
 def _span_mask(

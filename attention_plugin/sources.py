@@ -90,6 +90,12 @@ def widens_masks(module_name: str) -> bool:
     return False
 
 
+@lru_cache
+def measures_masks(module_name: str) -> bool:
+    """Whether a file compares the size of its mask with that of its scores."""
+    return re.search(r"mask\.size\(\) !=", source(module_name) or "") is not None
+
+
 def _asked_to_be_a_tensor(test: ast.expr) -> str | None:
     found = re.search(r"isinstance\((\w*mask), (?:torch\.)?Tensor\)", ast.unparse(test))
     return found[1] if found else None

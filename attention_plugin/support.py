@@ -218,6 +218,17 @@ def _needs_tensor_of(config_module_name: str) -> bool:
     return module_name is not None and sources.widens_masks(module_name)
 
 
+def measures_masks(config: Any) -> bool:
+    """Whether a model refuses masks of other sizes than it expects, which it does not build for all of its layers."""
+    return _measures_masks_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _measures_masks_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.measures_masks(module_name)
+
+
 def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
     """Refuse a model that computes attention itself, while it is being built.
 

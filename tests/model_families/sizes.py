@@ -197,8 +197,25 @@ LISTS = {
     "num_heads": lambda stages: [2] * stages,
     "hidden_sizes": lambda stages: [16] * stages,
     "conv_dim": lambda layers: [16] * layers,
+    "num_attention_heads": lambda stages: [2] * stages,
+    "patch_sizes": lambda stages: [3] * stages,
+    "stage_numb_of_layers": lambda stages: [1] * stages,
+    "stage_num_blocks": lambda stages: [1] * stages,
+    "stem_channels": lambda stages: [3] + [8] * (stages - 1),
+    "stage_in_channels": lambda stages: [8] + [16] * (stages - 1),
+    "stage_mid_channels": lambda stages: [8] * stages,
+    "stage_out_channels": lambda stages: [16] * stages,
+    "decoder_in_channels": lambda stages: [32] * stages,
+    "encoder_in_channels": lambda stages: [16] * stages,
     "tdnn_dim": lambda layers: [16] * layers,
 }
+
+# How rotary frequencies are shared between time, height and width: half a head of 8.
+MROPE_SECTION = [2, 1, 1]
+WITH_MROPE = """
+    qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text qwen2_5_omni_text qwen2_5_omni_talker paddleocr_vl_text
+    hunyuan_vl_text
+""".split()
 
 FAMILY_SIZES = {
     # images
@@ -227,7 +244,45 @@ FAMILY_SIZES = {
     "hidden_dim": 48,
     # audio
     "num_mel_bins": 16,
-    "max_source_positions": 64,
+    "max_source_positions": 32,
+    "text_hidden_size": 32,
+    "audio_hidden_size": 32,
+    "condition_dim": 32,
+    "mm_tokens_per_image": 4,
+    "frames_per_clip": 4,
+    "num_frames": 4,
+    "crop_size": 32,
+    "pred_hidden_size": 32,
+    "pred_num_attention_heads": 4,
+    "pred_num_hidden_layers": 1,
+    "num_pooler_layers": 1,
+    "memory_attention_hidden_size": 32,
+    "fpn_hidden_size": 32,
+    "iou_head_hidden_dim": 32,
+    "num_input_channels": 2,
+    "context_length": 32,
+    "patch_length": 8,
+    "horizon_length": 8,
+    "prediction_length": 4,
+    "classifier_dropout": 0.0,
+    "patch_embed_hidden_size": 48,
+    "image_seq_length": 16,
+    "adapter_input_size": 32,
+    "index_topk": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "speech_encoder_layers": 1,
+    "speech_encoder_attention_heads": 4,
+    "speech_encoder_intermediate_size": 48,
+    "t2u_encoder_layers": 1,
+    "t2u_encoder_ffn_dim": 48,
+    "t2u_encoder_attention_heads": 4,
+    "t2u_decoder_layers": 1,
+    "t2u_decoder_ffn_dim": 48,
+    "t2u_decoder_attention_heads": 4,
+    "feature_projection_input_dim": 16,
     "max_target_positions": 64,
     "classifier_proj_size": 16,
     "num_conv_pos_embedding_groups": 2,
