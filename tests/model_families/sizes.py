@@ -249,6 +249,8 @@ FAMILY_SIZES = {
     "audio_hidden_size": 32,
     "condition_dim": 32,
     "mm_tokens_per_image": 4,
+    "output_channels": 32,
+    "num_pos_feats": 16,
     "frames_per_clip": 4,
     "num_frames": 4,
     "crop_size": 32,

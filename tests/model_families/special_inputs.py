@@ -51,7 +51,7 @@ ARGUMENTS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Any]] = {
     "input_points": lambda model, inputs: 20 * torch.rand(BATCH, 1, 3, 2, generator=torch.Generator().manual_seed(0)),
     # time series
     "past_time_features": lambda model, inputs: noise(BATCH, _past_length(model), 1, seed=1),
-    "past_observed_mask": lambda model, inputs: torch.ones(BATCH, _past_length(model)),
+    "past_observed_mask": lambda model, inputs: torch.ones_like(_past_values(model)),
     "future_values": lambda model, inputs: noise(BATCH, model.config.prediction_length, seed=2),
     "future_time_features": lambda model, inputs: noise(BATCH, model.config.prediction_length, 1, seed=3),
     "past_values_padding": lambda model, inputs: torch.zeros(BATCH, 32, dtype=torch.long),
@@ -137,6 +137,10 @@ INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
         ("FunAsrNanoEncoder",),
         lambda model: {"input_features": noise(BATCH, 20, 112), "input_features_mask": _ones(BATCH, 20)},
     ),
+    "LayoutLMForMaskedLM": lambda model: {
+        "input_ids": tokens(BATCH, 13), "bbox": (30 * _boxes(BATCH, 13)).long(), "attention_mask": _ones(BATCH, 13),
+    },
+    "PPOCRV5ServerRecForTextRecognition": lambda model: {"pixel_values": noise(BATCH, 3, 48, 64)},
     "SamModel": _prompted,
     "SamHQModel": _prompted,
 }  # fmt: skip
