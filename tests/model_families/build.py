@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .configs import shrink
 from .discover import model_class
 from .inputs import BATCH, inputs_of, noise
-from .overrides import IMPLEMENTATIONS
+from .overrides import IMPLEMENTATIONS, REFERENCES
 
 IMPLEMENTATION = "my_triton"
 CROSS = " as decoder"
@@ -35,7 +35,7 @@ def pair(folder: str, name: str) -> Pair:
     Raises:
         Exception: whatever the class raises under eager, or under `my_triton`.
     """
-    eager = build(folder, name, "eager")
+    eager = build(folder, name, REFERENCES.get(name, "eager"))
     inputs = inputs_of(eager)
     if name.endswith(CROSS):
         inputs["encoder_hidden_states"] = noise(BATCH, 9, eager.config.hidden_size)

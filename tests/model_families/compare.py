@@ -214,12 +214,12 @@ def padded_inputs(pair: Pair, left: bool) -> tuple[dict[str, Any], Tensor]:
         return _padded_text(pair.inputs, left)
     parameters = inspect.signature(pair.eager.forward).parameters
     masks = [name for name in ("attention_mask", "input_features_mask", "padding_mask") if name in parameters]
-    if not sounds or not masks:
+    if len(sounds) != 1 or not masks:
         raise NotApplicable("takes no padding")
     if left:
         raise NotApplicable("sounds are padded behind")
     sound = pair.inputs[sounds[0]]
-    for length in sound.shape[1:]:
+    for length in (size for size in sound.shape[1:] if size > 1):
         mask = torch.ones(len(sound), length, dtype=torch.long)
         mask[0, 3 * length // 4 :] = 0
         inputs = {**pair.inputs, masks[0]: mask}

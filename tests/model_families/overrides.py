@@ -5,7 +5,8 @@ from typing import Any
 
 FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "patch_size": 8, "frequency_stride": 4, "time_stride": 8},
-    "bridgetower": {"num_hidden_layers": 2},
+    "bridgetower": {"num_hidden_layers": 2, "is_decoder": False},
+    "bridgetower_text_model": {"is_decoder": False},
     "bridgetower_vision_model": {"hidden_size": 64},
     # Image tokens are spelled in letters; each number of the codebook has one.
     "chameleon": {"vocabulary_map": {"<image>": 50, **{f"IMGIMG{chr(65 + i)}Z": 3 + i for i in range(10)}}},
@@ -51,8 +52,8 @@ FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
         "num_quantizers": 4,
         "num_semantic_quantizers": 1,
     },
-    "granite_speech5_encoder": {"context_size": 8},
-    "granite_speech5": {"context_size": 8},
+    "granite_speech5_encoder": {"context_size": 8, "num_key_value_heads": 4},
+    "granite_speech5": {"context_size": 8, "num_key_value_heads": 4},
     "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1},
     "time_series_transformer": {
         "prediction_length": 4,
@@ -72,7 +73,7 @@ FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm-roberta": {},
 }
 
-_SAM = {"": "eager", "vision_config": "eager", "prompt_encoder_config": "eager", "mask_decoder_config": "my_triton"}
+_SAM = {"": "my_triton", "vision_config": "eager"}
 
 # Where a part of a model chooses its attention classes from a table, that part is eager and the others are ours.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -82,3 +83,6 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "UnlimitedOcrForConditionalGeneration": {"": "eager", "text_config": "my_triton", "vision_config": "eager"},
     "GitForCausalLM": {"": "eager", "vision_config": "my_triton"},
 }
+
+# Compared with sdpa, since eager attention adds the boolean mask of its speech encoder to the scores.
+REFERENCES = {"SeamlessM4Tv2ForSpeechToText": "sdpa"}

@@ -78,7 +78,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "- **served**: every figure is below 2e-4. It is the largest difference relative to the largest value, and for",
         "  gradients the error in norm of the worst parameter's.",
-        "  Where random weights make a model too sensitive for that, the figure is of float64, below 1e-8, and says so.",
+        "  Where random weights make a model too sensitive for that, the figure is of float64 and below 1e-8.",
         "- **dense mask**: the same, with a mask of a number for each score, which the log says.",
         "- **served in part**: a part of the model chooses its attention from a table of its own and stays eager; the",
         "  others are ours, with a dict as `attn_implementation`.",

@@ -117,6 +117,7 @@ INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     },
     "MuseGlimmerAssistantModel": lambda model: {
         "noise_embeds": noise(BATCH, 4, 32),
+        "use_cache": True,
         "context_hidden_states": noise(BATCH, 6, 32 * len(model.config.target_layer_ids), seed=1),
     },
     "Phi4MultimodalAudioModel": lambda model: {
@@ -140,7 +141,8 @@ INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "LayoutLMForMaskedLM": lambda model: {
         "input_ids": tokens(BATCH, 13), "bbox": (30 * _boxes(BATCH, 13)).long(), "attention_mask": _ones(BATCH, 13),
     },
-    "PPOCRV5ServerRecForTextRecognition": lambda model: {"pixel_values": noise(BATCH, 3, 48, 64)},
+    "PPOCRV5ServerRecForTextRecognition": lambda model: {"pixel_values": noise(BATCH, 3, 96, 128)},
+    "PPOCRV5MobileRecForTextRecognition": lambda model: {"pixel_values": noise(BATCH, 3, 96, 128)},
     "SamModel": _prompted,
     "SamHQModel": _prompted,
 }  # fmt: skip
