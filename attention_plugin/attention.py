@@ -12,7 +12,14 @@ from attention_kernels import Spans, attention, attention_weights, draw_seed
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
-from .support import check_dropout, check_keywords, refuse_alignment, refuse_mask, refuse_two_sinks
+from .support import (
+    check_dropout,
+    check_keywords,
+    is_causal_without_mask,
+    refuse_alignment,
+    refuse_mask,
+    refuse_two_sinks,
+)
 from .token_sinks import keys_share
 from .weights import AbsentWeights, absent_weights, weights_wanted
 
@@ -78,7 +85,10 @@ def attention_forward(
     """
     check_keywords(kwargs, module)
     check_dropout(dropout, module.training)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+        if attention_mask is None and is_causal:
+            is_causal = is_causal_without_mask(type(module).__module__)
     scores = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:

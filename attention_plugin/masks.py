@@ -22,7 +22,15 @@ from transformers import masking_utils
 from attention_kernels import Spans
 from attention_kernels.spans import is_traced, values_at_hand
 
-from .support import log_once, may_compute_with_masks, measures_masks, needs_tensor, refuse_foreign_use, refuse_model
+from .support import (
+    log_once,
+    may_compute_with_masks,
+    measures_masks,
+    needs_tensor,
+    negates_masks,
+    refuse_foreign_use,
+    refuse_model,
+)
 from .symbolic import Recognised, recognise
 
 CHUNK_ELEMENTS = 1 << 22
@@ -41,8 +49,8 @@ class SpanMask:
         batch_size: of the scores it is for, or None where only the spans tell. They have one row if all samples agree.
         everything: whether it hides nothing, where other implementations are given no mask at all. It then holds for
             any number of keys: some models attend to more of them than they said.
-        dense_dtype: of the additive mask that takes the place of this one where a model computes with its mask, or None
-            where that is refused. See `computed_with`.
+        dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
+            mask, or None where that is refused. See `computed_with`.
     """
 
     spans: Spans
@@ -132,7 +140,10 @@ class SpanMask:
         log_once(f"a model applied {operation} to its attention mask: it is given a dense one, a number for each score")
         if self._dense is not None:
             return self._dense
-        dense = additive(self.to_dense(), self.dense_dtype).expand(self.shape)
+        dense = self.to_dense()
+        if self.dense_dtype != torch.bool:
+            dense = additive(dense, self.dense_dtype)
+        dense = dense.expand(self.shape)
         if not torch.compiler.is_compiling():  # as for `spans_within_documents`
             self._dense = dense
         return dense
@@ -210,14 +221,14 @@ def span_mask(
         return attention_mask
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
-    unpadded = attention_mask is None and mask_function is masking_utils.bidirectional_mask_function
-    everything = allow_is_bidirectional_skip and unpadded
+    wide = mask_function is masking_utils.bidirectional_mask_function or kv_length < (kwargs.get("local_size") or 0)
+    everything = allow_is_bidirectional_skip and attention_mask is None and wide
     mask = replace(mask, batch_size=batch_size, everything=everything)
     if config is None or not may_compute_with_masks(config):
         return mask
     if everything and measures_masks(config):
         return None
-    mask = replace(mask, dense_dtype=dtype)
+    mask = replace(mask, dense_dtype=torch.bool if negates_masks(config) else dtype)
     if not needs_tensor(config):
         return mask
     return mask.computed_with("columns of its own")

@@ -96,6 +96,23 @@ def measures_masks(module_name: str) -> bool:
     return re.search(r"mask\.size\(\) !=", source(module_name) or "") is not None
 
 
+@lru_cache
+def negates_masks(module_name: str) -> bool:
+    """Whether a file negates its mask without asking whether it is boolean."""
+    return re.search(r"mask\.logical_not\(\)", source(module_name) or "") is not None
+
+
+@lru_cache
+def is_causal_counts(module_name: str) -> bool:
+    """Whether layers of a file may mean their `is_causal`, which eager attention never reads.
+
+    Not where eager attention is the only implementation that the file's models support: nothing has read it then.
+    """
+    values = vars(sys.modules[module_name]).values() if module_name in sys.modules else ()
+    models = [each for each in values if _is_model(each) and each.__module__ == module_name]
+    return not models or any(each._supports_sdpa or each._supports_flash_attn for each in models)
+
+
 def _asked_to_be_a_tensor(test: ast.expr) -> str | None:
     found = re.search(r"isinstance\((\w*mask), (?:torch\.)?Tensor\)", ast.unparse(test))
     return found[1] if found else None

@@ -229,6 +229,23 @@ def _measures_masks_of(config_module_name: str) -> bool:
     return module_name is not None and sources.measures_masks(module_name)
 
 
+def negates_masks(config: Any) -> bool:
+    """Whether a model takes its mask for boolean, so that an additive one would mean its opposite."""
+    return _negates_masks_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _negates_masks_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.negates_masks(module_name)
+
+
+@torch.compiler.assume_constant_result
+def is_causal_without_mask(module_name: str) -> bool:
+    """Whether the `is_causal` of a file's layers counts where there is no mask; see `sources.is_causal_counts`."""
+    return sources.is_causal_counts(module_name)
+
+
 def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
     """Refuse a model that computes attention itself, while it is being built.
 

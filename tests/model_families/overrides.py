@@ -84,5 +84,13 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "GitForCausalLM": {"": "eager", "vision_config": "my_triton"},
 }
 
-# Compared with sdpa, since eager attention adds the boolean mask of its speech encoder to the scores.
-REFERENCES = {"SeamlessM4Tv2ForSpeechToText": "sdpa"}
+# Compared with sdpa, from which eager attention differs, too.
+REFERENCES = {
+    # Eager attention adds the boolean mask of the speech encoder to the scores.
+    "SeamlessM4Tv2ForSpeechToText": "sdpa",
+    # Eager attention's additive mask means its opposite to these: they negate it as if it were boolean.
+    **dict.fromkeys(("ParakeetForRNNT", "ParakeetForTDT", "ParakeetForCTC"), "sdpa"),
+    "CanaryForConditionalGeneration": "sdpa",
+    "CohereAsrForConditionalGeneration": "sdpa",
+    "NemotronAsrStreamingForRNNT": "sdpa",
+}
