@@ -198,3 +198,39 @@ def test_encoders_are_given_a_mask_that_hides_nothing():
     actual, _ = attention_forward(module(), query, *more, mask)
     expected, _ = attention_reference(query, *more, dtype=torch.float32)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+def test_is_causal_counts_only_where_something_reads_it():
+    """Models that support eager attention alone may state it without meaning it."""
+    from transformers.models.bridgetower import modeling_bridgetower
+
+    assert sources.is_causal_counts(modeling_llama.__name__)
+    assert sources.is_causal_counts("a_module_that_is_not_there")
+    assert not sources.is_causal_counts(modeling_bridgetower.__name__)
+
+
+def test_models_that_negate_their_mask_are_given_a_boolean_one():
+    from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderConfig
+
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    mask = span_mask(BATCH, TOKENS, TOKENS, attention_mask=padding, config=ParakeetEncoderConfig())
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask.logical_not(), ~mask.to_dense())
+
+
+def test_a_model_that_measures_its_mask_is_given_none_where_nothing_is_hidden():
+    from transformers.models.informer.configuration_informer import InformerConfig
+
+    config = InformerConfig(prediction_length=4)
+    bidirectional = support.sys.modules["transformers.masking_utils"].bidirectional_mask_function
+    options = {"mask_function": bidirectional, "config": config}
+    assert span_mask(BATCH, TOKENS, TOKENS, allow_is_bidirectional_skip=True, **options) is None
+    assert span_mask(BATCH, TOKENS, TOKENS, **options) is not None
+
+
+def test_a_model_that_widens_its_mask_is_given_a_tensor():
+    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+    mask = span_mask(BATCH, TOKENS, TOKENS, config=DeepseekV4Config())
+    assert isinstance(mask, torch.Tensor) and mask.dtype == torch.float32
+    assert mask.shape == (BATCH, 1, TOKENS, TOKENS)

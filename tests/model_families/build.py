@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import attention_plugin  # noqa: F401  (importing it registers "my_triton")
+
 from .configs import shrink
 from .discover import model_class
 from .inputs import BATCH, inputs_of, noise

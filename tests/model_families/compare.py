@@ -138,7 +138,12 @@ def right_padding(pair: Pair) -> float:
 
 def gradients(pair: Pair) -> float:
     """Error in norm of each parameter's gradient; small ones are measured against a thousandth of all together."""
-    actual, expected = _gradients(pair.ours, pair.inputs), _gradients(pair.eager, pair.inputs)
+    expected = parameter_gradients(pair.eager, pair.inputs)
+    return gradient_error(parameter_gradients(pair.ours, pair.inputs), expected)
+
+
+def gradient_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest error of all parameters' gradients, as `gradients` measures it."""
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     if not total.isfinite() or not total:
         raise NotApplicable("under eager they are 0 or not finite")
@@ -243,7 +248,8 @@ def _padded_text(inputs: dict[str, Any], left: bool) -> tuple[dict[str, Any], Te
     return longer, longer["attention_mask"]
 
 
-def _gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def parameter_gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients of a random weighting of all outputs, by the parameters' names."""
     model.zero_grad()
     generator = torch.Generator().manual_seed(0)
     terms = []
