@@ -36,8 +36,8 @@ REASONS = {
 
 
 DIFFERENCES = {
-    "diffusion_gemma": "one forward pass and its gradients agree; generation draws tokens in many steps, and other ones",
-    "efficientloftr": "outputs agree; a gradient is 2.8e-4 away in float32, through a matching that attention hardly moves",
+    "diffusion_gemma": "a forward pass and its gradients agree; generation, which draws tokens in many steps, does not",
+    "efficientloftr": "outputs agree; a gradient is 2.8e-4 away in float32, in a model that attention hardly moves",
     "voxtral_realtime": "only at positions that see no key: 0 here, the mean of all values under eager",
 }
 """What is known of families that differ."""
