@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench finetune test test-engines test-exhaustive lint clean
+.PHONY: bench finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -25,7 +25,7 @@ checkpoints/multimodal/tokenizer.json: | $(STAMP)
 # Kernel tests run on whatever the process offers: torch on a CPU, Triton on a GPU, and Triton's interpreter here.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and not exhaustive'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and not exhaustive and not families'
 
 # What would take `make test` beyond ten minutes on two cores.
 test-exhaustive: $(STAMP)
@@ -39,6 +39,15 @@ test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/token
 	$(BIN)/python tests/engines/environment.py sglang .venv-sglang
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m engines --durations 5 tests/engines
 	$(BIN)/python tests/engines/engine_table.py check
+
+# Every model family of transformers against eager; a quarter of them with the Triton kernels in the interpreter.
+test-models: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m families tests/model_families
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'families and interpreter' tests/model_families
+
+# Runs every model family and writes docs/models.md.
+models: $(STAMP)
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m model_families.report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

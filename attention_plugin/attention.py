@@ -11,7 +11,16 @@ from torch import Tensor
 from attention_kernels import Spans, attention, attention_weights, draw_seed
 
 from .masks import SpanMask
-from .support import check_dropout, check_keywords, refuse_alignment, refuse_mask
+from .selected_keys import selected_keys
+from .support import (
+    check_dropout,
+    check_keywords,
+    is_causal_without_mask,
+    refuse_alignment,
+    refuse_mask,
+    refuse_two_sinks,
+)
+from .token_sinks import keys_share
 from .weights import AbsentWeights, absent_weights, weights_wanted
 
 
@@ -32,6 +41,9 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | AbsentWeights | None]:
     """Attention as transformers' models call it.
@@ -57,6 +69,9 @@ def attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
         output_attentions: also return the weights, which models do not pass on everywhere: transformers' record of what
             the caller asked for counts as well.
+        sinks: sinks that differ from token to token, `[batch, num_heads, query_len, 1]`.
+        indices: `[batch, query_len, selected]`, the only keys that a row sees, among those that the mask leaves it.
+        block_indices: `[batch, groups of heads, query_len, selected]`, the same for blocks of keys.
         kwargs: refused by name unless known not to change attention.
 
     Returns:
@@ -68,22 +83,37 @@ def attention_forward(
     Raises:
         ValueError, TypeError: an argument is not served or breaks a rule; the message names it and the alternative.
     """
-    check_keywords(kwargs)
+    check_keywords(kwargs, module)
     check_dropout(dropout, module.training)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+        if attention_mask is None and is_causal:
+            is_causal = is_causal_without_mask(type(module).__module__)
     scores = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
+    selected = selected_keys(module, indices, block_indices, scores)
+    if selected is not None:
+        mask = selected if mask is None else mask & selected
     options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
-    if not weights_wanted(module, output_attentions):
+    wanted = weights_wanted(module, output_attentions)
+    if not wanted and sinks is None:
         output = attention(query, key, value, spans, sinks=s_aux, **options)
         return output.transpose(1, 2).contiguous(), absent_weights(module, output_attentions)
+    if sinks is not None and s_aux is not None:
+        refuse_two_sinks()
     options["dropout_seed"] = draw_seed(query.device) if dropout else None
     output, lse = attention(query, key, value, spans, sinks=s_aux, return_lse=True, **options)
-    return output.transpose(1, 2).contiguous(), attention_weights(query, key, lse, spans, **options)
+    weights = attention_weights(query, key, lse, spans, **options) if wanted else None
+    if sinks is not None:
+        share = keys_share(lse, sinks)
+        output = (output * share).to(output.dtype)
+        weights = None if weights is None else (weights * share).to(weights.dtype)
+    output = output.transpose(1, 2).contiguous()
+    return output, absent_weights(module, output_attentions) if weights is None else weights
 
 
 def resolve_mask(
@@ -112,6 +142,7 @@ def resolve_mask(
     if attention_mask is None:
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):
+        attention_mask = attention_mask.fitted(query_len, key_len)
         if tuple(attention_mask.shape[2:]) != (query_len, key_len):
             refuse_mask(attention_mask, scores)
         spans = attention_mask.spans if packed is None else attention_mask.spans_within_documents(packed)

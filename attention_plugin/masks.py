@@ -12,16 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 from attention_kernels import Spans
 from attention_kernels.spans import is_traced, values_at_hand
 
-from .support import log_once, refuse_foreign_use, refuse_model
+from .support import (
+    log_once,
+    may_compute_with_masks,
+    measures_masks,
+    needs_tensor,
+    negates_masks,
+    refuse_foreign_use,
+    refuse_model,
+)
 from .symbolic import Recognised, recognise
 
 CHUNK_ELEMENTS = 1 << 22
@@ -37,17 +46,26 @@ class SpanMask:
         attended: bool `[batch, key_len]`, the 2D attention mask, or None: which tokens are real.
         holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The
             kernels apply it on top of `spans`.
+        batch_size: of the scores it is for, or None where only the spans tell. They have one row if all samples agree.
+        everything: whether it hides nothing, where other implementations are given no mask at all. It then holds for
+            any number of keys: some models attend to more of them than they said.
+        dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
+            mask, or None where that is refused. See `computed_with`.
     """
 
     spans: Spans
     attended: Tensor | None = None
     holes: Tensor | None = None
+    batch_size: int | None = None
+    everything: bool = False
+    dense_dtype: torch.dtype | None = None
+    _dense: Tensor | None = field(default=None, repr=False)
     _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> torch.Size:
-        """`[batch or 1, 1, query_len, key_len]`, as that of a dense mask."""
-        return torch.Size((self.spans.batch, 1, self.spans.query_len, self.spans.key_len))
+        """`[batch, 1, query_len, key_len]`, as that of a dense mask."""
+        return torch.Size((self.batch_size or self.spans.batch, 1, self.spans.query_len, self.spans.key_len))
 
     @property
     def ndim(self) -> int:
@@ -77,12 +95,23 @@ class SpanMask:
         if device is None or device == self.device:
             return self
         attended, holes = (None if part is None else part.to(device) for part in (self.attended, self.holes))
-        return SpanMask(self.spans.to(device), attended, holes)
+        return replace(self, spans=self.spans.to(device), attended=attended, holes=holes, _dense=None, _packed=None)
 
     def to_dense(self) -> Tensor:
         """The boolean mask `[batch or 1, 1, query_len, key_len]` that transformers' `sdpa_mask` would have built."""
         dense = self.spans.to_dense()[:, None]
         return dense if self.holes is None else dense & self.holes
+
+    def fitted(self, query_len: int, key_len: int) -> SpanMask:
+        """The mask for scores of this size: a single row is repeated, as a tensor's would be.
+
+        Some models describe padding by a mask of one query. A mask that hides nothing fits any scores.
+        """
+        if self.everything and tuple(self.shape[2:]) != (query_len, key_len):
+            return SpanMask(Spans.full(query_len, key_len, device=self.device))
+        if self.spans.query_len != 1 or query_len == 1:
+            return self
+        return replace(self, spans=replace(self.spans, query_len=query_len), _dense=None, _packed=None)
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
@@ -97,26 +126,60 @@ class SpanMask:
             self._packed = (position_ids, spans)
         return spans
 
-    # A model that does arithmetic on its mask computes attention itself. It must not go on with an object it
-    # misunderstands, and the TypeError that Python would raise helps nobody.
+    # A model that computes with its mask. One that leaves attention to transformers' interface is given what eager
+    # attention would have been given, and goes on with the tensor that it makes of it. Any other computes attention
+    # itself: it must not go on with an object that it misunderstands, and Python's TypeError would help nobody.
+    def computed_with(self, operation: str, error: type[Exception] = TypeError) -> Tensor:
+        """The additive mask of eager attention, `[batch, 1, query_len, key_len]`, for a model to compute with.
+
+        Raises:
+            `error`: the model is not known to leave attention to transformers' interface.
+        """
+        if self.dense_dtype is None:
+            refuse_foreign_use(operation, error)
+        log_once(f"a model applied {operation} to its attention mask: it is given a dense one, a number for each score")
+        if self._dense is not None:
+            return self._dense
+        dense = self.to_dense()
+        if self.dense_dtype != torch.bool:
+            dense = additive(dense, self.dense_dtype)
+        dense = dense.expand(self.shape)
+        if not torch.compiler.is_compiling():  # as for `spans_within_documents`
+            self._dense = dense
+        return dense
+
     @classmethod
-    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        refuse_foreign_use(getattr(function, "__name__", str(function)))
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        args, kwargs = tree_map(
+            lambda part: part.computed_with(name) if isinstance(part, cls) else part, (args, kwargs)
+        )
+        return function(*args, **(kwargs or {}))
 
-    def _refuse(self, *args: Any) -> NoReturn:
-        refuse_foreign_use("an operator")
+    def _computed(name: str) -> Callable:  # type: ignore[misc]
+        def method(self: SpanMask, *args: Any) -> Any:
+            return getattr(self.computed_with("an operator"), name)(*args)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __pow__ = __rpow__ = __neg__ = __abs__ = _refuse
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __float__ = __int__ = _refuse
-    __getitem__ = __setitem__ = __contains__ = __iter__ = __len__ = _refuse
+        return method
+
+    for _name in """
+        add radd sub rsub mul rmul matmul rmatmul truediv rtruediv floordiv rfloordiv pow rpow neg abs and rand or ror
+        xor rxor invert eq ne lt le gt ge bool float int getitem setitem contains iter len
+    """.split():
+        locals()[f"__{_name}__"] = _computed(f"__{_name}__")
     __hash__ = object.__hash__
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        refuse_foreign_use(f"`.{name}`", error=AttributeError)
+        if name == "dtype" and self.dense_dtype is not None:
+            return self.dense_dtype
+        return getattr(self.computed_with(f"`.{name}`", error=AttributeError), name)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as eager attention takes it: 0 where visible, else the least number of `dtype`."""
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
 def span_mask(
@@ -130,8 +193,10 @@ def span_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     config: Any = None,
+    dtype: torch.dtype = torch.float32,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
-) -> SpanMask:
+) -> SpanMask | Tensor | None:
     """The mask that transformers asks for, as spans. Registered in `AttentionMaskInterface`.
 
     Args:
@@ -143,15 +208,47 @@ def span_mask(
             is.
         use_vmap: whether `mask_function` holds a user's function that may not be index-based.
         config: the model's configuration; used to refuse models that compute attention themselves.
-        kwargs: what transformers hands to other implementations, such as `dtype` and permissions to skip a mask.
+        dtype: of the additive mask that eager attention would be given.
+        allow_is_bidirectional_skip: whether no mask is needed where everything is visible.
+        kwargs: what transformers hands to other implementations.
+
+    Returns:
+        The mask; as an additive tensor for a model that would pass over anything else; None, where nothing is hidden,
+        for a model that would stumble over its sizes.
     """
     refuse_model(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
+    wide = mask_function is masking_utils.bidirectional_mask_function or kv_length < (kwargs.get("local_size") or 0)
+    everything = allow_is_bidirectional_skip and attention_mask is None and wide
+    mask = replace(mask, batch_size=batch_size, everything=everything)
+    if config is None or not may_compute_with_masks(config):
+        return mask
+    if everything and measures_masks(config):
+        return None
+    mask = replace(mask, dense_dtype=torch.bool if negates_masks(config) else dtype)
+    if not needs_tensor(config):
+        return mask
+    return mask.computed_with("columns of its own")
+
+
+def _span_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    use_vmap: bool,
+    device: torch.device,
+) -> SpanMask:
     padding = None
     if attention_mask is not None:
         padding = _key_padding(attention_mask.to(device=device, dtype=torch.bool), kv_length, kv_offset)
-    frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, torch.device(device))
+    frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, device)
     # A compiler sees the closures of the functions it traces as calls only.
     known = recognise(mask_function) if torch.compiler.is_dynamo_compiling() else mask_function
     spans = None if known is None else read_spans(known, frame)

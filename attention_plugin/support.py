@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import sys
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
+
+from . import sources
 
 logger = logging.getLogger("attention_plugin")
 
@@ -41,9 +41,6 @@ IGNORED_KEYWORDS = frozenset(
 """Keywords that reach attention functions on their way through `**kwargs` and do not change attention."""
 
 REFUSED_KEYWORDS = {
-    "indices": "sparse attention over selected keys is not served",
-    "block_indices": "sparse attention over selected blocks is not served",
-    "sinks": "sinks that differ between tokens are not served; sinks per head are, as `s_aux`",
     "head_mask": "masks of heads are not served",
     "layer_head_mask": "masks of heads are not served",
     "cache": "continuous batching is served once attention_plugin.enable_continuous_batching(model) was called",
@@ -60,8 +57,11 @@ def log_once(message: str) -> None:
     logger.warning(message)
 
 
-def check_keywords(keywords: dict[str, Any]) -> None:
+def check_keywords(keywords: dict[str, Any], module: torch.nn.Module) -> None:
     """Refuse keywords that would change the result and are not served. None and False mean absent.
+
+    A keyword that eager attention of the layer's own file is seen not to read is ignored here too, and logged once: it
+    only passes through the model's `**kwargs`.
 
     Raises:
         ValueError: names the keyword, the reason and the alternative.
@@ -69,8 +69,20 @@ def check_keywords(keywords: dict[str, Any]) -> None:
     for name, value in keywords.items():
         if value is None or value is False or name in IGNORED_KEYWORDS:
             continue
+        if name not in REFUSED_KEYWORDS and _ignored_by_eager(type(module).__module__, name):
+            continue
         reason = REFUSED_KEYWORDS.get(name, "it is not known, so it might change the result")
         raise ValueError(f"my_triton attention: `{name}`={_brief(value)} is refused: {reason}; {EAGER}")
+
+
+@torch.compiler.assume_constant_result  # strings in: a compiler runs it as it traces, and not in what it compiles
+def _ignored_by_eager(module_name: str, keyword: str) -> bool:
+    ignored = sources.eager_ignores(module_name, keyword)
+    if ignored:
+        log_once(
+            f"`{keyword}` reaches attention in {_file(module_name)}, whose eager attention ignores it: so does this"
+        )
+    return ignored
 
 
 def check_dropout(dropout: float, training: bool) -> None:
@@ -96,6 +108,18 @@ def refuse_absent_weights() -> NoReturn:
         "my_triton attention: `output_attentions` did not reach the attention function, because the model's own code "
         "keeps it back, so there are no attention weights here; set `output_attentions=True` in the configuration "
         f"of this part of the model when it is created, or {EAGER}"
+    )
+
+
+def refuse_two_sinks() -> NoReturn:
+    """Refuse sinks of both kinds in one call.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "my_triton attention: `s_aux` (a sink for each head) and `sinks` (one for each head and token) exclude each "
+        "other; add up their exponentials in `sinks`: torch.logaddexp(sinks, s_aux[:, None, None])"
     )
 
 
@@ -151,15 +175,75 @@ def refuse_model(config: Any) -> None:
     Raises:
         ValueError: the model's code does not use transformers' attention interface.
     """
-    _refuse_model_of(type(config).__module__, getattr(config, "model_type", None))
+    config_class = type(config)
+    _refuse_model_of(config_class.__module__, config_class.__name__, getattr(config, "model_type", None))
 
 
 @torch.compiler.assume_constant_result  # strings in: a compiler runs it as it traces, and not in what it compiles
-def _refuse_model_of(config_module_name: str, model_type: str | None) -> None:
-    module_name = config_module_name.replace("configuration_", "modeling_")
-    module = sys.modules.get(module_name)
-    if module is not None and module_name != config_module_name and not _uses_interface(module_name):
+def _refuse_model_of(config_module_name: str, config_class_name: str, model_type: str | None) -> None:
+    module_name = _modeling_module(config_module_name)
+    if module_name is None:
+        return
+    own = (getattr(sys.modules[module_name], name) for name in sources.models_from_tables(module_name))
+    from_table = any(getattr(each.config_class, "__name__", None) == config_class_name for each in own)
+    if from_table or not sources.leaves_attention(module_name):
         raise ValueError(_model_refusal(model_type or module_name, module_name))
+
+
+def _modeling_module(config_module_name: str) -> str | None:
+    """The module of the model that a configuration's module belongs to, if it has been imported."""
+    module_name = config_module_name.replace("configuration_", "modeling_")
+    return module_name if module_name != config_module_name and module_name in sys.modules else None
+
+
+def may_compute_with_masks(config: Any) -> bool:
+    """Whether a model that computes with its mask may have a dense one: where it is seen to leave attention to us."""
+    return _may_compute_with_masks_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _may_compute_with_masks_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.calls_interface(module_name)
+
+
+def needs_tensor(config: Any) -> bool:
+    """Whether a model would pass over a mask that is no tensor, where it adds columns for keys of its own."""
+    return _needs_tensor_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _needs_tensor_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.widens_masks(module_name)
+
+
+def measures_masks(config: Any) -> bool:
+    """Whether a model refuses masks of other sizes than it expects, which it does not build for all of its layers."""
+    return _measures_masks_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _measures_masks_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.measures_masks(module_name)
+
+
+def negates_masks(config: Any) -> bool:
+    """Whether a model takes its mask for boolean, so that an additive one would mean its opposite."""
+    return _negates_masks_of(type(config).__module__)
+
+
+@torch.compiler.assume_constant_result
+def _negates_masks_of(config_module_name: str) -> bool:
+    module_name = _modeling_module(config_module_name)
+    return module_name is not None and sources.negates_masks(module_name)
+
+
+@torch.compiler.assume_constant_result
+def is_causal_without_mask(module_name: str) -> bool:
+    """Whether the `is_causal` of a file's layers counts where there is no mask; see `sources.is_causal_counts`."""
+    return sources.is_causal_counts(module_name)
 
 
 def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
@@ -176,37 +260,22 @@ def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Mod
     config = module.__dict__.get("config")
     if getattr(config, "_attn_implementation", None) not in registered_names:
         return
-    module_name = type(module).__module__
-    if not _uses_interface(module_name):
-        raise ValueError(_model_refusal(type(module).__name__, module_name))
-
-
-@lru_cache
-def _uses_interface(module_name: str) -> bool:
-    """Whether a modeling file leaves attention to transformers' interface: transformers itself looks for the same sign.
-
-    A file that defines attention layers must call the interface, and must not choose their class from a table of its
-    own by the name of the implementation. A file without attention layers is made of other models, which are looked at
-    in their turn. A file that cannot be read is given the benefit of the doubt: its masks still refuse to be computed
-    with.
-    """
-    try:
-        code = inspect.getsource(sys.modules[module_name])
-    except (KeyError, OSError, TypeError):
-        return True
-    if re.search(r"\w+_ATTENTION_CLASSES\s*\[|\w+_ATTENTION_CLASSES\s*=", code):
-        return False
-    defines_attention = re.search(r"^class \w*Attention\w*\((?:nn\.|torch\.nn\.)?Module", code, re.MULTILINE)
-    return defines_attention is None or "ALL_ATTENTION_FUNCTIONS.get_interface(" in code
+    own = type(module)
+    if own.__name__ in sources.models_from_tables(own.__module__) or not sources.leaves_attention(own.__module__):
+        raise ValueError(_model_refusal(own.__name__, own.__module__))
 
 
 def _model_refusal(model: str, module_name: str) -> str:
     return (
-        f"my_triton attention: {model} computes attention in its own code ({module_name.rsplit('.', 1)[-1]}.py does "
+        f"my_triton attention: {model} computes attention in its own code ({_file(module_name)} does "
         f"not leave it to transformers' AttentionInterface), so attn_implementation cannot reach it; {EAGER}. For one "
         "part of a larger model pass a dict, such as "
         'attn_implementation={"text_config": "my_triton", "vision_config": "eager"}'
     )
+
+
+def _file(module_name: str) -> str:
+    return module_name.rsplit(".", 1)[-1] + ".py"
 
 
 def _brief(value: Any) -> str:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from attention_kernels import Spans, attention, configs, operators
-from attention_plugin import SpanMask, attention_forward, span_mask, support
+from attention_plugin import SpanMask, attention_forward, sources, span_mask, support
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 6, 8
 EAGER = 'attn_implementation="eager"'
@@ -49,9 +49,6 @@ def call(mask: Any = None, *, training: bool = False, **options: Any) -> tuple[T
 @pytest.mark.parametrize(
     "name, value, got",
     [
-        ("indices", torch.zeros(2, 6, 3, dtype=torch.int32), "torch.int32 [2, 6, 3]"),
-        ("block_indices", torch.zeros(2, 6, 3), "torch.float32 [2, 6, 3]"),
-        ("sinks", torch.zeros(2, 4, 6, 1), "torch.float32 [2, 4, 6, 1]"),
         ("head_mask", torch.ones(4), "torch.float32 [4]"),
         ("layer_head_mask", torch.ones(4), "torch.float32 [4]"),
         ("cache", "a paged cache", "'a paged cache'"),
@@ -100,8 +97,8 @@ def test_dropout():
         (torch.zeros(2, 3, 6, 6), "torch.float32 [2, 3, 6, 6]"),
         (torch.zeros(3, 1, 6, 6), "torch.float32 [3, 1, 6, 6]"),
         (torch.ones(2, 1, 6, 6, dtype=torch.long), "torch.int64 [2, 1, 6, 6]"),
-        (span_mask(2, 6, 7), "SpanMask [1, 1, 6, 7]"),
-        (span_mask(2, 5, 6), "SpanMask [1, 1, 5, 6]"),
+        (span_mask(2, 6, 7), "SpanMask [2, 1, 6, 7]"),
+        (span_mask(2, 5, 6), "SpanMask [2, 1, 5, 6]"),
         ({"full_attention": None}, "dict []"),
         ([[1, 0]], "list []"),
     ],
@@ -488,7 +485,7 @@ def test_every_causal_model_that_computes_attention_itself_is_refused():
         code = inspect.getsource(sys.modules[module_name])
         calls_interface = "ALL_ATTENTION_FUNCTIONS.get_interface(" in code
         has_attention = re.search(r"^class \w*(?:Attention|Attn)\w*\(", code, re.MULTILINE) is not None
-        uses_interface = support._uses_interface(module_name)
+        uses_interface = sources.leaves_attention(module_name) and not sources.models_from_tables(module_name)
         if has_attention and not calls_interface:
             assert not uses_interface, f"{model_type}: computes attention itself and is not refused"
         if calls_interface and not uses_interface:
@@ -501,7 +498,7 @@ def test_every_causal_model_that_computes_attention_itself_is_refused():
 
 
 def test_modules_without_source_get_the_benefit_of_the_doubt():
-    assert support._uses_interface("a_module_that_is_not_there")
+    assert sources.leaves_attention("a_module_that_is_not_there")
 
 
 # ---------------------------------------------------------------------- computing with a mask

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of all families: run them, keep what came out as JSON, and write docs/models.md from it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from . import discover, walk
+from .overrides import IMPLEMENTATIONS
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+TIMM = "its image tower is a model of the package timm, which is not installed"
+SESSION = "takes a session object with its own memory of frames, not tensors"
+NO_TINY_SIZES = "no tiny sizes found: those of its parts depend on each other"
+REASONS = {
+    "edgetam": TIMM,
+    "pe_audio_video": TIMM,
+    "pe_video": TIMM,
+    "edgetam_video": SESSION,
+    "sam2_video": SESSION,
+    "sam3_tracker_video": SESSION,
+    "esmfold2": "takes a dozen descriptions of atoms and bonds that no generic inputs give",
+    "pp_ocrv6_small_rec": "its configuration names fields that its default backbone lacks",
+    "sam2": NO_TINY_SIZES,
+    "unlimited_ocr": "the width of its image features is written into its code",
+}
+"""Why families are not compared, where the error that building them gives does not say it well."""
+
+
+DIFFERENCES = {
+    "diffusion_gemma": "a forward pass and its gradients agree; generation, which draws tokens in many steps, does not",
+    "efficientloftr": "outputs agree; a gradient is 2.8e-4 away in float32, in a model that attention hardly moves",
+    "voxtral_realtime": "only at positions that see no key: 0 here, the mean of all values under eager",
+}
+"""What is known of families that differ."""
+
+
+def measure() -> dict[str, Any]:
+    """Examine all families."""
+    rows = []
+    for folder in discover.folders():
+        try:
+            row = walk.examine(folder)
+        except Exception as error:
+            row = {"folder": folder, "models": [], "unseen": [], "obstacles": {folder: repr(error)[:300]}}
+        rows.append(row)
+        print(f"{folder}: {status(row)}", file=sys.stderr, flush=True)
+    return {
+        "transformers": transformers.__version__,
+        "families": [compact(row) for row in rows],
+        "refused": discover.folders_without_call(),
+    }
+
+
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what differs from run to run: errors to one digit, and no obstacles where models were compared."""
+    models = [
+        {
+            **entry,
+            "checks": {
+                name: float(f"{value:.0e}") if isinstance(value, float) else value
+                for name, value in entry["checks"].items()
+            },
+            **({"sensitivity": "shown"} if isinstance(entry.get("sensitivity"), float) else {}),
+        }
+        for entry in row["models"]
+    ]
+    kept = {} if models else row["obstacles"]
+    return {"folder": row["folder"], "models": models, "unseen": row["unseen"], "obstacles": kept}
+
+
+def status(row: dict[str, Any]) -> str:
+    """One word, or a few."""
+    if not row["models"]:
+        return "not compared"
+    if not walk.passed(row):
+        return "differs"
+    if any(entry["class"] in IMPLEMENTATIONS for entry in row["models"]):
+        return "served in part"
+    return "dense mask" if any(entry["dense"] for entry in row["models"]) else "served"
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/models.md."""
+    rows = results["families"]
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[status(row)] = counts.get(status(row), 0) + 1
+    summary = ", ".join(f"{number} {name}" for name, number in sorted(counts.items(), key=lambda item: -item[1]))
+    lines = [
+        "# Models",
+        "",
+        f"The {len(rows)} model folders of transformers {results['transformers']} that call its attention interface,",
+        "each built tiny from its configuration classes with random weights and compared with eager attention in",
+        f"float32 on the CPU: {summary}. Written by `make models`, which runs them all.",
+        "",
+        "- **served**: every figure is below 2e-4. It is the largest difference relative to the largest value, and for",
+        "  gradients the error in norm of the worst parameter's.",
+        "  Where random weights make a model too sensitive for that, the figure is of float64 and below 1e-8.",
+        "- **dense mask**: the same, with a mask of a number for each score, which the log says.",
+        "- **served in part**: a part of the model chooses its attention from a table of its own and stays eager; the",
+        "  others are ours, with a dict as `attn_implementation`.",
+        "- **differs**: some figure is too large, or a run failed.",
+        "- **not compared**: could not be built or run here, for the reason given.",
+        "",
+        "Padding: the first of two samples is shorter. A dash: does not apply (no padding, no generation, no",
+        "gradients), or eager attention fails, too.",
+        "",
+        "| folder | | class | outputs | left padding | right padding | generation | gradients |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if not row["models"]:
+            lines.append(f"| {row['folder']} | {status(row)} | {reason(row)} | | | | | |")
+        for entry in row["models"]:
+            cells = [cell(entry["checks"].get(name)) for name in walk.compare.CHECKS]
+            lines.append(f"| {row['folder']} | {status(row)} | {entry['class']} | " + " | ".join(cells) + " |")
+    lines += ["", "## Families that differ", ""]
+    lines += [f"- {row['folder']}: {DIFFERENCES.get(row['folder'], 'not understood')}" for row in rows if differs(row)]
+    lines += ["", "## Attention layers that no comparison reached", ""]
+    lines += [f"- {row['folder']}: {', '.join(row['unseen'])}" for row in rows if row["models"] and row["unseen"]]
+    lines += [
+        "",
+        "## Refused",
+        "",
+        f"{len(results['refused'])} folders define attention layers and do not call the interface. They compute",
+        "attention themselves and are refused while they are built, by name:",
+        ", ".join(results["refused"]) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def differs(row: dict[str, Any]) -> bool:
+    """Whether a comparison was made and failed."""
+    return status(row) == "differs"
+
+
+def cell(value: float | str | None) -> str:
+    """A figure, a dash, or what went wrong."""
+    if isinstance(value, float):
+        return "0" if value == 0 else f"{value:.0e}"
+    return "-" if value is None or value.startswith("not applicable") else value[:80].replace("|", "/")
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why a family was not compared."""
+    if row["folder"] in REASONS:
+        return REASONS[row["folder"]]
+    return next(iter(row["obstacles"].values()), "no class runs")[:160].replace("|", "/")
+
+
+def main() -> None:
+    results = measure()
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
