@@ -35,8 +35,8 @@ test-exhaustive: $(STAMP)
 # Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
 # is slow the first time takes some minutes more.
 test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/tokenizer.json
-	$(BIN)/python tests/engines/environment.py vllm .venv-vllm
-	$(BIN)/python tests/engines/environment.py sglang .venv-sglang
+	$(BIN)/python tests/engines/environment.py vllm .venv-vllm & \
+	$(BIN)/python tests/engines/environment.py sglang .venv-sglang && wait $$!
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m engines --durations 5 tests/engines
 	$(BIN)/python tests/engines/engine_table.py check
 

@@ -18,6 +18,8 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
 TORCH, TRITON = "torch==2.13.0", "triton==3.7.1"
@@ -80,10 +82,12 @@ INSTALL: dict[str, Callable[[Environment], None]] = {"vllm": install_vllm, "sgla
 
 def install_project(environment: Environment) -> None:
     """Build a wheel of this project and install it, as a user would. What it depends on is there."""
-    shutil.rmtree(REPOSITORY / "build" / "lib", ignore_errors=True)  # setuptools would take along what was deleted
+    build = REPOSITORY / "build"
+    build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        build = ["wheel", "--no-deps", "--wheel-dir", folder, str(REPOSITORY)]
-        environment.pip(*build)
+        with FileLock(build / "wheel.lock"):  # two environments may be made at once
+            shutil.rmtree(build / "lib", ignore_errors=True)  # setuptools would take along what was deleted
+            environment.pip("wheel", "--no-deps", "--wheel-dir", folder, str(REPOSITORY))
         (wheel,) = Path(folder).glob("my_triton_attention-*.whl")
         environment.pip("install", "--no-deps", "--force-reinstall", str(wheel))
 
