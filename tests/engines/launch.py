@@ -247,6 +247,6 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def tail(log: Path, lines: int = 60) -> str:
+def tail(log: Path, lines: int = 200) -> str:
     """The end of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

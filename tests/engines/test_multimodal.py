@@ -10,7 +10,7 @@ import pytest
 from questions import MAX_NEW_TOKENS, Questions
 
 from engine_table import Cell
-from launch import ENGINES, SGLANG, VLLM, Round, Server, ask
+from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, Server, ask
 
 pytestmark = pytest.mark.engines
 
@@ -58,9 +58,14 @@ def test_vllm_with_our_attention(parallel, multimodal_model, both_ways, tmp_path
 
 
 def test_vllm_with_our_attention_in_the_vision_encoder_too(multimodal_model, both_ways, tmp_path, record):
-    """The encoder runs in transformers, which knows `my_triton` in the engine's process."""
-    overrides = {"vision_config": {"_attn_implementation": "my_triton", "attn_implementation": "my_triton"}}
-    check(VLLM, both_ways, tmp_path, multimodal_model, hf_overrides=overrides)
+    """The encoder runs in transformers, which knows `my_triton` in the engine's process, and no other new name."""
+
+    def override(name):
+        return {"hf_overrides": {"vision_config": {"_attn_implementation": name}}}
+
+    check(VLLM, both_ways, tmp_path / "ours", multimodal_model, **override("my_triton"))
+    with pytest.raises(EngineFailed, match="of_nobody"):
+        check(VLLM, both_ways, tmp_path / "unknown", multimodal_model, **override("of_nobody"))
     record(Cell("vllm", "multimodal", "-", "my_triton, also in the encoder", "float32", "transformers"))
 
 
