@@ -64,7 +64,7 @@ def test_vllm_with_our_attention_in_the_vision_encoder_too(multimodal_model, bot
         return {"hf_overrides": {"vision_config": {"_attn_implementation": name}}}
 
     check(VLLM, both_ways, tmp_path / "ours", multimodal_model, **override("my_triton"))
-    with pytest.raises(EngineFailed, match='attn_implementation="of_nobody". is not supported'):
+    with pytest.raises(EngineFailed, match=r'attn_implementation="of_nobody". is not supported'):
         check(VLLM, both_ways, tmp_path / "unknown", multimodal_model, **override("of_nobody"))
     record(Cell("vllm", "multimodal", "-", "my_triton, also in the encoder", "float32", "transformers"))
 
