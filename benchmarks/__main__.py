@@ -19,13 +19,13 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from . import cases, compare, host, kernels, memory, models, page, report, tensor_parallel, training
+from . import cases, compare, host, kernels, memory, models, page, readme, report, tensor_parallel, training
 from .measure import Effort, Result
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
 SECTIONS = ("kernels", "host", "training", "models", "tp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READERS = {"compare": compare.run_compare, "report": page.run_report}
+READERS = {"compare": compare.run_compare, "report": page.run_report, "readme": readme.run_readme}
 """Commands that measure nothing: they read saved runs."""
 
 FOLDER = Path(__file__).resolve().parent

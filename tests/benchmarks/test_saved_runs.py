@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import compare
+from benchmarks import compare, page, readme
 
 SAVED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu-2-cores.json"
 BROWSER = next(
@@ -91,6 +91,16 @@ def test_a_run_is_compared_with_an_earlier_one(tmp_path: Path, capsys: pytest.Ca
     assert "times as fast as the earlier one" in capsys.readouterr().out
 
 
+def test_the_tables_of_the_documents_are_those_of_the_saved_run() -> None:
+    results = page.results_in(compare.load(SAVED))
+    for path, name, table in readme.TABLES:
+        text = path.read_text(encoding="utf-8")
+        assert readme.replaced(text, name, table(results)) == text, "run `python -m benchmarks readme`"
+        assert readme.replaced(text, name, "other") != text
+        with pytest.raises(ValueError, match="must both be there"):
+            readme.replaced("no marks", name, "")
+
+
 def test_unusable_runs_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other, empty = tmp_path / "other.json", tmp_path / "empty.json"
     other.write_text('{"format": 0}', encoding="utf-8")
@@ -101,6 +111,7 @@ def test_unusable_runs_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureF
         (["compare", str(other), str(SAVED)], "has format 0"),
         (["compare", str(empty), str(SAVED)], "no timed row in common"),
         (["kernels", "--against", str(other)], "--against"),
+        (["readme", "--take", str(empty)], "must be a whole run on the CPU"),
         (["report", str(tmp_path / "none")], "holds no saved run"),
     ):
         with pytest.raises(SystemExit) as ending:
