@@ -28,6 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 READERS = {"compare": compare.run_compare, "report": page.run_report, "readme": readme.run_readme}
 """Commands that measure nothing: they read saved runs."""
 
+COMMANDS = (
+    f"A section may also come first: python -m benchmarks {SECTIONS[0]} --quick. "
+    f"Commands that read saved runs instead: {', '.join(READERS)}; each has its own --help."
+)
+
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINTS = FOLDER.parent / "checkpoints"
 RESULTS = FOLDER / "results" / "local"
@@ -55,7 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> Run:
     """The options, checked; impossible ones end the program with status 2 and one line."""
-    parser = OneLineParser(prog="python -m benchmarks", description=__doc__)
+    parser = OneLineParser(prog="python -m benchmarks", description=__doc__, epilog=COMMANDS)
     parser.add_argument(
         "--only",
         choices=SECTIONS,
