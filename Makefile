@@ -7,10 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench figures finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# On a quiet machine: measures, saves the run, and draws the tables and the picture of README.md and docs/ from it.
+figures: bench
+	$(BIN)/python -m benchmarks readme --take benchmarks/results/local/latest.json
 
 finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
 	$(BIN)/python examples/finetune.py $(CHECKPOINT) --output checkpoints/finetuned

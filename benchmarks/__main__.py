@@ -19,12 +19,20 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from . import cases, host, kernels, memory, models, report, tensor_parallel, training
+from . import cases, compare, host, kernels, memory, models, page, readme, report, tensor_parallel, training
 from .measure import Effort, Result
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
 SECTIONS = ("kernels", "host", "training", "models", "tp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READERS = {"compare": compare.run_compare, "report": page.run_report, "readme": readme.run_readme}
+"""Commands that measure nothing: they read saved runs."""
+
+COMMANDS = (
+    f"A section may also come first: python -m benchmarks {SECTIONS[0]} --quick. "
+    f"Commands that read saved runs instead: {', '.join(READERS)}; each has its own --help."
+)
+
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINTS = FOLDER.parent / "checkpoints"
 RESULTS = FOLDER / "results" / "local"
@@ -47,12 +55,12 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program with status 2."""
-        self.exit(2, f"python -m benchmarks: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(arguments: Sequence[str] | None) -> Run:
     """The options, checked; impossible ones end the program with status 2 and one line."""
-    parser = OneLineParser(prog="python -m benchmarks", description=__doc__)
+    parser = OneLineParser(prog="python -m benchmarks", description=__doc__, epilog=COMMANDS)
     parser.add_argument(
         "--only",
         choices=SECTIONS,
@@ -87,6 +95,9 @@ def parse(arguments: Sequence[str] | None) -> Run:
         default=RESULTS / "latest.png",
         help="default: benchmarks/results/local/latest.png",
     )
+    parser.add_argument(
+        "--against", type=Path, metavar="PATH", help="JSON of an earlier run to compare with, row by row"
+    )
     parser.add_argument("--list", action="store_true", help="list cases and implementations, and measure nothing")
     run = parser.parse_args(arguments)
     if run.device == "cuda" and not torch.cuda.is_available():
@@ -96,6 +107,12 @@ def parse(arguments: Sequence[str] | None) -> Run:
         parser.error(f"--tokens must be at least 64, got {run.tokens}")
     if run.plot.suffix != ".png":
         parser.error(f"--plot must end in .png, got {run.plot}")
+    if run.against is not None:
+        try:
+            # Read before the run, which may write to the same place.
+            run.against = compare.load(run.against)
+        except ValueError as error:
+            parser.error(f"--against: {error}")
     if run.only is None and run.tp is not None:
         run.only = "tp"
     run.thoroughness = "quick" if run.quick else "full"
@@ -272,8 +289,15 @@ def relative(path: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 if this project's own attention failed anywhere, 2 for unusable arguments."""
-    run = parse(arguments)
     console = report.make_console()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in READERS:
+        name, *rest = arguments
+        reader = READERS[name]
+        return reader(rest, OneLineParser(prog=f"python -m benchmarks {name}", description=reader.__doc__), console)
+    if arguments and arguments[0] in SECTIONS:
+        arguments.insert(0, "--only")
+    run = parse(arguments)
     if run.list:
         list_all(console)
         return 0
@@ -296,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.write_plot(results, machine, run.plot):
         files["picture"] = relative(run.plot)
     show(results, console)
+    if run.against is not None and (ratios := compare.compare(run.against, compare.load(run.json))):
+        console.print(compare.comparison_table(ratios, "This run: times as fast as the earlier one"))
     console.print(report.closing_panel(results, machine, files))
     return int(
         any(result.status == "failed" and (result.section == "tp" or result.provider == OURS) for result in results)
