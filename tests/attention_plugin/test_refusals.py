@@ -201,7 +201,7 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
 }
 PLUGIN_FILES = [
     importlib.import_module(f"attention_plugin.{name}")
-    for name in ("attention", "masks", "selected_keys", "sources", "support", "token_sinks", "weights")
+    for name in ("attention", "masks", "reading", "selected_keys", "sources", "support", "token_sinks", "weights")
 ]
 
 
