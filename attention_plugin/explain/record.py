@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from attention_kernels import Spans, operators
 
 from .. import attention as adapter
-from .. import masks, support
+from .. import masks, reading, support
 
 NAME = "my_triton_explained"
 """The implementation that records, as transformers knows it while a model is explained."""
@@ -136,13 +136,13 @@ class Recorder:
 
 def name_of_mask(mask_function: Callable) -> str:
     """What transformers' description of a mask means, such as "causal, window 512"."""
-    cells = masks._closure(mask_function)
+    cells = reading.closure(mask_function)
     if mask_function is masking_utils.causal_mask_function:
         return "causal"
     if mask_function is masking_utils.bidirectional_mask_function:
         return "all keys"
     for factory, words in _WORDS.items():
-        if masks._made_by(mask_function, factory):
+        if reading.made_by(mask_function, factory):
             return words(cells)
     return f"function {getattr(mask_function, '__qualname__', type(mask_function).__qualname__)}"
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every refusal: what is not served is an error that names the argument, the value got and the alternative."""
 
+import ast
 import copy
+import importlib
 import inspect
 import logging
 import re
@@ -19,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from attention_kernels import Spans, attention, configs, operators
 from attention_plugin import SpanMask, attention_forward, sources, span_mask, support
+from attention_plugin.weights import AbsentWeights
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 6, 8
 EAGER = 'attn_implementation="eager"'
@@ -46,16 +49,16 @@ def call(mask: Any = None, *, training: bool = False, **options: Any) -> tuple[T
 # ---------------------------------------------------------------------- arguments of models
 
 
-@pytest.mark.parametrize(
-    "name, value, got",
-    [
-        ("head_mask", torch.ones(4), "torch.float32 [4]"),
-        ("layer_head_mask", torch.ones(4), "torch.float32 [4]"),
-        ("cache", "a paged cache", "'a paged cache'"),
-        ("temperature_of_attention", 0.5, "0.5"),
-        ("something_long", "x" * 100, "x" * 50 + "..."),
-    ],
-)
+KEYWORDS: list[tuple[str, Any, str]] = [
+    ("head_mask", torch.ones(4), "torch.float32 [4]"),
+    ("layer_head_mask", torch.ones(4), "torch.float32 [4]"),
+    ("cache", "a paged cache", "'a paged cache'"),
+    ("temperature_of_attention", 0.5, "0.5"),
+    ("something_long", "x" * 100, "x" * 50 + "..."),
+]
+
+
+@pytest.mark.parametrize("name, value, got", KEYWORDS)
 def test_keywords(name: str, value: Any, got: str):
     reason = support.REFUSED_KEYWORDS.get(name, "it is not known, so it might change the result")
     got = got if "..." not in got else "..."
@@ -123,6 +126,117 @@ def test_lengths_of_packed_documents():
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         with raises(ValueError, *words[:2], "got only one of them", words[2]):
             attention_forward(torch.nn.Module().eval(), *one, None, **{name: offsets})
+
+
+# ---------------------------------------------------------------------- every message of the plugin
+
+QUERIES = torch.zeros(BATCH, HEADS, TOKENS, 1)
+OFFSETS = torch.tensor([0, 6])
+PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "keyword": (lambda: call(unheard_of=1), ValueError, ("`unheard_of`=1 is refused: it is not known", EAGER)),
+    "dropout": (lambda: call(dropout=0.1), ValueError, ("`dropout`=0.1 with a module in eval mode", "pass 0.0 unless")),
+    "absent weights": (
+        lambda: AbsentWeights().shape,
+        ValueError,
+        ("`output_attentions` did not reach the attention function", "set `output_attentions=True`", EAGER),
+    ),
+    "sinks of both kinds": (
+        lambda: call(sinks=QUERIES, s_aux=torch.zeros(HEADS)),
+        ValueError,
+        ("`s_aux`", "and `sinks`", "exclude each other", "torch.logaddexp(sinks, s_aux[:, None, None])"),
+    ),
+    "sinks of tokens": (
+        lambda: call(sinks=torch.zeros(3, HEADS, TOKENS, 1)),
+        ValueError,
+        (
+            "`sinks` must be floating point and broadcast to",
+            "= [2, 4, 6, 1]",
+            "got torch.float32 [3, 4, 6, 1]",
+            "`s_aux`",
+        ),
+    ),
+    "alignment": (
+        lambda: attention_forward(torch.nn.Module().eval(), *tensors(2, 6), None),
+        ValueError,
+        ("`attention_mask`=None", "2 queries over 6 keys is ambiguous", "is_causal=False"),
+    ),
+    "mask": (
+        lambda: call(torch.zeros(6, 6)),
+        ValueError,
+        ("`attention_mask` must be what the registered mask function built", "got torch.float32 [6, 6]; build it with"),
+    ),
+    "foreign use": (
+        lambda: span_mask(1, 4, 4) + 1,
+        TypeError,
+        ("a model applied", "to its attention mask, so it computes attention", "cannot use this implementation", EAGER),
+    ),
+    "model at its first mask": (
+        lambda: support.refuse_model(transformers.BloomModel.config_class()),
+        ValueError,
+        ("bloom computes attention in its own code (modeling_bloom.py does not leave it to", EAGER, "pass a dict"),
+    ),
+    "model while it is built": (
+        lambda: self_computing("bloom", "my_triton"),
+        ValueError,
+        ("BloomModel computes attention in its own code (modeling_bloom.py does not", EAGER, "pass a dict"),
+    ),
+    "lengths of documents": (
+        lambda: call(cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS),
+        ValueError,
+        ("`cu_seq_lens_q` and `cu_seq_lens_k` go together", "got a batch of 2; pack the documents into one row"),
+    ),
+    "selected keys": (
+        lambda: call(indices=torch.zeros(BATCH, TOKENS, 3)),
+        ValueError,
+        (
+            "`indices` must be integers [batch, query_len, selected] = [2, 6, 'any number']",
+            "got torch.float32 [2, 6, 3]",
+        ),
+    ),
+    "size of blocks": (
+        lambda: call(block_indices=torch.zeros(BATCH, KV_HEADS, TOKENS, 1).long()),
+        ValueError,
+        ("`block_indices` needs `index_block_size`", "got None; hand over `indices` of keys instead"),
+    ),
+}
+PLUGIN_FILES = [
+    importlib.import_module(f"attention_plugin.{name}")
+    for name in ("attention", "masks", "reading", "selected_keys", "sources", "support", "token_sinks", "weights")
+]
+
+
+@pytest.mark.parametrize("name", PLUGIN_REFUSALS)
+def test_plugin(name: str):
+    refused, error, words = PLUGIN_REFUSALS[name]
+    with raises(error, "my_triton attention: ", *words):
+        refused()
+
+
+def messages_of(module: Any) -> set[tuple[str, int]]:
+    """File and first line of each `raise` that says something. `raise AttributeError(name)` is Python's protocol."""
+    file = inspect.getsourcefile(module)
+    assert file is not None
+    return {
+        (file, node.lineno)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Raise) and ast.unparse(node) != "raise AttributeError(name)"
+    }
+
+
+def test_every_error_of_the_plugin_has_a_test():
+    """Each `raise` is reached by one of the cases above, which read its words."""
+    messages = set().union(*map(messages_of, PLUGIN_FILES))
+    reached = set()
+    for refused, error, _ in PLUGIN_REFUSALS.values():
+        with pytest.raises(error) as caught:
+            refused()
+        last = caught.traceback[-1]
+        reached.add((str(last.path), last.lineno + 1))
+    assert reached == messages
+
+
+def test_every_reason_for_refusing_a_keyword_is_read():
+    assert support.REFUSED_KEYWORDS.keys() <= {name for name, _, _ in KEYWORDS}
 
 
 # ---------------------------------------------------------------------- the operator

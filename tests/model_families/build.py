@@ -14,7 +14,7 @@ import attention_plugin  # noqa: F401  (importing it registers "my_triton")
 from .configs import shrink
 from .discover import model_class
 from .inputs import BATCH, inputs_of, noise
-from .overrides import IMPLEMENTATIONS, REFERENCES
+from .overrides import IMPLEMENTATIONS, REFERENCES, SHARPENED
 
 IMPLEMENTATION = "my_triton"
 CROSS = " as decoder"
@@ -57,7 +57,17 @@ def build(folder: str, name: str, implementation: str | dict[str, str]) -> PreTr
     torch.manual_seed(0)
     model = cls._from_config(config, attn_implementation=implementation).float().eval()
     randomise_constants(model)
+    if name in SHARPENED:
+        sharpen(model, *SHARPENED[name])
     return model
+
+
+@torch.no_grad()
+def sharpen(model: PreTrainedModel, part: str, factor: float) -> None:
+    """Multiply the weights in one part of a model, so that its tokens differ and attention matters."""
+    for name, parameter in model.named_parameters():
+        if part in name.split(".") and parameter.ndim > 1:
+            parameter.mul_(factor)
 
 
 @torch.no_grad()

@@ -19,6 +19,9 @@ TOLERANCE = 2e-4
 VISIBLE = 1e-2
 """Attention that looks nowhere must move the result by far more than the tolerance, or nothing could be found out."""
 
+FILL = 1e30
+"""Numbers of this size stand for minus infinity: scores of tokens that a model rules out, say."""
+
 PADDING = 4
 
 
@@ -59,13 +62,18 @@ def floats(output: Any, prefix: str = "output") -> dict[str, Tensor]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected value. What is infinite must be so on both sides."""
-    finite = expected.isfinite()
-    if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
+    """Largest difference relative to the largest expected value.
+
+    What is infinite, or stands for it, must be the same on both sides and does not count as the largest value.
+    """
+    numbers = expected.isfinite() & (expected.abs() < FILL)
+    if actual.shape != expected.shape or not torch.equal(actual.isfinite() & (actual.abs() < FILL), numbers):
         return float("inf")
-    if not finite.any():
+    if not torch.equal(actual[~numbers].nan_to_num(), expected[~numbers].nan_to_num()):
+        return float("inf")
+    if not numbers.any():
         return 0.0
-    actual, expected = actual[finite].double(), expected[finite].double()
+    actual, expected = actual[numbers].double(), expected[numbers].double()
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
 

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from . import written_out
+
 FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "patch_size": 8, "frequency_stride": 4, "time_stride": 8},
     "bridgetower": {"num_hidden_layers": 2, "is_decoder": False},
@@ -84,13 +86,19 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "GitForCausalLM": {"": "eager", "vision_config": "my_triton"},
 }
 
-# Compared with sdpa, from which eager attention differs, too.
+# Compared with attention over boolean masks, from which their own eager attention differs.
 REFERENCES = {
     # Eager attention adds the boolean mask of the speech encoder to the scores.
-    "SeamlessM4Tv2ForSpeechToText": "sdpa",
+    "SeamlessM4Tv2ForSpeechToText": written_out.NAME,
     # Eager attention's additive mask means its opposite to these: they negate it as if it were boolean.
-    **dict.fromkeys(("ParakeetForRNNT", "ParakeetForTDT", "ParakeetForCTC"), "sdpa"),
-    "CanaryForConditionalGeneration": "sdpa",
-    "CohereAsrForConditionalGeneration": "sdpa",
-    "NemotronAsrStreamingForRNNT": "sdpa",
+    **dict.fromkeys(("ParakeetForRNNT", "ParakeetForTDT", "ParakeetForCTC"), written_out.NAME),
+    "CanaryForConditionalGeneration": written_out.NAME,
+    "CohereAsrForConditionalGeneration": written_out.NAME,
+    "NemotronAsrStreamingForRNNT": written_out.NAME,
 }
+
+# Factors of the weights in a part of a model, where tokens are otherwise so alike that attention does not matter.
+SHARPENED = {"PPOCRV5ServerRecForTextRecognition": ("head", 15.0)}
+
+# The class that is compared where the others hide what attention does: no random weights find points that match.
+CHOSEN = {"efficientloftr": ["EfficientLoFTRModel"]}

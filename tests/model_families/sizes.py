@@ -114,6 +114,12 @@ SIZES = {
     "decoder_layerdrop": 0.0,
     "layerdrop": 0.0,
     "is_decoder": True,
+    # sparse attention: fewer keys than the sequences have
+    "index_topk": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
 }
 
 # What the field names do not tell.
@@ -270,11 +276,6 @@ FAMILY_SIZES = {
     "patch_embed_hidden_size": 48,
     "image_seq_length": 16,
     "adapter_input_size": 32,
-    "index_topk": 4,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "index_block_size": 4,
-    "index_topk_blocks": 2,
     "speech_encoder_layers": 1,
     "speech_encoder_attention_heads": 4,
     "speech_encoder_intermediate_size": 48,

@@ -15,7 +15,7 @@ from attention_plugin import support
 from . import compare
 from .build import CROSS, Pair, pair
 from .discover import Family, family
-from .overrides import IMPLEMENTATIONS
+from .overrides import CHOSEN, IMPLEMENTATIONS
 
 Row = dict[str, Any]
 
@@ -48,6 +48,8 @@ def examine(folder: str, checks: dict[str, Callable[[Pair], float]] | None = Non
 
 def candidates(about: Family) -> list[str]:
     """Classes to try; those that switch cross attention on come last."""
+    if about.folder in CHOSEN:
+        return CHOSEN[about.folder]
     names = [name for name in about.model_classes if not name.endswith("MultipleChoice")]
     cross = [name + CROSS for name in names if name.endswith(("ForCausalLM", "LMHeadModel", "Decoder"))]
     return names + cross
