@@ -126,7 +126,11 @@ def test_a_killed_worker_ends_the_server_with_the_engine_s_own_message(engine, t
         else:
             assert server.process.poll() is not None, "the server answers that it is well, and it is not"
         log = tail(server.log, 400)
-        words = {"vllm": ("died", "EngineDead", "terminated"), "sglang": ("died", "exit", "terminated", "killed")}
+        # Which of an engine's processes notices first, and so which message, is chance.
+        words = {
+            "vllm": ("died", "EngineDead", "terminated"),
+            "sglang": ("child failed", "remote worker crashing", "died"),
+        }
         assert any(word.lower() in log.lower() for word in words[engine.name]), log
 
 
