@@ -133,6 +133,8 @@ class MyTritonBackend(AttentionBackend):
         held_slots: Tensor | None = None,
     ) -> _Metadata:
         """The batch as layers without and with a pool of windows see it."""
+        if getattr(forward_batch, "encoder_lens", None) is not None:
+            _refuse("an encoder's keys in the cache (cross attention) are not served", "torch_native")
         for window in self.windows:  # here and not in a layer: a captured graph replays its layers without Python
             batch.spans(window)
         if not self.windowed_pool or forward_batch.out_cache_loc is None:

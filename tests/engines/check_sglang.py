@@ -207,3 +207,11 @@ def test_unknown_keywords_are_refused_by_name():
     setting.backend.init_forward_metadata(batch)
     with pytest.raises(ValueError, match="`score_mod` of layer 0 is not served; use --attention-backend triton"):
         setting.step(batch, (2,), score_mod=print)
+
+
+def test_cross_attention_is_refused_by_name():
+    setting = Setting()
+    batch = setting.batch((2,), (2,), ForwardMode.EXTEND)
+    batch.encoder_lens = torch.tensor([3])
+    with pytest.raises(ValueError, match=r"cross attention\) are not served; use --attention-backend torch_native"):
+        setting.backend.init_forward_metadata(batch)
