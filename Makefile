@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench figures finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench bench-ci bench-ci-save gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -15,6 +15,18 @@ bench: $(STAMP)
 # On a quiet machine: measures, saves the run, and draws the tables and the picture of README.md and docs/ from it.
 figures: bench
 	$(BIN)/python -m benchmarks readme --take benchmarks/results/local/latest.json
+
+# Ratios to sdpa in one run against those of an earlier commit; a slow-down of more than 20 % fails.
+bench-ci: $(STAMP)
+	$(BIN)/python -m pytest -q -p no:xdist --benchmark-enable --benchmark-columns=median,iqr,rounds benchmarks/regression
+
+bench-ci-save: $(STAMP)
+	$(BIN)/python -m pytest -q -p no:xdist --benchmark-enable --benchmark-columns=median,iqr,rounds --save-baseline benchmarks/regression
+
+# On a machine with a GPU, in its own environment: nothing is installed. GPU_PYTHON=/path/to/python chooses another.
+GPU_PYTHON ?= python3
+gpu-report:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks gpu-report
 
 finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
 	$(BIN)/python examples/finetune.py $(CHECKPOINT) --output checkpoints/finetuned

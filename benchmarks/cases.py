@@ -1,34 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: attention problems, declared as data.
+"""What is measured, declared as data: attention problems, their sizes, and sweeps over both.
 
-A case says in words of a model what the problem is (a 2D padding mask, positions that restart, a window). From that,
-transformers builds each implementation's own mask, exactly as it does inside a model. `Problem.visible` states the same
-mask once more, independently, as a predicate over positions: that is what results are checked against.
+A case says in words of a model what a problem is (a 2D padding mask, positions that restart, a window); `problem.py`
+draws its tensors. The section "kernels" runs every case at one size; a sweep runs few cases at many sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
-
-DOCUMENT_SHARES = (4, 12, 8, 20, 16, 8, 28, 32)
-"""Lengths of packed documents, in 128ths of a row: mixed, as in real data."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that all cases of a run share. `tokens` are keys in all (per sequence in decoding)."""
+    """Sizes of a problem.
+
+    Attributes:
+        tokens: keys in all, divided between the sequences of a case (in decoding: keys of the longest sequence).
+        num_heads, num_kv_heads, head_dim: of queries, and of keys.
+        value_dim: columns of values; None is `head_dim`.
+        window: keys that a row of a windowed case sees.
+        decode_batch: sequences of a decoding case.
+        batch: how often the sequences of any other case are repeated.
+    """
 
     tokens: int
     num_heads: int
@@ -36,6 +32,8 @@ class Sizes:
     head_dim: int
     window: int = 512
     decode_batch: int = 8
+    batch: int = 1
+    value_dim: int | None = None
 
 
 SIZES = {
@@ -72,10 +70,13 @@ class Case:
         windowed: whether a row sees only the last `Sizes.window` keys.
         real_shares: for each sequence of the batch, the share of it that is no padding.
         padding_side: where the padding is.
-        packed: whether eight documents share one row, told apart by `position_ids` that restart.
-        decode: one new query per sequence over a cache, with a left padding that differs between sequences.
+        packed: whether documents of `DOCUMENT_SHARES` share one row, told apart by `position_ids` that restart.
+        images: whether two stretches of the row are images, whose tokens see each other in both directions (Gemma 3).
+        decode: one new query per sequence over a cache.
+        ragged: whether the sequences of a decoding case differ in length, by a left padding.
         sinks: whether each head has an attention sink (GPT-OSS).
         softcap: bound of the scores (Gemma 2), or None.
+        bias: whether a bias of its own for each head, row and key is added to the scores (T5); training learns it.
     """
 
     name: str
@@ -85,16 +86,26 @@ class Case:
     real_shares: tuple[float, ...] = (1.0,)
     padding_side: str = "left"
     packed: bool = False
+    images: bool = False
     decode: bool = False
+    ragged: bool = True
     sinks: bool = False
     softcap: float | None = None
+    bias: bool = False
 
+
+DOCUMENT_SHARES = (4, 12, 8, 20, 16, 8, 28, 32)
+"""Lengths of packed documents, in 128ths of a row: mixed, as in real data."""
+
+IMAGE_SHARES = ((0.125, 0.25), (0.5, 0.75))
+"""Where the images of a row begin and end."""
 
 CASES = (
     Case("causal", "a prompt of {tokens} tokens"),
     Case("left_padded", "a prompt of {tokens} tokens whose left half is padding", real_shares=(0.5,)),
     Case("sliding", "a window of {window} keys over {tokens} tokens", windowed=True),
     Case("packed", "eight documents packed into {tokens} tokens", packed=True),
+    Case("image_blocks", "a prompt of {tokens} tokens, three eighths of them in two images", images=True),
     Case("bidirectional", "an encoder over {tokens} tokens", causal=False),
     Case(
         "encoder_padded",
@@ -106,137 +117,217 @@ CASES = (
     Case("decode", "one new token for each of {batch} sequences over up to {tokens} keys, padded left", decode=True),
     Case("sinks", "a prompt of {tokens} tokens, an attention sink per head", sinks=True),
     Case("softcap", "a prompt of {tokens} tokens, scores capped at 30", softcap=30.0),
+    Case("bias", "an encoder over {tokens} tokens, a learned bias for each head, row and key", causal=False, bias=True),
 )
 
 
+def case_named(name: str) -> Case:
+    """The case of that name."""
+    return next(case for case in CASES if case.name == name)
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
 @dataclass(frozen=True)
-class Problem:
-    """The tensors of a case, in the layout in which a model's attention layer has them.
+class Point:
+    """A case at some sizes; `label` is what tables and JSON call it, and tells it from every other point."""
+
+    label: str
+    case: Case
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Points that belong together.
 
     Attributes:
-        query: `[batch, num_heads, query_len, head_dim]`.
-        key, value: `[batch, num_kv_heads, key_len, head_dim]`.
-        attention_mask: int64 `[batch, key_len]`, 1 for tokens and 0 for padding, or None where there is no padding.
-        position_ids: int64 `[batch, query_len]`.
-        real: bool `[batch, key_len]`, False at padding.
-        documents: int64 `[key_len]`, number of the document that each token belongs to.
-        window: number of keys that a row sees, its own included, or None.
-        sinks: `[num_heads]` or None.
+        name: how the command line calls it.
+        description: for a reader, with where its sizes are from.
+        points: by device type and thoroughness.
+        backward: whether the backward pass is timed as well, by itself.
+        pages: whether the points are decoded from pages as well, plain and in float8.
     """
 
-    case: Case
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
-    real: Tensor
-    documents: Tensor
-    window: int | None
-    sinks: Tensor | None
+    name: str
+    description: str
+    points: dict[tuple[str, str], tuple[Point, ...]]
+    backward: bool = False
+    pages: bool = False
 
-    @property
-    def query_offset(self) -> int:
-        """Key index of the first query row: the number of tokens in the cache."""
-        return self.key.shape[2] - self.query.shape[2]
 
-    @property
-    def description(self) -> str:
-        """The case's description with this problem's sizes."""
-        batch, _, key_len, _ = self.key.shape
-        tokens = key_len if self.case.decode else batch * key_len
-        window = "" if self.window is None else f"{self.window:,}"
-        return self.case.description.format(tokens=f"{tokens:,}", window=window, batch=batch, padded=f"{key_len:,}")
+CAUSAL, BIDIRECTIONAL = case_named("causal"), case_named("bidirectional")
+DECODE_EVEN = Case(
+    "decode_even", "one new token for each of {batch} sequences over {tokens} keys", decode=True, ragged=False
+)
 
-    def visible(self, rows: Tensor) -> Tensor:
-        """Which keys the query rows `rows` (int64 `[n]`) see: bool `[batch, 1, n, key_len]`, from positions alone."""
-        q_pos = rows[:, None] + self.query_offset
-        k_pos = torch.arange(self.key.shape[2], device=self.key.device)[None, :]
-        seen = self.documents[q_pos] == self.documents[k_pos]
-        if self.case.causal:
-            seen = seen & (k_pos <= q_pos)
-        if self.window is not None:
-            seen = seen & (k_pos > q_pos - self.window)
-        return seen[None, None] & self.real[:, None, None, :]
 
-    def compared(self, rows: Tensor) -> Tensor:
-        """Which of `rows` mean anything, bool `[batch, n]`: real tokens that see a key. The rest may hold anything."""
-        return self.visible(rows).any(-1)[:, 0] & self.real[:, rows + self.query_offset]
-
-    def mask_builder(self, implementation: str) -> Callable[[], Any]:
-        """A call that builds the mask which transformers gives to the attention function named `implementation`."""
-        config = self.config(implementation)
-        embeddings = self.query.new_empty(self.query.shape[0], self.query.shape[2], 1)
-        if not self.case.causal:
-            return partial(create_bidirectional_mask, config, embeddings, self.attention_mask)
-        cache = None
-        if self.query_offset:
-            cache = DynamicCache()
-            past = slice(0, self.query_offset)
-            cache.update(self.key[:, :, past], self.value[:, :, past], 0)
-        return partial(
-            create_causal_mask if self.window is None else create_sliding_window_causal_mask,
-            config=config,
-            inputs_embeds=embeddings,
-            attention_mask=self.attention_mask,
-            past_key_values=cache,
-            position_ids=self.position_ids,
+def lengths(cases: Sequence[Case], head_dims: Sequence[int], tokens: Sequence[int], total: int, width: int) -> Points:
+    """As many sequences as make up `total` tokens, as many heads as make up `width` columns."""
+    return tuple(
+        Point(
+            f"{case.name} d{head_dim} {total // length}x{length}",
+            case,
+            Sizes(length, width // head_dim, width // head_dim, head_dim, batch=total // length),
         )
-
-    def config(self, implementation: str) -> LlamaConfig:
-        """A configuration with this problem's shapes, set to `implementation`."""
-        config = LlamaConfig(
-            num_attention_heads=self.query.shape[1],
-            num_key_value_heads=self.key.shape[1],
-            head_dim=self.query.shape[3],
-            hidden_size=self.query.shape[1] * self.query.shape[3],
-            num_hidden_layers=1,
-        )
-        config.sliding_window = self.window
-        config._attn_implementation = implementation
-        return config
-
-
-def build_problem(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Problem:
-    """Draw the tensors of a case. The same seed draws the same tensors on the same kind of device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    if case.decode:
-        step = 0.5 / sizes.decode_batch
-        case = replace(case, real_shares=tuple(1.0 - index * step for index in range(sizes.decode_batch)))
-    batch = len(case.real_shares)
-    key_len = sizes.tokens if case.decode else sizes.tokens // batch
-    query_len = 1 if case.decode else key_len
-
-    def draw(num_heads: int, tokens: int) -> Tensor:
-        # A projection's output, split into heads and transposed, as models do: the strides are part of the problem.
-        shape = (batch, tokens, num_heads, sizes.head_dim)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype).transpose(1, 2)
-
-    query, key, value = draw(sizes.num_heads, query_len), *(draw(sizes.num_kv_heads, key_len) for _ in range(2))
-    index = torch.arange(key_len, device=device)
-    lengths = torch.tensor([round(share * key_len) for share in case.real_shares], device=device)[:, None]
-    real = index < lengths if case.padding_side == "right" else index >= key_len - lengths
-    documents, position_ids = torch.zeros_like(index), (real.long().cumsum(1) - 1).clamp(min=0)
-    if case.packed:
-        documents = _documents(key_len, device)
-        first_token = torch.searchsorted(documents, documents)
-        position_ids = (index - first_token).expand(batch, -1)
-    sinks = torch.randn(sizes.num_heads, generator=generator, device=device).to(dtype) if case.sinks else None
-    return Problem(
-        case=case,
-        query=query,
-        key=key,
-        value=value,
-        attention_mask=None if real.all() else real.long(),
-        position_ids=position_ids[:, -query_len:].contiguous(),
-        real=real,
-        documents=documents,
-        window=min(sizes.window, key_len) if case.windowed else None,
-        sinks=sinks,
+        for case in cases
+        for head_dim in head_dims
+        for length in tokens
     )
 
 
-def _documents(tokens: int, device: torch.device) -> Tensor:
-    """Number of the document of each token, int64 `[tokens]`."""
-    ends = torch.tensor(DOCUMENT_SHARES, device=device).cumsum(0) * tokens // sum(DOCUMENT_SHARES)
-    return torch.searchsorted(ends, torch.arange(tokens, device=device), right=True)
+Points = tuple[Point, ...]
+
+LENGTHS = Sweep(
+    "lengths",
+    "batch x tokens = 16k and heads x head dim = 2,048, as in the FlashAttention papers (arXiv 2307.08691, "
+    "2407.08608); on a CPU a quarter of each",
+    {
+        ("cuda", "full"): lengths(
+            (CAUSAL, BIDIRECTIONAL), (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
+        ),
+        ("cuda", "quick"): lengths((CAUSAL,), (64, 128), (2048, 16384), 16384, 2048),
+        ("cpu", "full"): lengths((CAUSAL,), (64, 128, 256), (512, 1024, 2048, 4096), 4096, 512),
+        ("cpu", "quick"): lengths((CAUSAL,), (64, 128), (512, 2048), 2048, 512),
+    },
+    backward=True,
+)
+
+
+def decoding(batches: Sequence[int], keys: Sequence[int], most: int, heads: tuple[int, int, int]) -> Points:
+    """Every batch over every number of keys whose cache has at most `most` tokens in all."""
+    return tuple(
+        Point(f"decode {batch}x{length}", DECODE_EVEN, Sizes(length, *heads, decode_batch=batch))
+        for batch in batches
+        for length in keys
+        if batch * length <= most
+    )
+
+
+GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128)
+DECODE = Sweep(
+    "decode",
+    "1 to 128 sequences over 1k to 128k keys, the cache at most 2 million tokens; from one block of memory for each "
+    "sequence, from pages, and from pages in float8",
+    {
+        ("cuda", "full"): decoding(GPU_DECODE, (1024, 4096, 16384, 65536, 131072), 2**21, (32, 8, 128)),
+        ("cuda", "quick"): decoding((1, 32), (1024, 16384), 2**21, (32, 8, 128)),
+        ("cpu", "full"): decoding((1, 8, 32), (1024, 4096, 16384), 2**17, (8, 2, 64)),
+        ("cpu", "quick"): decoding((1, 8), (1024, 4096), 2**15, (8, 2, 64)),
+    },
+    pages=True,
+)
+
+DIMS = ((64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512))
+
+
+def head_dims(tokens: int, width: int) -> Points:
+    """Odd head dims and their neighbours among the powers of two, causal."""
+    return tuple(
+        Point(
+            f"causal d{head_dim}" + ("" if value_dim == head_dim else f"/{value_dim}"),
+            CAUSAL,
+            Sizes(tokens, heads := max(1, width // head_dim), heads, head_dim, value_dim=value_dim),
+        )
+        for head_dim, value_dim in DIMS
+    )
+
+
+HEAD_DIMS = Sweep(
+    "head_dims",
+    "head dims of real models that are no powers of two, beside those that are; 192/128 is that of latent attention",
+    {
+        ("cuda", "full"): head_dims(8192, 2048),
+        ("cuda", "quick"): head_dims(2048, 2048),
+        ("cpu", "full"): head_dims(2048, 512),
+        ("cpu", "quick"): head_dims(1024, 512),
+    },
+)
+
+
+# ---------------------------------------------------------------------- shapes of known models
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of a known model, from its published configuration.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim: of the whole model.
+        window: of its layers that have one, or None.
+        sinks, softcap: as for `Case`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    sinks: bool = False
+    softcap: float | None = None
+
+    def on_rank(self, degree: int) -> tuple[int, int]:
+        """Query and key heads of one of `degree` ranks. Where a rank has less than one key head, it holds a whole one.
+
+        Raises:
+            ValueError: query heads cannot be divided, or key heads neither divided nor repeated.
+        """
+        repeated = degree % self.num_kv_heads == 0
+        if self.num_heads % degree or (self.num_kv_heads % degree and not repeated):
+            raise ValueError(
+                f"{self.num_heads} query heads and {self.num_kv_heads} key heads cannot be shared by {degree} ranks"
+            )
+        return self.num_heads // degree, max(1, self.num_kv_heads // degree)
+
+
+MODELS = {
+    "llama3-8b": Shape(32, 8, 128),
+    "llama3-70b": Shape(64, 8, 128),
+    "qwen3-8b": Shape(32, 8, 128),
+    "qwen3-14b": Shape(40, 8, 128),
+    "qwen3-32b": Shape(64, 8, 128),
+    "gemma2-9b": Shape(16, 8, 256, window=4096, softcap=50.0),
+    "gemma3-27b": Shape(32, 16, 128, window=1024),
+    "gpt-oss-20b": Shape(64, 8, 64, window=128, sinks=True),
+    "gpt-oss-120b": Shape(64, 8, 64, window=128, sinks=True),
+}
+"""From config.json of each model's repository. Qwen3 14B has five query heads for each key head: an odd number on a
+rank of its own."""
+
+DEGREES = (1, 2, 4, 8)
+
+
+def ranks_of(models: Sequence[str], degrees: Sequence[int], tokens: int, keys: int, batch: int) -> Points:
+    """What one rank of each model computes: a prompt of `tokens`, and a token for `batch` sequences over `keys`."""
+
+    def points() -> Iterator[Point]:
+        for model in models:
+            shape = MODELS[model]
+            for degree in degrees:
+                heads = shape.on_rank(degree)
+                for case in (CAUSAL, DECODE_EVEN):
+                    size = keys if case.decode else tokens
+                    sizes = Sizes(size, *heads, shape.head_dim, decode_batch=batch)
+                    own = replace(case, sinks=shape.sinks, softcap=shape.softcap)
+                    phase = "decode" if case.decode else "prefill"
+                    yield Point(f"{model} TP{degree} {phase}", own, sizes)
+                if shape.window is not None and shape.window < tokens:
+                    own = replace(case_named("sliding"), sinks=shape.sinks, softcap=shape.softcap)
+                    sizes = Sizes(tokens, *heads, shape.head_dim, window=shape.window)
+                    yield Point(f"{model} TP{degree} windowed prefill", own, sizes)
+
+    return tuple(points())
+
+
+RANKS = Sweep(
+    "ranks",
+    "what one rank of a known model under tensor parallelism computes (heads divided by the degree), on one device",
+    {
+        ("cuda", "full"): ranks_of(tuple(MODELS), DEGREES, tokens=8192, keys=16384, batch=32),
+        ("cuda", "quick"): ranks_of(("llama3-8b", "gpt-oss-20b"), (1, 8), tokens=2048, keys=4096, batch=8),
+        ("cpu", "full"): ranks_of(("llama3-8b", "qwen3-14b", "gpt-oss-20b"), (8,), tokens=1024, keys=4096, batch=8),
+        ("cpu", "quick"): ranks_of(("qwen3-14b", "gpt-oss-20b"), (8,), tokens=512, keys=1024, batch=4),
+    },
+)
+
+SWEEPS = {sweep.name: sweep for sweep in (LENGTHS, DECODE, HEAD_DIMS, RANKS)}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .report import FORMAT, TIMES
+from .rows import TIMES
+from .saved import load
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -34,22 +34,6 @@ class Ratio:
     def verdict(self) -> str:
         """`faster` or `slower` where the interval leaves 1 out, else `no difference seen`."""
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference seen"
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A saved run.
-
-    Raises:
-        ValueError: the file cannot be read, is no run, or has a layout that this program does not know.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no saved run ({error}); `python -m benchmarks --json PATH` writes one") from None
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, this program reads {FORMAT}; measure again with this version")
-    return document
 
 
 def ratio_of(before: Sequence[float], after: Sequence[float]) -> Ratio:
@@ -91,7 +75,10 @@ def comparison_table(ratios: dict[Key, Ratio], title: str) -> Table:
 
 
 def run_compare(arguments: Sequence[str], parser: argparse.ArgumentParser, console: Console) -> int:
-    """The command `compare`; 0, or 2 with one line where a file cannot be used."""
+    """Compare two saved runs row by row, with confidence intervals.
+
+    0, or 2 with one line where a file cannot be used.
+    """
     parser.add_argument("before", type=Path, help="JSON of the run that is 1.00")
     parser.add_argument("after", type=Path, help="JSON of the run to compare with it")
     options = parser.parse_args(arguments)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .cases import Problem
 from .measure import Call, Effort, Result, brief, dtype_name, interleaved
+from .problem import Problem
 from .providers import OURS, Provider
+from .work import Work
 
 Run = Callable[[], Any]
 """What is timed: one provider on one problem."""
@@ -19,21 +20,29 @@ Judge = Callable[[Run, Result], bool]
 """Runs a provider once and says whether it is right; notes in the result what it found."""
 
 
-def enter(section: str, problem: Problem, providers: Sequence[Provider]) -> list[Result]:
-    """An empty result for each provider."""
+def enter(
+    section: str, problem: Problem, providers: Sequence[Any], work: Work, label: str | None = None
+) -> list[Result]:
+    """An empty result for each provider, with how much there is to do; `label` in place of the case's name."""
     dtype, description = dtype_name(problem.query.dtype), problem.description
-    return [Result(section, problem.case.name, provider.name, dtype, description) for provider in providers]
+    details = {"work": work.to_json(), "shape": problem.shape}
+    return [
+        Result(section, label or problem.case.name, provider.name, dtype, description, details=dict(details))
+        for provider in providers
+    ]
 
 
 def admit(
-    problem: Problem,
-    providers: Sequence[Provider],
+    problem: Any,
+    providers: Sequence[Any],
     results: Sequence[Result],
     judge: Judge,
     say: Callable[[str], None],
-    bind: Callable[[Provider, Problem, Any], Run] = Provider.bind,
+    bind: Callable[[Any, Any, Any], Run] = Provider.bind,
 ) -> dict[str, Run]:
     """What may be timed, by provider's name: those that can run the problem, and are right.
+
+    The problem is a `Problem` and the providers are `Provider`s, or both of another kind that `bind` knows.
 
     Why others are not is noted in their results, one per provider; a provider whose result already says so is left out.
     Masks are built here, off the clock; their own time is in the section "masks".
@@ -51,9 +60,10 @@ def admit(
             result.status, result.reason = "unavailable", reason
             continue
         try:
-            if provider.mask_name not in masks:
-                masks[provider.mask_name] = problem.mask_builder(provider.mask_name)()
-            run = bind(provider, problem, masks[provider.mask_name])
+            name = provider.mask_name
+            if name is not None and name not in masks:
+                masks[name] = problem.mask_builder(name)()
+            run = bind(provider, problem, masks.get(name))
             if judge(run, result):
                 runs[provider.name] = run
         except Exception as error:  # whatever a peer raises is the reason why it has no figures
@@ -68,9 +78,10 @@ def take_turns(
     device: torch.device,
     effort: Effort,
     say: Callable[[str], None],
+    to_call: Callable[[Run], Call] = lambda run: Call(lambda _: run()),
 ) -> None:
     """Time what was admitted; the samples go into the results."""
-    calls = {name: Call(lambda _, run=run: run()) for name, run in runs.items()}
+    calls = {name: to_call(run) for name, run in runs.items()}
     where = f"{results[0].case} {results[0].dtype}" if results else ""
     samples = interleaved(calls, device, effort, lambda text: say(f"{where}: {text}"))
     for result in results:

@@ -17,8 +17,9 @@ import torch
 from attention_kernels import attention, operators, prebound
 from attention_kernels.operators import interpreting, triton_installed
 
-from .cases import CASES, Sizes, build_problem
+from .cases import Sizes, case_named
 from .measure import Call, Effort, Result, dtype_name, interleaved
+from .problem import build_problem
 from .providers import BASELINE, OURS, PROVIDERS
 
 OPERATOR = "attention"
@@ -30,19 +31,14 @@ PROCESSORS = 132
 
 
 @torch.no_grad()
-def run_host(sizes: Sizes, device: torch.device, effort: Effort, say: Callable[[str], None]) -> list[Result]:
+def run_host(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, effort: Effort, say: Callable[[str], None]
+) -> list[Result]:
     """Time a decoding call of the operator, of this project's attention function and of transformers' sdpa function."""
-    problem = build_problem(next(case for case in CASES if case.decode), sizes, torch.bfloat16, device)
-    masks = {name: problem.mask_builder(name)() for name in (OURS, BASELINE)}
-    runs: dict[str, Callable[[], Any]] = {
-        provider.name: provider.bind(problem, masks[provider.name]) for provider in PROVIDERS if provider.name in masks
-    }
-    runs[OPERATOR] = lambda: attention(problem.query, problem.key, problem.value, masks[OURS].spans)
-    results = [
-        Result("host", "decode", name, dtype_name(problem.query.dtype), problem.description)
-        for name in (OPERATOR, OURS, BASELINE)
-    ]
-    if device.type == "cpu" and (interpreting() or not triton_installed()):
+    runs = calls(sizes, dtype, device)
+    description = build_problem(case_named("decode"), sizes, dtype, device).description
+    results = [Result("host", "decode", name, dtype_name(dtype), description) for name in (OPERATOR, OURS, BASELINE)]
+    if device.type == "cpu" and not can_launch_nothing():
         for result in results[:2]:
             result.status, result.reason = "unavailable", "Triton is not installed, or runs in its interpreter"
             del runs[result.provider]
@@ -50,11 +46,27 @@ def run_host(sizes: Sizes, device: torch.device, effort: Effort, say: Callable[[
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(without_launching(ours=OURS in runs))
-        calls = {name: Call(lambda _, run=run: repeat(run), lambda: finish(device)) for name, run in runs.items()}
-        samples = interleaved(calls, torch.device("cpu"), effort)  # by the clock on the wall, on a GPU too
+        timed = {name: Call(lambda _, run=run: repeat(run), lambda: finish(device)) for name, run in runs.items()}
+        samples = interleaved(timed, torch.device("cpu"), effort)  # by the clock on the wall, on a GPU too
     for result in results:
         result.samples = [seconds / CALLS for seconds in samples.get(result.provider, [])]
     return results
+
+
+def calls(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """A decoding call of the operator, of this project's attention function and of sdpa's, by name."""
+    problem = build_problem(case_named("decode"), sizes, dtype, device)
+    masks = {name: problem.mask_builder(name)() for name in (OURS, BASELINE)}
+    runs: dict[str, Callable[[], Any]] = {
+        provider.name: provider.bind(problem, masks[provider.name]) for provider in PROVIDERS if provider.name in masks
+    }
+    runs[OPERATOR] = lambda: attention(problem.query, problem.key, problem.value, masks[OURS].spans)
+    return runs
+
+
+def can_launch_nothing() -> bool:
+    """Whether the launch of kernels can be left out on the CPU: Triton is there, and compiles."""
+    return triton_installed() and not interpreting()
 
 
 def repeat(run: Callable[[], Any]) -> None:

@@ -12,9 +12,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from attention_plugin import SpanMask
 
 from . import contest
-from .cases import Case, Problem, Sizes, build_problem
+from .cases import Case, Sizes
 from .measure import Call, Effort, Result, brief, build_reference, check, interleaved
+from .problem import Problem, build_problem
 from .providers import Provider
+from .work import work_of
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def run_case(
     providers: Sequence[Provider],
     effort: Effort,
     say: Callable[[str], None] = lambda text: None,
+    label: str | None = None,
 ) -> list[Result]:
     """Check every provider on a case, then time those that are right, in turns.
 
@@ -33,7 +36,7 @@ def run_case(
     """
     problem = build_problem(case, sizes, dtype, device)
     reference = build_reference(problem)
-    results = contest.enter("kernels", problem, providers)
+    results = contest.enter("kernels", problem, providers, work_of(problem), label)
     runs = contest.admit(problem, providers, results, lambda run, result: check(run(), reference, result), say)
     contest.take_turns(runs, results, device, effort, say)
     return results

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from attention_kernels import attention_reference
 
-from .cases import Problem
+from .problem import Problem
 
 CHECKED_ROWS = 128
 """Query rows compared with the reference; the dense float64 reference of all rows would take minutes."""
+
+CHECKED_KEYS = 2**17
+"""Keys of all sequences that are compared, likewise: fewer sequences where they are long, but at least one."""
 
 ERROR_FACTOR = 2.0
 ERROR_FLOOR = 3e-7
@@ -32,7 +36,7 @@ class Result:
     """One row of the outcome: one provider on one case.
 
     Attributes:
-        section: "kernels", "masks", "memory", "host", "training", "models" or "tp".
+        section: "kernels", "masks", "memory", "host", "training", "backward", "models", "tp" or "serve".
         case, dtype, provider: what ran.
         description: the case in words, with its sizes.
         status: "failed" is a wrong result, which is never timed; "unavailable" did not run, `reason` says why.
@@ -100,23 +104,25 @@ def error_bound(eager_error: float, size: float, floor: float = ERROR_FLOOR) -> 
 
 @dataclass(frozen=True)
 class Reference:
-    """The right answer of a problem on some of its rows.
+    """The right answer of a problem on some rows of some of its sequences.
 
     Attributes:
+        sequences: int64 `[batch]`, those that are compared.
         rows: int64 `[n]`.
         compared: bool `[batch, n]`, which of them count.
-        truth: float64 `[batch, n, num_heads, head_dim]`, zero where not compared.
+        truth: float64 `[batch, n, num_heads, value_dim]`, zero where not compared.
         bound: the largest error that is no mistake, in the norm of all compared elements.
     """
 
+    sequences: Tensor
     rows: Tensor
     compared: Tensor
     truth: Tensor
     bound: float
 
     def error(self, output: Tensor) -> float:
-        """Norm of the difference between `output` `[batch, query_len, num_heads, head_dim]` and the truth."""
-        return self._distance(output[:, self.rows])
+        """Norm of the difference between `output` `[all sequences, query_len, num_heads, value_dim]` and the truth."""
+        return self._distance(output[self.sequences][:, self.rows])
 
     def _distance(self, rows: Tensor) -> float:
         difference = (rows.double() - self.truth).masked_fill(~self.compared[..., None, None], 0.0)
@@ -124,18 +130,29 @@ class Reference:
 
 
 def build_reference(problem: Problem, checked_rows: int = CHECKED_ROWS) -> Reference:
-    """The reference on at most `checked_rows` rows: the first and last of all, and others drawn at random."""
-    query_len = problem.query.shape[2]
-    order = torch.randperm(query_len, generator=torch.Generator().manual_seed(1))[: max(0, checked_rows - 2)]
+    """The reference on at most `checked_rows` rows: the first and last of all, and others drawn at random.
+
+    Of many or long sequences some are compared: the last, the first, and others drawn at random.
+    """
+    batch, key_len, query_len = problem.query.shape[0], problem.key.shape[2], problem.query.shape[2]
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(query_len, generator=generator)[: max(0, checked_rows - 2)]
     rows = torch.cat([order, torch.tensor([0, query_len - 1])]).unique().to(problem.query.device)
-    arguments = {"mask": problem.visible(rows), "sinks": problem.sinks, "softcap": problem.case.softcap}
-    tensors = (problem.query[:, :, rows], problem.key, problem.value)
-    truth = attention_reference(*tensors, **arguments)[0].transpose(1, 2)
-    eager = attention_reference(*tensors, **arguments, dtype=problem.query.dtype)[0].transpose(1, 2)
-    compared = problem.compared(rows)
+    ends = torch.tensor([batch - 1, 0])
+    count = max(1, min(batch, CHECKED_KEYS // key_len))
+    order = torch.cat([ends, torch.randperm(batch, generator=generator)])
+    sequences = torch.tensor(list(dict.fromkeys(order.tolist()))[:count], device=problem.query.device)
+    options = {"sinks": problem.sinks, "softcap": problem.case.softcap}
+    options |= {"mask": problem.visible(rows).expand(batch, -1, -1, -1)[sequences]}
+    if problem.bias is not None:
+        options |= {"bias": problem.bias[:, :, rows]}
+    tensors = (problem.query[sequences][:, :, rows], problem.key[sequences], problem.value[sequences])
+    truth = attention_reference(*tensors, **options)[0].transpose(1, 2)
+    eager = attention_reference(*tensors, **options, dtype=problem.query.dtype)[0].transpose(1, 2)
+    compared = problem.compared(rows).expand(batch, -1)[sequences]
     truth = truth.masked_fill(~compared[..., None, None], 0.0)
-    exact = Reference(rows, compared, truth, 0.0)
-    return Reference(rows, compared, truth, error_bound(exact._distance(eager), truth.norm().item()))
+    exact = Reference(sequences, rows, compared, truth, 0.0)
+    return Reference(sequences, rows, compared, truth, error_bound(exact._distance(eager), truth.norm().item()))
 
 
 def check(output: Tensor, reference: Reference, result: Result) -> bool:
@@ -146,6 +163,7 @@ def check(output: Tensor, reference: Reference, result: Result) -> bool:
         "error_bound": reference.bound,
         "rows_checked": reference.rows.numel(),
         "rows_total": output.shape[1],
+        "sequences_checked": reference.sequences.numel(),
     }
     if error <= reference.bound:
         return True
@@ -181,8 +199,10 @@ def timed(call: Call, device: torch.device) -> float:
     """Seconds that one call takes: CUDA events on a GPU, the clock on the wall elsewhere."""
     prepared = call.prepare()
     if device.type == "cuda":
+        flush = cache_flusher(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        flush.zero_()  # while it runs, the call is on its way: a launch is off the clock unless it takes longer
         start.record()
         call.run(prepared)
         end.record()
@@ -193,6 +213,16 @@ def timed(call: Call, device: torch.device) -> float:
     elapsed = time.perf_counter() - started
     del output  # giving memory back is not part of the work
     return elapsed
+
+
+@cache
+def cache_flusher(device: torch.device) -> Tensor:
+    """Memory thrice the size of a GPU's last cache. Writing to it leaves nothing of a call's inputs in there.
+
+    A model does the same: between two calls of a layer's attention lie the weights of all other layers.
+    """
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
+    return torch.empty(3 * size, dtype=torch.int8, device=device)
 
 
 def interleaved(

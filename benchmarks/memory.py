@@ -2,7 +2,7 @@
 """Peak memory of building a mask and running one forward pass with it.
 
 On the CPU each measurement is a process of its own, because a process's peak can only rise. Run as a program, this
-module is that process: `python -m benchmarks.memory PROVIDER TOKENS`.
+module is that process: `python -m benchmarks.memory PROVIDER TOKENS DTYPE`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from .cases import CASES, Sizes, build_problem
-from .measure import Result, brief
+from .cases import Sizes, case_named
+from .measure import Result, brief, dtype_name
+from .problem import build_problem
 from .providers import OURS, PROVIDERS
 
-MEMORY_CASE = next(case for case in CASES if case.name == "left_padded")
+MEMORY_CASE = case_named("left_padded")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 LIMIT_SECONDS = 120.0
 
@@ -31,16 +32,17 @@ def problem_sizes(tokens: int) -> Sizes:
     return Sizes(tokens, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
 
 
-def measure_peak(provider: str, tokens: int, device: torch.device) -> Result:
+def measure_peak(provider: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Result:
     """Bytes at the peak beyond the inputs: the mask, the output and whatever a provider needs in between."""
-    result = Result("memory", f"{tokens:,} tokens", provider, "float32", unit="bytes")
+    result = Result("memory", f"{tokens:,} tokens", provider, dtype_name(dtype), unit="bytes")
+    result.details["tokens"] = tokens
     if device.type == "cuda":
         try:
-            result.samples = [float(_peak_here(provider, tokens, device))]
+            result.samples = [float(_peak_here(provider, tokens, dtype, device))]
         except torch.OutOfMemoryError as error:
             result.status, result.reason = "unavailable", brief(error)
         return result
-    command = [sys.executable, "-m", "benchmarks.memory", provider, str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.memory", provider, str(tokens), dtype_name(dtype)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True)
         result.samples = [float(json.loads(run.stdout.splitlines()[-1])["bytes"])]
@@ -50,11 +52,11 @@ def measure_peak(provider: str, tokens: int, device: torch.device) -> Result:
 
 
 @torch.no_grad()
-def _peak_here(provider_name: str, tokens: int, device: torch.device) -> int:
+def _peak_here(provider_name: str, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rise of this process's peak memory, in bytes. A small run before loads what is loaded lazily."""
     provider = next(each for each in PROVIDERS if each.name == provider_name)
     for size in (256, tokens):
-        problem = build_problem(MEMORY_CASE, problem_sizes(size), torch.float32, device)
+        problem = build_problem(MEMORY_CASE, problem_sizes(size), dtype, device)
         before = _peak(device)
         provider.bind(problem, problem.mask_builder(provider.mask_name)())()
     return _peak(device, reset=False) - before
@@ -90,8 +92,10 @@ def main() -> None:
         "provider", choices=[provider.name for provider in PROVIDERS], metavar=f"PROVIDER ({OURS}, ...)"
     )
     parser.add_argument("tokens", type=int, metavar="TOKENS")
+    parser.add_argument("dtype", metavar="DTYPE (float32, ...)")
     options = parser.parse_args()
-    print(json.dumps({"bytes": _peak_here(options.provider, options.tokens, torch.device("cpu"))}))
+    peak = _peak_here(options.provider, options.tokens, getattr(torch, options.dtype), torch.device("cpu"))
+    print(json.dumps({"bytes": peak}))
 
 
 if __name__ == "__main__":

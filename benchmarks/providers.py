@@ -6,9 +6,11 @@ What is timed is therefore what a model would run, down to the repetition of hea
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager_with_softcap
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
+from transformers.models.gpt_oss.modeling_gpt_oss import repeat_kv
+from transformers.models.t5 import modeling_t5
 from transformers.utils import import_utils
 
 import attention_plugin
 
-from .cases import Problem
+from .problem import Problem
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
@@ -71,6 +75,8 @@ class Provider:
             keywords["s_aux"] = problem.sinks
         if problem.case.softcap is not None:
             keywords["softcap"] = problem.case.softcap
+        if problem.bias is not None:
+            keywords["position_bias"] = problem.bias
         layer = AttentionLayer(problem, self.mask_name)
         scaling = problem.query.shape[3] ** -0.5
         return lambda: self.forward(
@@ -79,9 +85,19 @@ class Provider:
 
 
 def eager_attention(module: AttentionLayer, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    """The eager function of the model that a problem is taken from: GPT-OSS for sinks, else Gemma 2's general form."""
+    """The eager function of the model that a problem is taken from: GPT-OSS for sinks, T5 for a bias, else Gemma 2."""
+    if "position_bias" in keywords:
+        return eager_with_bias(module, *arguments, **keywords)
     forward = eager_with_softcap if module.sinks is None else eager_with_sinks
     return forward(module, *arguments, **keywords)
+
+
+def eager_with_bias(
+    module: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **keywords: Any
+) -> tuple[Tensor, Tensor]:
+    """T5's eager function, which has no grouped heads, after keys and values are repeated as other models do."""
+    key, value = (repeat_kv(each, module.num_key_value_groups) for each in (key, value))
+    return modeling_t5.eager_attention_forward(module, query, key, value, *arguments, **keywords)
 
 
 def sdpa_with(backend: SDPBackend, *arguments: Any, **keywords: Any) -> tuple[Tensor, Any]:
@@ -90,12 +106,42 @@ def sdpa_with(backend: SDPBackend, *arguments: Any, **keywords: Any) -> tuple[Te
         return sdpa_attention_forward(*arguments, **keywords)
 
 
+def tutorial_attention(
+    module: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """The kernel of Triton's tutorial as the flash-attn package ships it, called as its documentation says."""
+    from flash_attn.flash_attn_triton import flash_attn_func
+
+    key, value = (repeat_kv(each, module.num_key_value_groups) for each in (key, value))
+    tensors = [each.transpose(1, 2).contiguous() for each in (query, key, value)]
+    return flash_attn_func(*tensors, None, module.is_causal and query.shape[2] > 1, scaling), None
+
+
+def _no_tutorial(problem: Problem) -> str | None:
+    if problem.query.device.type != "cuda":
+        return "the Triton tutorial's kernel runs on GPUs only"
+    if find_spec("flash_attn") is None or find_spec("flash_attn.flash_attn_triton") is None:
+        return "the Triton tutorial's kernel is not installed here; flash-attn 2 has it"
+    case = problem.case
+    options = (case.windowed, case.packed, case.images, case.sinks, case.softcap, case.bias, not problem.real.all())
+    if any(options) or problem.query.shape[3] != problem.value.shape[3]:
+        return "the Triton tutorial's kernel knows plain and causal attention only"
+    return None
+
+
+def _no_bias(forward: AttentionFunction, problem: Problem) -> str | None:
+    # Without the keyword by name it would be swallowed by **kwargs: a wrong result, and no fault of the kernel.
+    if problem.bias is not None and "position_bias" not in inspect.signature(forward).parameters:
+        return "this function of transformers takes no position bias"
+    return None
+
+
 def _no_sdpa(problem: Problem) -> str | None:
     if problem.sinks is not None:
         return "sdpa cannot express attention sinks; transformers runs such models without it"
     if problem.case.softcap is not None:
         return "sdpa cannot express a softcap; transformers runs such models without it"
-    return None
+    return _no_bias(sdpa_attention_forward, problem)
 
 
 def _no_sdpa_backend(backend: str, device_types: tuple[str, ...], problem: Problem) -> str | None:
@@ -111,7 +157,7 @@ def _no_flash_attention(version: int, problem: Problem) -> str | None:
         return f"FlashAttention {version} is not installed here (or this transformers does not know it)"
     if problem.query.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention {version} takes float16 and bfloat16 only"
-    return None
+    return _no_bias(flash_attention_forward, problem)
 
 
 def _sdpa_provider(backend: str, *device_types: str) -> Provider:
@@ -127,7 +173,7 @@ def _sdpa_provider(backend: str, *device_types: str) -> Provider:
 
 def _flash_provider(version: int) -> Provider:
     name = f"flash_attention_{version}"
-    description = f"the flash-attn package, generation {version}, as transformers calls it"
+    description = f"flash-attn, generation {version}, as transformers calls it: unpadding and padding on the clock"
     return Provider(name, description, name, flash_attention_forward, partial(_no_flash_attention, version))
 
 
@@ -151,9 +197,19 @@ PROVIDERS = (
         "torch's compiled flex attention as transformers calls it",
         "flex_attention",
         flex_attention_forward,
+        partial(_no_bias, flex_attention_forward),
         compiles=True,
     ),
     _flash_provider(2),
     _flash_provider(3),
     _flash_provider(4),
+    Provider(
+        "triton_tutorial",
+        "the kernel of Triton's tutorial, as the flash-attn package ships it",
+        "flash_attention_2",
+        tutorial_attention,
+        _no_tutorial,
+    ),
 )
+SLOW = (FALLBACK_BASELINE, "sdpa_math")
+"""Those that write all scores to memory; sweeps over long rows leave them out."""

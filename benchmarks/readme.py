@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .compare import load
+from .bars import bars
 from .measure import Result
-from .page import results_in
+from .plots import png
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
-from .report import baseline_of, results_of, speed, write_plot
+from .rows import baseline_of, results_of, speed
+from .saved import load, results_in
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = ROOT / "benchmarks" / "results" / "cpu-2-cores.json"
@@ -96,6 +97,8 @@ def run_readme(arguments: Sequence[str], parser: argparse.ArgumentParser, consol
     for path, name, table in TABLES:
         path.write_text(replaced(path.read_text(encoding="utf-8"), name, table(results)), encoding="utf-8")
         console.print(str(path.relative_to(ROOT)))
-    write_plot(results, document["machine"], PICTURE)
+    figure = bars(results, document["machine"], None)
+    if figure is not None:
+        PICTURE.write_bytes(png(figure))
     console.print(str(PICTURE.relative_to(ROOT)))
     return 0

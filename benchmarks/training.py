@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training section: forward and backward of every case by every provider.
+"""The training section: forward and backward of every case by every provider; in sweeps, the backward pass alone.
 
 Gradients are checked on a shorter problem of the same case: a key's gradient gathers from all rows, so that no few rows
 show whether it is right, and a dense float64 reference with all rows of the timed problem would take minutes.
@@ -17,14 +17,16 @@ from torch import Tensor
 from attention_kernels import attention_reference
 
 from . import cases, contest
-from .cases import Case, Problem, Sizes, build_problem
-from .measure import ERROR_FLOOR, Effort, Result, error_bound
+from .cases import Case, Sizes
+from .measure import ERROR_FLOOR, Call, Effort, Result, error_bound
+from .problem import Problem, build_problem
 from .providers import Provider
+from .work import work_of
 
 CASES = tuple(case for case in cases.CASES if not case.decode)
 """The cases that training has."""
 
-CHECKED_TOKENS = 512
+CHECKED_TOKENS, CHECKED_SEQUENCES = 512, 2
 
 Gradients = dict[str, Tensor]
 """By name of the input, which each has the shape of."""
@@ -51,25 +53,37 @@ def run_case(
     providers: Sequence[Provider],
     effort: Effort,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    label: str | None = None,
+    forward: bool = True,
 ) -> list[Result]:
-    """Check every provider's gradients on a case, then time forward and backward of those that are right, in turns."""
+    """Check every provider's gradients on a case, then time those that are right, in turns.
+
+    What is timed is forward and backward together, section "training", or, without `forward`, the backward pass alone,
+    section "backward".
+    """
     short, timed = (wanting_gradients(build_problem(case, each, dtype, device)) for each in (shortened(sizes), sizes))
     reference = build_gradient_reference(short)
-    results = contest.enter("training", timed, providers)
+    work = work_of(timed, forward=forward, backward=True)
+    results = contest.enter("training" if forward else "backward", timed, providers, work, label)
 
-    def right(step: Callable[[], Gradients], result: Result) -> bool:
+    def right(step: Step, result: Result) -> bool:
         return check_gradients(step(), reference, result)
+
+    def to_call(step: Step) -> Call:
+        return Call(lambda _: step()) if forward else Call(step.backward, step.forward)
 
     contest.admit(short, providers, results, right, say, bind_step)
     steps = contest.admit(timed, providers, results, lambda step, result: check_finite(step(), result), say, bind_step)
-    contest.take_turns(steps, results, device, effort, say)
+    contest.take_turns(steps, results, device, effort, say, to_call)
     return results
 
 
 def shortened(sizes: Sizes) -> Sizes:
     """Sizes of which gradients are checked: fewer tokens, and a window that is the same share of them."""
     tokens = min(sizes.tokens, CHECKED_TOKENS)
-    return replace(sizes, tokens=tokens, window=max(1, sizes.window * tokens // sizes.tokens))
+    batch = min(sizes.batch, CHECKED_SEQUENCES)
+    return replace(sizes, tokens=tokens, window=max(1, sizes.window * tokens // sizes.tokens), batch=batch)
 
 
 # ---------------------------------------------------------------------- one step
@@ -77,7 +91,8 @@ def shortened(sizes: Sizes) -> Sizes:
 
 def inputs_of(problem: Problem) -> Gradients:
     """The tensors of a problem that training wants gradients of, by name."""
-    named = {"query": problem.query, "key": problem.key, "value": problem.value, "sinks": problem.sinks}
+    named = {"query": problem.query, "key": problem.key, "value": problem.value}
+    named |= {"sinks": problem.sinks, "bias": problem.bias}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -94,22 +109,40 @@ def output_gradient(problem: Problem) -> Tensor:
 
     It is 0 at padding, which has no loss: what attention returns there may be anything, and must not reach a gradient.
     """
-    query = problem.query.transpose(1, 2)
+    query, value_dim = problem.query.transpose(1, 2), problem.value.shape[3]
     # Not the seed of the problem's tensors: a gradient equal to the query would be no random one.
     generator = torch.Generator(query.device).manual_seed(2)
-    gradient = torch.randn(query.shape, generator=generator, device=query.device).to(query.dtype)
+    gradient = torch.randn(*query.shape[:3], value_dim, generator=generator, device=query.device).to(query.dtype)
     return gradient.masked_fill(~problem.real[..., None, None], 0.0)
 
 
-def bind_step(provider: Provider, problem: Problem, mask: Any) -> Callable[[], Gradients]:
-    """A call without arguments that runs forward and backward once and keeps nothing of the graph."""
-    forward = provider.bind(problem, mask)
-    inputs, gradient = inputs_of(problem), output_gradient(problem)
+@dataclass(frozen=True)
+class Step:
+    """Forward and backward of a problem, together or apart; nothing of the graph is kept.
 
-    def step() -> Gradients:
-        return dict(zip(inputs, torch.autograd.grad(forward(), tuple(inputs.values()), gradient), strict=True))
+    Attributes:
+        forward: a call without arguments that returns the output with its graph.
+        inputs: whose gradients are wanted, by name.
+        gradient: of the output.
+    """
 
-    return step
+    forward: Callable[[], Tensor]
+    inputs: Gradients
+    gradient: Tensor
+
+    def backward(self, output: Tensor) -> Gradients:
+        """Gradients of the inputs."""
+        wanted = tuple(self.inputs.values())
+        return dict(zip(self.inputs, torch.autograd.grad(output, wanted, self.gradient), strict=True))
+
+    def __call__(self) -> Gradients:
+        """Both."""
+        return self.backward(self.forward())
+
+
+def bind_step(provider: Provider, problem: Problem, mask: Any) -> Step:
+    """One provider's step on a problem."""
+    return Step(provider.bind(problem, mask), inputs_of(problem), output_gradient(problem))
 
 
 # ---------------------------------------------------------------------- correctness

@@ -2,10 +2,6 @@
 """The benchmark runner: right answers at small sizes, wrong ones never timed, and what it leaves behind."""
 
 import json
-import os
-import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +11,20 @@ import torch
 
 from attention_kernels import Spans, attention, operators
 from benchmarks import __main__ as runner
-from benchmarks import cases, kernels, measure, memory, models, providers, report, tensor_parallel, training
+from benchmarks import (
+    cases,
+    host,
+    kernels,
+    measure,
+    memory,
+    models,
+    problem,
+    providers,
+    summary,
+    tables,
+    tensor_parallel,
+    training,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -31,10 +40,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def case_named(name: str) -> cases.Case:
-    return next(case for case in cases.CASES if case.name == name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
@@ -53,19 +58,19 @@ def test_every_provider_that_runs_is_right(case: cases.Case, dtype: torch.dtype)
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_the_stated_mask_is_what_transformers_builds(case: cases.Case) -> None:
-    problem = cases.build_problem(case, SMALL, torch.float32, CPU)
-    rows = torch.arange(problem.query.shape[2])
-    visible, compared = problem.visible(rows)[:, 0], problem.compared(rows)
-    spans = problem.mask_builder("my_triton")().spans
+    posed = problem.build_problem(case, SMALL, torch.float32, CPU)
+    rows = torch.arange(posed.query.shape[2])
+    visible, compared = posed.visible(rows)[:, 0], posed.compared(rows)
+    spans = posed.mask_builder("my_triton")().spans
     if case.packed:
-        assert problem.position_ids[0].tolist().count(0) == 8
+        assert posed.position_ids[0].tolist().count(0) == 8
     assert torch.equal(spans.to_dense().expand_as(visible)[compared], visible[compared])
     assert compared.any()
 
 
 def test_flex_attention_has_figures_or_a_reason() -> None:
     flex = next(provider for provider in providers.PROVIDERS if provider.compiles)
-    (result,) = kernels.run_case(case_named("causal"), SMALL, torch.float32, CPU, [flex], TWICE)
+    (result,) = kernels.run_case(cases.case_named("causal"), SMALL, torch.float32, CPU, [flex], TWICE)
     assert result.status != "failed", result.reason
     assert result.measured or result.reason
 
@@ -81,19 +86,19 @@ def test_a_wrong_result_fails_and_is_not_timed() -> None:
 
     wrong = replace(providers.PROVIDERS[0], name="wrong", forward=forgets_padding)
     results = kernels.run_case(
-        case_named("left_padded"), SMALL, torch.bfloat16, CPU, [providers.PROVIDERS[0], wrong], TWICE
+        cases.case_named("left_padded"), SMALL, torch.bfloat16, CPU, [providers.PROVIDERS[0], wrong], TWICE
     )
     right, failed = results
     assert right.measured
     assert failed.status == "failed" and failed.samples == [] and runs == 1
     assert "wrong result" in failed.reason
-    assert "FAILED" in report.kernel_cell(failed, right).plain
-    assert any("bold red" in str(line.style) and "wrong" in line.plain for line in report.absences(results))
+    assert "FAILED" in tables.kernel_cell(failed, right).plain
+    assert any("bold red" in str(line.style) and "wrong" in line.plain for line in summary.absences(results))
 
 
 def test_nan_is_a_wrong_result() -> None:
-    problem = cases.build_problem(case_named("causal"), SMALL, torch.float32, CPU)
-    reference = measure.build_reference(problem)
+    posed = problem.build_problem(cases.case_named("causal"), SMALL, torch.float32, CPU)
+    reference = measure.build_reference(posed)
     result = measure.Result("kernels", "causal", "nan")
     assert not measure.check(torch.full((1, 96, 4, 16), torch.nan), reference, result)
     assert result.status == "failed"
@@ -105,7 +110,7 @@ def test_every_provider_that_trains_has_right_gradients(case: cases.Case, dtype:
     results = {result.provider: result for result in training.run_case(case, SMALL, dtype, CPU, INTERPRETED, TWICE)}
     assert set(results) == {provider.name for provider in INTERPRETED}
     assert {name: r.reason for name, r in results.items() if r.status == "failed"} == {}
-    wanted = {"query", "key", "value"} | ({"sinks"} if case.sinks else set())
+    wanted = {"query", "key", "value"} | ({"sinks"} if case.sinks else set()) | ({"bias"} if case.bias else set())
     for name in ("my_triton", "eager"):
         assert results[name].status == "ok", results[name].reason
         assert len(results[name].samples) == 2
@@ -120,8 +125,8 @@ def test_gradients_are_checked_on_fewer_tokens_and_alike_otherwise() -> None:
 
 
 def test_the_reference_of_gradients_is_not_rounded() -> None:
-    problem = training.wanting_gradients(cases.build_problem(case_named("sinks"), SMALL, torch.bfloat16, CPU))
-    for exact in training.build_gradient_reference(problem).truth.values():
+    posed = training.wanting_gradients(problem.build_problem(cases.case_named("sinks"), SMALL, torch.bfloat16, CPU))
+    for exact in training.build_gradient_reference(posed).truth.values():
         assert exact.dtype == torch.float64 and not torch.equal(exact, exact.bfloat16().double())
 
 
@@ -140,14 +145,14 @@ def test_a_wrong_gradient_fails_and_is_not_timed() -> None:
 
     ours = providers.PROVIDERS[0]
     peers = [replace(ours, name=forward.__name__, forward=forward) for forward in (doubles, detaches)]
-    results = training.run_case(case_named("sliding"), SMALL, torch.float32, CPU, [ours, *peers], TWICE)
+    results = training.run_case(cases.case_named("sliding"), SMALL, torch.float32, CPU, [ours, *peers], TWICE)
     right, wrong, without = results
     assert right.measured
     assert wrong.status == "failed" and wrong.samples == []
     assert "wrong gradient of value" in wrong.reason and "query" not in wrong.reason
     assert without.status == "unavailable" and without.samples == [] and "does not require grad" in without.reason
     assert runs == {"doubles": 1, "detaches": 1}
-    lines = [line.plain for line in report.absences(results)]
+    lines = [line.plain for line in summary.absences(results)]
     assert [line.partition(": ")[0] for line in lines] == ["failed in training", "unavailable in training"]
 
 
@@ -160,7 +165,7 @@ def test_what_is_missing_in_training_as_in_the_kernels_is_said_once() -> None:
             ("training", "flex", "no gradient"),
         )
     ]
-    lines = [line.plain for line in report.absences(absent)]
+    lines = [line.plain for line in summary.absences(absent)]
     assert lines == ["unavailable: flash: no GPU", "unavailable in training: flex: no gradient"]
 
 
@@ -183,14 +188,14 @@ def test_slow_calls_get_fewer_turns() -> None:
 
 
 def test_masks_as_spans_are_smaller_than_dense_ones() -> None:
-    ours, dense = kernels.run_masks(case_named("left_padded"), SMALL, CPU, ["my_triton", "sdpa"], TWICE)
+    ours, dense = kernels.run_masks(cases.case_named("left_padded"), SMALL, CPU, ["my_triton", "sdpa"], TWICE)
     assert ours.details["bytes"] == 4 * (96 + 1)
     assert dense.details["bytes"] == 96 * 96
     assert len(ours.samples) == len(dense.samples) == 2
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
-    result = memory.measure_peak("sdpa", 2048, CPU)
+    result = memory.measure_peak("sdpa", 2048, torch.float32, CPU)
     assert result.status == "ok", result.reason
     assert result.samples[0] > 2048 * 2048  # the dense mask alone
 
@@ -201,10 +206,11 @@ def test_greedy_tokens_may_differ_only_at_a_near_tie() -> None:
     assert not models.tokens_agree(torch.tensor([[9, 2, 3]]), truth, margins)
 
 
-def test_models_agree_with_eager(checkpoint_dir: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
+def test_models_agree_with_eager(checkpoint_dir: Path, dtype: torch.dtype) -> None:
     sizes = models.ModelSizes(prompt_tokens=48, new_tokens=4, sentences=4, train_seconds=1)
-    results = models.run_reference_model(checkpoint_dir, sizes, CPU, TWICE, lambda text: None)
-    results += models.run_embeddings(sizes, CPU, TWICE, lambda text: None)
+    results = models.run_reference_model(checkpoint_dir, sizes, dtype, CPU, TWICE, lambda text: None)
+    results += models.run_embeddings(sizes, dtype, CPU, TWICE, lambda text: None)
     assert {(r.case, r.provider): r.reason for r in results if not r.measured} == {}
     assert {r.case for r in results} == {"prefill", "decode", "embeddings"}
     assert {r.provider for r in results} == {"my_triton", "sdpa", "eager"}
@@ -217,48 +223,13 @@ def test_two_ranks_generate_the_tokens_of_one(checkpoint_dir: Path) -> None:
     assert (one.details["heads_per_rank"], two.details["heads_per_rank"]) == (8, 4)
 
 
-def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
-    out, picture = tmp_path / "run.json", tmp_path / "run.png"
-    command = [sys.executable, "-m", "benchmarks", "--only", "kernels", "--quick", "--tokens", "64", "--device", "cpu"]
-    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    run = subprocess.run(
-        [*command, "--json", str(out), "--plot", str(picture)],
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    for words in ("Summary", "sliding", "sdpa cannot express attention sinks", "FlashAttention"):
-        assert words in run.stdout
-
-    document = json.loads(out.read_text(encoding="utf-8"))
-    assert document["format"] == report.FORMAT
-    assert document["machine"]["threads"] >= 1 and document["machine"]["processor"]
-    assert document["versions"]["torch"] and document["versions"]["transformers"] and document["date"]
-    rows = document["results"]
-    assert {row["section"] for row in rows} == {"kernels", "masks", "memory"}
-    timed = [row for row in rows if row["section"] == "kernels" and row["status"] == "ok"]
-    assert {row["case"] for row in timed} == {case.name for case in cases.CASES}
-    for row in timed:
-        assert row["samples"] and row["median"] > 0 and row["iqr"] >= 0
-        assert row["details"]["error"] <= row["details"]["error_bound"]
-        assert row["baseline"] in ("sdpa", "eager") and row["times_as_fast"] > 0
-    assert all(row["reason"] for row in rows if row["status"] != "ok")
-
-    header = picture.read_bytes()[:24]
-    assert header.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", header[16:24])
-    assert width > 600 and height > 600
-
-
 @pytest.mark.parametrize("launches", [True, False])
 def test_host_cost_is_measured_without_a_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launches: bool
 ) -> None:
-    monkeypatch.setattr(runner.host, "triton_installed", lambda: launches and operators.triton_installed())
+    monkeypatch.setattr(host, "triton_installed", lambda: launches and operators.triton_installed())
     out = tmp_path / "run.json"
-    arguments = ["--only", "host", "--quick", "--device", "cpu", "--json", str(out)]
+    arguments = ["host", "--quick", "--device", "cpu", "--json", str(out)]
     assert runner.main([*arguments, "--plot", str(tmp_path / "run.png")]) == 0
     assert "microseconds of Python" in capsys.readouterr().out
     rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
@@ -270,58 +241,3 @@ def test_host_cost_is_measured_without_a_device(
     # What launched nothing is forgotten: the next call of the kind computes.
     query, key, value = (torch.ones(8, heads, 512, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
     assert (attention(query[:, :, :1], key, value, Spans.full(1, 512)) == 1).all()
-
-
-def test_training_by_itself_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, picture = tmp_path / "run.json", tmp_path / "run.png"
-    arguments = ["--only", "training", "--quick", "--tokens", "64", "--device", "cpu", "--json", str(out)]
-    assert runner.main([*arguments, "--plot", str(picture)]) == 0
-    shown = capsys.readouterr().out
-    for words in ("Attention forward and backward, float32", "slowest and fastest case", "unavailable in training"):
-        assert words in shown
-    document = json.loads(out.read_text(encoding="utf-8"))
-    assert document["arguments"]["sections"] == ["training"]
-    rows = document["results"]
-    assert {row["section"] for row in rows} == {"training"}
-    assert {row["case"] for row in rows} == {case.name for case in cases.CASES} - {"decode"}
-    assert len(rows) == len(training.CASES) * len(providers.PROVIDERS)
-    for row in rows:
-        if row["status"] != "ok":
-            assert row["reason"] and not row["samples"]
-            continue
-        assert row["samples"] and row["median"] > 0 and row["times_as_fast"] > 0
-        assert row["details"]["tokens_checked"] == 64
-        for gradient in row["details"]["gradients"].values():
-            assert gradient["error"] <= gradient["error_bound"]
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--bogus"], "--bogus"),
-        (["--only", "everything"], "everything"),
-        (["--tp", "3"], "must divide"),
-        (["--tp", "0"], "must divide"),
-        (["--tokens", "1"], "at least 64"),
-        (["--plot", "picture.pdf"], ".png"),
-        pytest.param(
-            ["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-        ),
-    ],
-)
-def test_impossible_requests_end_with_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ending:
-        runner.main(arguments)
-    output = capsys.readouterr()
-    assert ending.value.code == 2
-    assert words in output.err and output.err.count("\n") == 1 and output.out == ""
-
-
-def test_list_names_every_case_and_implementation(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["--list"]) == 0
-    output = capsys.readouterr().out
-    for entry in (*cases.CASES, *providers.PROVIDERS):
-        assert entry.name in output

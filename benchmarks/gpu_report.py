@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that matters on one GPU, in one command and a set time.
+
+Each part is a process of its own: a crash of one leaves the others whole. A part stops by itself when its time is up,
+and writes after every case, so that what was measured is kept even where it had to be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import page
+from .options import FOLDER
+
+FUSED = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Peers of the sweeps: those that need not be compiled for every point."""
+
+GRACE = 40.0
+"""Seconds beyond a part's time, for starting and for the case that runs when time is up."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: of its files.
+        command: after `python -m`.
+        share: of the time that is left when it begins, relative to the parts from it on.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+
+
+PARTS = (
+    Part("tests", ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", "tests/kernels"), 60),
+    Part("overview", ("benchmarks", "kernels"), 80),
+    Part("lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", *FUSED), 130),
+    Part("decode", ("benchmarks", "kernels", "--sweep", "decode", "--against", *FUSED), 70),
+    Part("training", ("benchmarks", "training", "--against", *FUSED, "eager"), 50),
+    Part("host", ("benchmarks", "host"), 15),
+    Part("head-dims", ("benchmarks", "kernels", "--sweep", "head_dims", "--against", *FUSED), 25),
+    Part("models", ("benchmarks", "models", "--dtype", "bfloat16"), 40),
+    Part("ranks", ("benchmarks", "kernels", "--sweep", "ranks", "--against", *FUSED), 30),
+    Part("memory", ("benchmarks", "memory", "--dtype", "bfloat16"), 15),
+)
+"""In the order of what is missed most if time runs out."""
+
+
+def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, console: Console) -> int:
+    """Measure everything that matters on a GPU in under nine minutes.
+
+    0; 1 where a part failed; 2 with one line where there is no GPU.
+    """
+    parser.add_argument("--seconds", type=float, default=520.0, metavar="N", help="time for all parts; default: 520")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="default: benchmarks/results/NAME-OF-THE-GPU")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="some parts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a rehearsal, at small sizes")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; `make bench` measures on the CPU, --device cpu rehearses this command")
+    parts = [part for part in PARTS if options.only is None or part.name in options.only]
+    folder = (options.folder or FOLDER / "results" / device_slug(options.device)).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + options.seconds
+    outcomes = {}
+    for index, part in enumerate(parts):
+        # The time that earlier parts did not use is shared by those that are left.
+        left = ends - time.monotonic()
+        seconds = left * part.share / sum(each.share for each in parts[index:])
+        console.print(f"{part.name}: {seconds:.0f} s of {left:.0f} s left")
+        outcomes[part.name] = run_part(part, seconds, folder, options.device)
+        console.print(f"{part.name}: {outcomes[part.name]}")
+    if any(folder.glob("*.json")):
+        page.write_pages(folder, console)
+    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+
+
+def run_part(part: Part, seconds: float, folder: Path, device: str) -> str:
+    """Run one part; what became of it, in words. What it printed goes to `NAME.txt`."""
+    module, *arguments = part.command
+    if module == "benchmarks":
+        quick = ["--quick"] if device == "cpu" else []
+        arguments += ["--device", device, "--seconds", str(round(seconds)), *quick]
+        arguments += ["--json", str(folder / f"{part.name}.json"), "--plot", str(folder / f"{part.name}.png")]
+        limit = seconds + GRACE
+    else:
+        limit = seconds
+    with open(folder / f"{part.name}.txt", "w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", module, *arguments]
+        try:
+            run = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=limit, cwd=FOLDER.parent)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s; what it had measured is kept"
+    return "done" if run.returncode == 0 else f"failed with status {run.returncode}; its words are in {part.name}.txt"
+
+
+def device_slug(device: str) -> str:
+    """A folder's name for the device: `nvidia-h100-80gb-hbm3`."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu-rehearsal"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
