@@ -25,8 +25,11 @@ from .options import FOLDER
 FUSED = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Peers of the sweeps: those that need not be compiled for every point."""
 
-GRACE = 40.0
-"""Seconds beyond a part's time, for starting and for the case that runs when time is up."""
+STARTING = 8.0
+"""Seconds that a part needs before its first case."""
+
+GRACE = 30.0
+"""Seconds beyond a part's time, for the case that runs when time is up."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,27 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
         # The time that earlier parts did not use is shared by those that are left.
         left = ends - time.monotonic()
         seconds = left * part.share / sum(each.share for each in parts[index:])
-        console.print(f"{part.name}: {seconds:.0f} s of {left:.0f} s left")
-        outcomes[part.name] = run_part(part, seconds, folder, options.device)
+        if seconds <= STARTING:
+            outcomes[part.name] = "left out: no time is left; --seconds N gives more, --only takes some parts"
+        else:
+            console.print(f"{part.name}: {seconds:.0f} s of the {left:.0f} s that are left")
+            outcomes[part.name] = run_part(part, seconds, min(left, seconds + GRACE), folder, options.device)
         console.print(f"{part.name}: {outcomes[part.name]}")
     if any(folder.glob("*.json")):
         page.write_pages(folder, console)
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
 
-def run_part(part: Part, seconds: float, folder: Path, device: str) -> str:
-    """Run one part; what became of it, in words. What it printed goes to `NAME.txt`."""
+def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str) -> str:
+    """Run one part, which stops by itself after `seconds` and is stopped after `limit`; what became of it, in words.
+
+    What it printed goes to `NAME.txt`.
+    """
     module, *arguments = part.command
     if module == "benchmarks":
         quick = ["--quick"] if device == "cpu" else []
-        arguments += ["--device", device, "--seconds", str(round(seconds)), *quick]
+        arguments += ["--device", device, "--seconds", f"{seconds - STARTING:.0f}", *quick]
         arguments += ["--json", str(folder / f"{part.name}.json"), "--plot", str(folder / f"{part.name}.png")]
-        limit = seconds + GRACE
     else:
         limit = seconds
     with open(folder / f"{part.name}.txt", "w", encoding="utf-8") as output:

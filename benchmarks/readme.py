@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and the picture of README.md and docs/performance.md, drawn from the saved run on two cores."""
+"""The tables, sentences and the picture of README.md and docs/performance.md, drawn from the saved run on two cores."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from .bars import bars
 from .measure import Result
 from .plots import png
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
-from .rows import baseline_of, results_of, speed
+from .rows import baseline_of, human_bytes, results_of, speed, sweep_of
 from .saved import load, results_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def ratio_table(results: Sequence[Result]) -> str:
         "| --- | --- | --- |",
     ]
     for section in ("kernels", "models"):
-        rows = [result for result in results_of(results, section) if result.provider == OURS]
+        rows = [each for each in results_of(results, section) if each.provider == OURS and not sweep_of(each)]
         for case, description in {result.case: result.description for result in rows}.items():
             base = baseline_of(results_of(results, section, case=case))
             note = "" if base is None or base.provider == BASELINE else f" (against {base.provider})"
@@ -60,14 +61,50 @@ def milliseconds_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-TABLES = (
-    (ROOT / "README.md", "ratios", ratio_table),
-    (ROOT / "docs" / "performance.md", "milliseconds", milliseconds_table),
+def measured_on(document: dict[str, Any]) -> str:
+    """The machine and the versions, in a sentence."""
+    machine, versions = document["machine"], document["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    where = f"{machine['threads']} threads of {machine['processor']} ({machine['capabilities']}); {packages}"
+    return f"One run of `make bench` on {where}, {document['date'][:10]}."
+
+
+def small_things(document: dict[str, Any]) -> str:
+    """Masks and memory, in a sentence each."""
+    results = results_in(document)
+    parts = []
+    masks = {each.provider: each for each in results_of(results, "masks") if each.case.startswith("left_padded, ")}
+    if {OURS, BASELINE} <= set(masks) and all(each.measured for each in masks.values()):
+        ours, theirs = masks[OURS], masks[BASELINE]
+        parts.append(
+            f"The mask of {ours.case.split(', ')[1].replace(' tokens', '')} left-padded tokens takes "
+            f"{1e3 * ours.median:.2f} ms and {human_bytes(ours.details['bytes'])}, against {theirs.median:.1f} s and "
+            f"{human_bytes(theirs.details['bytes'])}."
+        )
+    peaks = {(each.provider, each.case): each.median for each in results_of(results, "memory") if each.measured}
+    cases = [case for name, case in peaks if name == OURS and (BASELINE, case) in peaks]
+    if cases:
+        parts.append(
+            f"A padded forward pass over {cases[-1]} peaks at {human_bytes(peaks[OURS, cases[-1]])} above its inputs, "
+            f"against {human_bytes(peaks[BASELINE, cases[-1]])}."
+        )
+    return "\n".join(parts)
+
+
+Draw = Callable[[dict[str, Any]], str]
+PERFORMANCE = ROOT / "docs" / "performance.md"
+DRAWN: tuple[tuple[Path, str, Draw], ...] = (
+    (ROOT / "README.md", "machine", measured_on),
+    (ROOT / "README.md", "ratios", lambda document: ratio_table(results_in(document))),
+    (ROOT / "README.md", "masks and memory", small_things),
+    (PERFORMANCE, "machine", measured_on),
+    (PERFORMANCE, "milliseconds", lambda document: milliseconds_table(results_in(document))),
 )
+"""What is drawn where: a file, the name of the marks in it, and the text between them."""
 
 
-def replaced(text: str, name: str, table: str) -> str:
-    """The text with the table between its two marks.
+def replaced(text: str, name: str, drawn: str) -> str:
+    """The text with what is drawn between its two marks.
 
     Raises:
         ValueError: a mark is missing.
@@ -77,7 +114,7 @@ def replaced(text: str, name: str, table: str) -> str:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"the marks {begin.strip()!r} and {end.strip()!r} must both be there")
-    return before + begin + table + end + after
+    return before + begin + drawn + end + after
 
 
 def run_readme(arguments: Sequence[str], parser: argparse.ArgumentParser, console: Console) -> int:
@@ -93,11 +130,11 @@ def run_readme(arguments: Sequence[str], parser: argparse.ArgumentParser, consol
         if missing or document["machine"]["device_type"] != "cpu" or document["arguments"]["quick"]:
             parser.error(f"--take: {options.take} must be a whole run on the CPU, not --quick; run `make bench`")
         SAVED.write_bytes(options.take.read_bytes())
-    results = results_in(document)
-    for path, name, table in TABLES:
-        path.write_text(replaced(path.read_text(encoding="utf-8"), name, table(results)), encoding="utf-8")
+    for path, name, draw in DRAWN:
+        path.write_text(replaced(path.read_text(encoding="utf-8"), name, draw(document)), encoding="utf-8")
+    for path in dict.fromkeys(path for path, _, _ in DRAWN):
         console.print(str(path.relative_to(ROOT)))
-    figure = bars(results, document["machine"], None)
+    figure = bars(results_in(document), document["machine"], None)
     if figure is not None:
         PICTURE.write_bytes(png(figure))
     console.print(str(PICTURE.relative_to(ROOT)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import compare, page, readme
+from benchmarks import compare, readme
 
 SAVED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu-2-cores.json"
 BROWSER = next(
@@ -96,10 +96,10 @@ def test_a_run_is_compared_with_an_earlier_one(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_tables_of_the_documents_are_those_of_the_saved_run() -> None:
-    results = page.results_in(compare.load(SAVED))
-    for path, name, table in readme.TABLES:
-        text = path.read_text(encoding="utf-8")
-        assert readme.replaced(text, name, table(results)) == text, "run `python -m benchmarks readme`"
+    document = compare.load(SAVED)
+    for path, name, draw in readme.DRAWN:
+        text, drawn = path.read_text(encoding="utf-8"), draw(document)
+        assert drawn and readme.replaced(text, name, drawn) == text, "run `python -m benchmarks readme`"
         assert readme.replaced(text, name, "other") != text
         with pytest.raises(ValueError, match="must both be there"):
             readme.replaced("no marks", name, "")
