@@ -117,8 +117,9 @@ def measure(run: Run, console: Console) -> int:
         console.print(f"Stopped after --seconds {run.seconds:g}: not all cases were measured.", style="yellow")
     pictures = {f"picture: {name}": relative(path) for name, path in draw(recorder, limits, run.plot).items()}
     show(recorder.results, limits, console)
-    if run.earlier is not None and (ratios := compare.compare(run.earlier, saved.load(run.json))):
-        console.print(compare.comparison_table(ratios, "This run: times as fast as the earlier one"))
+    if run.earlier is not None and (changes := compare.compare(run.earlier, saved.load(run.json))):
+        console.print(compare.comparison_table(changes, "This run: times as fast as the earlier one"))
+        console.print(compare.widest(changes))
     files = {"every sample": relative(run.json), **pictures}
     console.print(summary.closing_panel(recorder.results, recorder.machine, files))
     return int(any(r.status == "failed" and (r.section == "tp" or r.provider == OURS) for r in recorder.results))

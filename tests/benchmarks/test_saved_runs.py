@@ -73,9 +73,10 @@ def test_a_run_compared_with_a_slower_one() -> None:
     for row in after["results"]:
         if row["section"] == "kernels" and row["provider"] == "my_triton":
             row["samples"] = [2 * sample for sample in row["samples"]]
-    ratios = compare.compare(before, after)
-    for (section, _, _, provider), ratio in ratios.items():
-        slowed = section == "kernels" and provider == "my_triton"
+    for (section, _, _, provider), change in compare.compare(before, after).items():
+        slowed, ratio = section == "kernels" and provider == "my_triton", change.ratio
+        if change.relative is not None:
+            assert change.relative.value == pytest.approx(0.5 if slowed else 1.0)
         assert ratio.value == pytest.approx(0.5 if slowed else 1.0)
         assert ratio.low <= ratio.value <= ratio.high
         assert slowed or ratio.verdict == "no difference seen"
@@ -85,6 +86,18 @@ def test_the_interval_holds_the_ratio_and_the_verdict_follows_it() -> None:
     assert compare.ratio_of([1.0, 1.1, 0.9] * 5, [0.5, 0.55, 0.45] * 5).verdict == "faster"
     assert compare.ratio_of([1.0, 1.1, 0.9] * 5, [2.0, 2.2, 1.8] * 5).verdict == "slower"
     assert compare.ratio_of([1.0, 3.0, 0.3], [1.1, 2.5, 0.4]).verdict == "no difference seen"
+
+
+def test_noise_of_the_machine_does_not_change_relative_speeds() -> None:
+    before = json.loads(SAVED.read_text(encoding="utf-8"))
+    after = json.loads(SAVED.read_text(encoding="utf-8"))
+    for row in after["results"]:
+        row["samples"] = [3 * sample for sample in row["samples"]]
+    changes = compare.compare(before, after)
+    assert {round(change.ratio.value, 6) for change in changes.values()} == {round(1 / 3, 6)}
+    relative = [change.relative for change in changes.values() if change.relative is not None]
+    assert relative and all(each.value == pytest.approx(1.0) and each.low <= 1 <= each.high for each in relative)
+    assert compare.widest(changes).startswith(f"Relative to their baselines {len(relative)} of {len(relative)} rows")
 
 
 def test_a_run_is_compared_with_an_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
