@@ -25,8 +25,8 @@ TILE_SCORES = 1 << 21
 CALL_BYTES = 1 << 18
 """Keys and values, in bytes, that take as long to read as one more call of fused attention takes."""
 
-THREADED_CALL_BYTES = 1 << 21
-"""Likewise on several threads, which wait for each other: long, where their cores are shared with other work."""
+LARGE_STEP_ROWS = 768
+"""Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
 
 WRITTEN_OUT_CALLS = 8
 """As many calls of fused attention take as long as one tile written out."""
@@ -66,16 +66,17 @@ class Problem:
         """How its batch is computed. What is written out has all keys of a row in one piece."""
         batch, query_len = self.query.shape[0], self.query.shape[2]
         tiles_only = self.has_tiles or not fused
+        # A bias is there already; a mask is made for each tile, and small ones keep memory small.
+        joins = fused and self.bias is not None and self.key_mask is self.mask is None
         sharing = None if self.trains else self._sharing(fused=fused)
-        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, sharing=sharing)
+        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
 
     def _sharing(self, *, fused: bool) -> Sharing:
         """What decides which sequences are decoded in one call."""
         num_kv_heads, value_dim = self.value.shape[1], self.value.shape[3]
         bytes_per_key = num_kv_heads * (self.key.shape[3] + value_dim) * self.key.element_size()
-        threads = torch.get_num_threads()
-        call_bytes = (CALL_BYTES if threads == 1 else THREADED_CALL_BYTES) * (1 if fused else WRITTEN_OUT_CALLS)
-        return Sharing(-(-threads // num_kv_heads), call_bytes // bytes_per_key)
+        call_bytes = CALL_BYTES * (1 if fused else WRITTEN_OUT_CALLS)
+        return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_bytes // bytes_per_key)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -146,9 +147,19 @@ def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:
     return visible
 
 
-def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    """Bias and mask of a piece as one tensor to add to scores, -inf where hidden; None if there is nothing to add."""
+def additive_mask(
+    problem: Problem, elements: slice, piece: Piece, dtype: torch.dtype, repeats: int = 1
+) -> Tensor | None:
+    """Bias and mask of a piece as one tensor to add to scores, -inf where hidden; None if there is nothing to add.
+
+    Its rows are there `repeats` times, one copy after the other.
+    """
+    if repeats > 1 and problem.has_tiles:
+        once = additive_mask(problem, elements, piece, dtype)
+        return once if once is None or once.shape[-2] == 1 else once.repeat(1, 1, repeats, 1)
     if problem.has_tiles:
+        if problem.bias is not None and shows_all(problem, piece):
+            return cut_piece(problem.bias, elements, piece).to(dtype)
         visible = visible_keys(problem, elements, piece)
         bias = torch.zeros((), dtype=dtype, device=problem.query.device)
         if problem.bias is not None:
@@ -162,15 +173,20 @@ def additive_mask(problem: Problem, elements: slice, piece: Piece, dtype: torch.
         *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
     )
     relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
-    pattern = (dtype, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
+    pattern = (dtype, repeats, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
     tile_masks = problem.plan(fused=problem.fused).tile_masks
     if pattern not in tile_masks:
-        visible = visible_keys(problem, elements, piece)
+        visible = visible_keys(problem, elements, piece).repeat(1, 1, repeats, 1)
         if sum(tile.numel() for tile in tile_masks.values()) + visible.numel() > TILE_SCORES:
             tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
         tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         tile_masks[pattern].masked_fill_(~visible, -math.inf)
     return tile_masks[pattern]
+
+
+def shows_all(problem: Problem, piece: Piece) -> bool:
+    """Whether rows of a piece see all of its keys, as far as masks say; a bias may still hide some."""
+    return piece.kind == "all" and problem.key_mask is problem.mask is None
 
 
 def is_plain_decoding(problem: Problem, plan: Plan) -> bool:
@@ -225,31 +241,62 @@ def remembered_mask(problem: Problem, plan: Plan, elements: slice, piece: Piece,
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a piece by torch's fused CPU attention."""
     query, key, value = equal_dims(*piece_operands(problem, elements, piece))
+    batch, num_heads, rows, dim = query.shape
+    group_size = num_heads // key.shape[1] if folds_groups(problem, query, key, piece) else 1
     added = None
     if piece.kind != "causal":
-        added = four_dimensional(additive_mask(problem, elements, piece, accumulator(query.dtype)), piece)
-    batch, num_heads, rows, dim = query.shape
-    # A single query token: the heads of a group become the rows of one head, which then reads its keys once.
-    as_rows = rows == 1 and (added is None or added.shape[1] == 1)
-    if as_rows:
-        query = query.reshape(batch, key.shape[1], -1, dim)
+        # Beside 16-bit queries a mask may be of 16 bits as well: a bias that is need not be widened.
+        own = problem.bias is not None and problem.bias.dtype == query.dtype and shows_all(problem, piece)
+        dtype = query.dtype if own else accumulator(query.dtype)
+        added = additive_mask(problem, elements, piece, dtype, group_size)
+        added = four_dimensional(added, group_size * rows, piece)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query,
+        query if group_size == 1 else query.reshape(batch, key.shape[1], group_size * rows, dim),
         key,
         value,
         0.0,
-        piece.kind == "causal" and not as_rows,  # the one row of a triangle sees its one key
-        attn_mask=added if added is None or not as_rows else added.expand(-1, -1, query.shape[2], -1),
+        piece.kind == "causal" and group_size == 1,  # the one row of a triangle sees its one key
+        attn_mask=added,
         scale=problem.scale,
     )
-    if as_rows:
-        output, lse = output.reshape(batch, num_heads, 1, dim), lse.reshape(batch, num_heads, 1)
+    if group_size > 1:
+        output, lse = output.reshape(batch, num_heads, rows, dim), lse.reshape(batch, num_heads, rows)
+        added = None if added is None else added[:, :, :rows]
     output = output[..., : problem.value.shape[-1]]
     if added is not None and (piece.blind or problem.has_tiles):
-        # What fused attention makes of rows that see nothing is not specified.
-        nothing = added.amax(-1) == -math.inf
-        output, lse = output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
+        output, lse = without_blind_rows(output, lse, added)
     return output, lse
+
+
+def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> bool:
+    """Whether the heads of a group become the rows of one head, which then reads its keys once.
+
+    Always for a single row; for more where that makes as many rows as fused attention takes large steps for, and leaves
+    each thread heads to work on.
+    """
+    batch, num_heads, rows, _ = query.shape
+    num_kv_heads = key.shape[1]
+    if num_heads == num_kv_heads or any(
+        each is not None and each.shape[1] != 1 for each in (problem.bias, problem.mask)
+    ):
+        return False
+    folded = num_heads // num_kv_heads * rows
+    steps = batch * num_kv_heads * (folded // LARGE_STEP_ROWS)
+    worth = rows < LARGE_STEP_ROWS <= folded and steps >= torch.get_num_threads()
+    return rows == 1 or (worth and piece.kind != "causal")
+
+
+def without_blind_rows(output: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The result with output 0 and log-sum-exp -inf in rows of which `added` hides all keys.
+
+    Fused attention gives such rows a log-sum-exp of 0, or none that is a number; only where there is one need the mask
+    be looked at, which takes long.
+    """
+    suspicious = (lse == 0) | ~lse.isfinite()
+    if not suspicious.any():
+        return output, lse
+    nothing = suspicious & (added.amax(-1) == -math.inf)
+    return output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
 
 
 def attend_written_out(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -375,13 +422,12 @@ def cut_piece(tensor: Tensor, elements: slice, piece: Piece) -> Tensor:
     return tensor if tensor.shape[3] == 1 else tensor[..., piece.keys]
 
 
-def four_dimensional(added: Tensor | None, piece: Piece) -> Tensor | None:
+def four_dimensional(added: Tensor | None, rows: int, piece: Piece) -> Tensor | None:
     """Fused attention broadcasts a mask over batch and heads, not over rows and keys."""
     if added is None:
         return None
-    rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
     added = added.reshape((1,) * (4 - added.ndim) + added.shape)
-    return added.expand(*added.shape[:2], rows, keys)
+    return added.expand(*added.shape[:2], rows, piece.keys.stop - piece.keys.start)
 
 
 def equal_dims(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -224,7 +224,8 @@ def _add_piece(
     query, wide_key, wide_value, part, grad = equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
     added = None
     if piece.kind != "causal":
-        added = four_dimensional(additive_mask(problem, elements, piece, query.dtype), piece)
+        rows = piece.rows.stop - piece.rows.start
+        added = four_dimensional(additive_mask(problem, elements, piece, query.dtype), rows, piece)
     parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
         piece.kind == "causal", attn_mask=added, scale=problem.scale,

@@ -70,20 +70,29 @@ class Plan:
 
 
 def plan_batch(
-    start: Tensor, end: Tensor, batch: int, query_len: int, *, tiles_only: bool, sharing: Sharing | None = None
+    start: Tensor,
+    end: Tensor,
+    batch: int,
+    query_len: int,
+    *,
+    tiles_only: bool,
+    joins: bool = False,
+    sharing: Sharing | None = None,
 ) -> Plan:
     """The plan for spans `start` and `end`, int32 `[batch or 1, query_len or 1]`.
 
-    With `tiles_only` all keys of a row are in one piece. Without `sharing` sequences with spans of their own are never
+    With `tiles_only` all keys of a row are in one piece; with `joins` tiles that see all of the same keys become one.
+    Without `sharing` sequences with spans of their own are never
     computed together. The layers of a model share their spans, so the last few plans are remembered, by the identity of
     the tensors.
     """
     versions = tuple(0 if bound.is_inference() else bound._version for bound in (start, end))
-    request = (batch, query_len, tiles_only, sharing, versions)
+    request = (batch, query_len, tiles_only, joins, sharing, versions)
     for known_start, known_end, known_request, plan in _recent_plans:
         if known_start() is start and known_end() is end and known_request == request:
             return plan
-    plan = Plan(list(_groups(start, end, batch, query_len, tiles_only, sharing)))
+    groups = _groups(start, end, batch, query_len, tiles_only, sharing)
+    plan = Plan([group._replace(pieces=joined(group.pieces)) if joins else group for group in groups])
     _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
     return plan
 
@@ -214,6 +223,23 @@ def _tiles(start: Tensor, end: Tensor, first: int, last: int) -> Iterator[Piece]
         keys = slice(int(start[rows][sees].min()), int(end[rows].max()))
         same = bool((start[rows] == keys.start).all() and (end[rows] == keys.stop).all())
         yield Piece(rows, keys, "all" if same else "masked", blind=not bool(sees.all()))
+
+
+def joined(pieces: list[Piece]) -> list[Piece]:
+    """The pieces, with neighbours that see all of the same keys as one: fewer and larger calls are faster."""
+    whole: list[Piece] = []
+    for piece in pieces:
+        last = whole[-1] if whole else None
+        if (
+            last is not None
+            and (last.kind, last.keys, last.rows.stop) == ("all", piece.keys, piece.rows.start)
+            and piece.kind == "all"
+            and not (last.blind or piece.blind or last.follows or piece.follows)
+        ):
+            whole[-1] = last._replace(rows=slice(last.rows.start, piece.rows.stop))
+        else:
+            whole.append(piece)
+    return whole
 
 
 def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:

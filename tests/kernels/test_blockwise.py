@@ -96,7 +96,6 @@ def test_decoding_over_uneven_padding(dtype, threads, num_kv_heads, sinks, monke
     """Some sequences are computed together and some are not; what is padded or not filled yet may hold anything."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(blockwise, "CALL_BYTES", 1 << 14)
-    monkeypatch.setattr(blockwise, "THREADED_CALL_BYTES", 1 << 14)
     torch.manual_seed(0)
     pads, filled = torch.tensor([0, 3, 250, 130, 131, 299]), 300
     shown = torch.arange(400) >= pads[:, None]
@@ -116,6 +115,57 @@ def test_decoding_over_uneven_padding(dtype, threads, num_kv_heads, sinks, monke
             assert output.transpose(1, 2).is_contiguous()
         inputs |= {name: inputs[name].masked_fill(hidden, torch.nan) for name in ("key", "value")}
         assert (attention(**inputs, spans=spans).double() - exact).norm() <= bound
+
+
+def captured_rows(monkeypatch):
+    """How many rows each call of torch's fused attention has from now on."""
+    rows, fused = [], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def counted(query, *arguments, **keywords):
+        rows.append(query.shape[2])
+        return fused(query, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", counted)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", [None, (2, 1, 600, 700), (1, 8, 600, 700)], ids=["spans", "shared", "by head"])
+def test_heads_of_a_group_as_rows_of_one(dtype, mask, monkeypatch):
+    torch.manual_seed(0)
+    rows = captured_rows(monkeypatch)
+    problem = Problem(
+        query=tensor(2, 8, 600, 32, dtype=dtype),
+        key=tensor(2, 2, 700, 32, dtype=dtype),
+        value=tensor(2, 2, 700, 48, dtype=dtype),
+        spans=Spans.sliding(600, 700, left=99, offset=100)
+        & Spans.packed_offsets(torch.tensor([0, 250, 600]), torch.tensor([0, 350, 700]), 600, 700),
+        mask=None if mask is None else torch.rand(mask) < 0.7,
+    )
+    problem.check()
+    by_head = mask is not None and mask[1] > 1
+    assert max(rows) == 256 if by_head else max(rows) >= blockwise.LARGE_STEP_ROWS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_bias_alone_takes_one_call(dtype, heads, monkeypatch):
+    torch.manual_seed(0)
+    rows = captured_rows(monkeypatch)
+    bias = torch.randn(1, heads, 600, 700).to(dtype)
+    bias[:, :, ::7] = -torch.inf  # rows that see nothing
+    bias[..., 11] = -torch.inf
+    problem = Problem(
+        query=tensor(2, 8, 600, 32, dtype=dtype),
+        key=tensor(2, 2, 700, 32, dtype=dtype),
+        value=tensor(2, 2, 700, 32, dtype=dtype),
+        spans=Spans.full(600, 700),
+        bias=bias,
+    )
+    problem.check()
+    assert rows == [600 if heads > 1 else 2400]
+    output, lse = problem.run()
+    assert (output[:, :, ::7] == 0).all() and (lse[:, :, ::7] == -torch.inf).all()
 
 
 def larger_problem(seed):
