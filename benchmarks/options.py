@@ -208,13 +208,18 @@ def check_shapes(run: Run, parser: OneLineParser) -> None:
 
 def check_ranks(run: Run, parser: OneLineParser) -> None:
     """Ranks that were asked for must be possible; default ones that are not become a row that says why."""
+    run.model = getattr(run, "model", None) or str(run.checkpoint)
     asked = getattr(run, "ranks", None)
-    run.ranks = sorted({1, *(asked or (2,))})
-    reasons = [tensor_parallel.impossible_ranks(ranks, run.checkpoint, run.device) for ranks in run.ranks]
-    reason = next((each for each in reasons if each is not None), None)
-    if reason is not None and asked:
+    default = (1, 2) if run.device.type == "cpu" else (1, 2, 4, 8)
+    run.ranks = sorted({1, *(asked or default)})
+    if "tp" not in run.sections:
+        return
+    try:
+        reasons = [tensor_parallel.impossible_ranks(ranks, run.model, run.device) for ranks in run.ranks]
+    except ValueError as error:
+        parser.error(str(error))
+    if asked and (reason := next((each for each in reasons if each is not None), None)) is not None:
         parser.error(reason)
-    run.ranks_reason = reason
 
 
 def providers_of(run: Run, *, slow: bool = True) -> list[str]:

@@ -201,13 +201,12 @@ def run_models(run: Run, progress: Progress) -> Rows:
 
 def run_tp(run: Run, progress: Progress) -> Rows:
     """A model over several ranks."""
-    if run.ranks_reason is not None:
-        yield [Result("tp", "generate", f"{max(run.ranks)} ranks", status="unavailable", reason=run.ranks_reason)]
-        return
-    task = Task(progress, "tp", 1)
+    dtypes = run.dtypes if run.dtype else (torch.float32,)
+    task = Task(progress, "tp", len(dtypes))
     sizes = replace(models.SIZES[run.thoroughness], prompt_tokens=256)
-    yield tensor_parallel.run_tensor_parallel(run.checkpoint, max(run.ranks), sizes, run.device, task.say)
-    task.done()
+    for dtype in dtypes:
+        yield tensor_parallel.run_tensor_parallel(run.model, run.ranks, sizes, dtype, run.device, task.say)
+        task.done()
     task.say("done")
 
 

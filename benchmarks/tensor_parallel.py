@@ -1,89 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tp section: the reference checkpoint sharded over ranks, compared with one rank.
+"""The tp section: a model sharded by its own plan over ranks, compared with one rank.
 
-The runner starts torchrun, which starts this module once per rank:
-`python -m torch.distributed.run --nproc-per-node RANKS -m benchmarks.tensor_parallel CHECKPOINT ...`.
+torchrun starts `benchmarks.rank` once per rank. On a CPU ranks share its cores, so that more of them are no faster:
+there the section shows that sharding is right, and what share of time goes to collectives.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from model.configuration_reference import ReferenceConfig
-from model.modeling_reference import ReferenceForCausalLM
-
-from .measure import Result
-from .models import ModelSizes, is_checkpoint, padded_prompts
+from .measure import Result, dtype_name
+from .models import TIE, ModelSizes, is_checkpoint, tokens_agree
 from .providers import OURS
+from .rank import register_reference
+from .rows import ABSENT, results_of
 
 SAMPLES = 3
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 300.0
+PHASES = ("prefill", "decode")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def impossible_ranks(ranks: int, folder: Path, device: torch.device) -> str | None:
-    """Why the reference model cannot be sharded over `ranks` ranks here, in words, or None."""
-    config = ReferenceConfig.from_pretrained(folder) if is_checkpoint(folder) else ReferenceConfig()
-    heads = config.num_key_value_heads
-    if ranks < 1 or heads % ranks:
-        return f"--tp must divide the reference model's {heads} key-value heads, got {ranks}"
+def config_of(model: str) -> PreTrainedConfig:
+    """The configuration of a model's text part.
+
+    Raises:
+        ValueError: `model` is no folder with a config.json and no hub id that can be had.
+    """
+    register_reference()
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {model}: no configuration found ({str(error).splitlines()[0]}); give a folder that "
+            "save_pretrained has written, or the id of a model on the hub"
+        ) from None
+
+
+def impossible_ranks(ranks: int, model: str, device: torch.device) -> str | None:
+    """Why a model cannot be sharded over `ranks` ranks here, in words, or None."""
+    from model.configuration_reference import ReferenceConfig
+
+    untrained = Path(model).name.startswith("reference") and not is_checkpoint(Path(model))
+    config = ReferenceConfig() if untrained else config_of(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if ranks < 1 or heads % ranks or config.num_attention_heads % ranks:
+        return f"--ranks must divide the model's {config.num_attention_heads} heads and {heads} key heads, got {ranks}"
     if device.type == "cuda" and ranks > torch.cuda.device_count():
-        return f"--tp {ranks} needs {ranks} GPUs, this machine has {torch.cuda.device_count()}"
+        return f"--ranks {ranks} needs {ranks} GPUs, this machine has {torch.cuda.device_count()}"
     return None
 
 
+def with_weights(model: str, scratch: Path, dtype: torch.dtype) -> str:
+    """The model, or, for a folder that holds a configuration alone, a copy of it with random weights in `scratch`."""
+    folder = Path(model)
+    if not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        return model
+    register_reference()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype).save_pretrained(scratch)
+    return str(scratch)
+
+
 def run_tensor_parallel(
-    folder: Path, ranks: int, sizes: ModelSizes, device: torch.device, say: Callable[[str], None]
+    model: str,
+    ranks: Sequence[int],
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> list[Result]:
-    """Greedy generation on one rank and on `ranks` ranks: the same tokens, and how long they take."""
-    results, truth = [], None
-    for count in sorted({1, ranks}):
-        say(f"{count} rank{'s' if count > 1 else ''}")
-        name = f"{count} rank{'s' if count > 1 else ''}"
-        result = Result("tp", "generate", name, "float32", unit="s")
-        results.append(result)
-        try:
-            outcome = start_ranks(folder, count, sizes, device)
-        except RuntimeError as error:
-            result.status, result.reason = "failed", str(error)
-            continue
-        tokens = outcome["tokens"]
-        truth = tokens if count == 1 else truth
-        total = sum(map(len, tokens))
-        result.work = total
-        result.description = (
-            f"{OURS}, {len(tokens)} prompts of up to {sizes.prompt_tokens:,} tokens, "
-            f"{sizes.new_tokens} greedy tokens each"
-        )
-        pairs = zip(chain.from_iterable(tokens), chain.from_iterable(truth or []), strict=False)
-        equal = sum(mine == theirs for mine, theirs in pairs)
-        result.details |= {
-            "threads_per_rank": outcome["threads"],
-            "heads_per_rank": outcome["heads"],
-            "tokens_equal_to_one_rank": equal,
-            "tokens_total": total,
-        }
-        if tokens == truth:
-            result.samples = outcome["seconds"]
-        else:
-            result.status, result.reason = "failed", f"only {equal} of {total} greedy tokens equal those of one rank"
+    """Greedy generation on each number of ranks, which must begin with one: the same tokens, and how long they take.
+
+    One result for prefill and one for decoding on each number of ranks.
+    """
+    results: list[Result] = []
+    truth: dict[str, Any] | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        model = with_weights(model, Path(scratch), dtype)
+        for count in ranks:
+            name = f"{count} rank{'s' if count > 1 else ''}"
+            say(name)
+            mine = [Result("tp", phase, name, dtype_name(dtype), details={"ranks": count}) for phase in PHASES]
+            results += mine
+            if (reason := impossible_ranks(count, model, device)) is not None:
+                for result in mine:
+                    result.status, result.reason = "unavailable", reason
+                continue
+            try:
+                outcome = start_ranks(model, count, sizes, dtype, device)
+            except RuntimeError as error:
+                for result in mine:
+                    result.status, result.reason = "failed", str(error)
+                continue
+            truth = outcome if count == 1 else truth
+            for result in mine:
+                note(result, outcome, truth, sizes, dtype)
     return results
 
 
-def start_ranks(folder: Path, ranks: int, sizes: ModelSizes, device: torch.device) -> dict[str, Any]:
-    """Run this module on `ranks` ranks and return what rank 0 found.
+def note(
+    result: Result, outcome: dict[str, Any], truth: dict[str, Any] | None, sizes: ModelSizes, dtype: torch.dtype
+) -> None:
+    """Put into a result what the ranks found; other tokens than those of one rank are a failure, but for near ties."""
+    tokens, phase = outcome["tokens"], result.case
+    total = sum(map(len, tokens))
+    result.work = outcome["prompt_tokens"] if phase == "prefill" else total
+    result.description = (
+        f"{OURS}, {len(tokens)} prompts of up to {sizes.prompt_tokens:,} tokens padded left, "
+        f"{sizes.new_tokens} greedy tokens each"
+    )
+    right = truth if truth is not None else outcome
+    equal = sum(
+        mine == theirs
+        for mine, theirs in zip(chain.from_iterable(tokens), chain.from_iterable(right["tokens"]), strict=True)
+    )
+    result.details |= {
+        "threads_per_rank": outcome["threads"],
+        "heads_per_rank": outcome["heads"][0],
+        "kv_heads_per_rank": outcome["heads"][1],
+        "share_of_attention": outcome["shares"][phase]["attention"],
+        "share_of_collectives": outcome["shares"][phase]["collectives"],
+        "tokens_equal_to_one_rank": equal,
+        "tokens_total": total,
+    }
+    margins = torch.tensor(right["margins"])
+    # In 16 bits another order of sums moves logits by more; what beats the second by less than that may lose.
+    tie = TIE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype.itemsize < 4 else TIE
+    if tokens_agree(torch.tensor(tokens), torch.tensor(right["tokens"]), margins, min(tie, LARGEST_TIE)):
+        result.samples = outcome["seconds"][phase]
+    else:
+        result.status, result.reason = "failed", f"only {equal} of {total} greedy tokens equal those of one rank"
+
+
+LARGEST_TIE = 0.25
+"""Margin of two logits beyond which a token is no near tie in any dtype."""
+
+
+def start_ranks(model: str, ranks: int, sizes: ModelSizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Run `benchmarks.rank` on `ranks` ranks and return what rank 0 found.
 
     Raises:
         RuntimeError: the ranks failed or took too long; the message holds the end of what they printed.
@@ -92,8 +160,9 @@ def start_ranks(folder: Path, ranks: int, sizes: ModelSizes, device: torch.devic
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "outcome.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "benchmarks.tensor_parallel", str(folder), str(out), "--device", device.type]
+        command += ["-m", "benchmarks.rank", model, str(out), "--device", device.type, "--dtype", dtype_name(dtype)]
         command += ["--prompt-tokens", str(sizes.prompt_tokens), "--new-tokens", str(sizes.new_tokens)]
+        command += ["--samples", str(SAMPLES)]
         # Without this every rank would take all cores, and they would wait for each other.
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         try:
@@ -111,48 +180,35 @@ def last_error(output: str) -> str:
     return (lines or ["no error message"])[-1][-300:]
 
 
-@torch.no_grad()
-def run_rank(options: argparse.Namespace) -> None:
-    """What each rank does: load its shard, generate, and on rank 0 write tokens and times."""
-    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    device = torch.device(options.device, int(os.environ["LOCAL_RANK"])) if options.device == "cuda" else "cpu"
-    sharding = {"tp_plan": "auto"} if ranks > 1 else {}
-    model = ReferenceForCausalLM.from_pretrained(options.checkpoint, attn_implementation=OURS, **sharding)
-    model.to(device).eval()
-    heads: list[int] = []
-    attention = model.model.layers[0].self_attn
-    attention.q_proj.register_forward_hook(lambda _, __, output: heads.append(output.shape[-1] // attention.head_dim))
-    inputs = padded_prompts(PreTrainedTokenizerFast.from_pretrained(options.checkpoint), options.prompt_tokens).to(
-        device
+def tensor_parallel_table(results: Sequence[Result]) -> Table | None:
+    """Generation on each number of ranks: prefill and decoding, and where their time goes."""
+    rows = results_of(results, "tp")
+    if not rows:
+        return None
+    table = Table(
+        title="Tensor parallel, sharded by the model's own plan: tokens per second "
+        "(% of time in attention; in collectives)",
+        caption=next((row.description for row in rows if row.description), None),
     )
-    lengths = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
-    seconds = []
-    for _ in range(SAMPLES + 1):
-        started = time.perf_counter()
-        tokens = model.generate(**inputs, **lengths)[:, inputs["input_ids"].shape[1] :].tolist()
-        seconds.append(time.perf_counter() - started)
-    if rank == 0:
-        outcome = {
-            "tokens": tokens,
-            "seconds": seconds[1:],  # the first was warm-up
-            "threads": torch.get_num_threads(),
-            "heads": heads[-1],
-        }
-        options.out.write_text(json.dumps(outcome), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    for heading in ("ranks", "threads each", "heads each", "prefill", "decoding", "against one rank"):
+        table.add_column(heading, justify="right")
+    for name in dict.fromkeys(row.provider for row in rows):
+        prefilled, decoded = (next(row for row in rows if (row.provider, row.case) == (name, case)) for case in PHASES)
+        found = decoded.details
+        heads = f"{found['heads_per_rank']} ({found['kv_heads_per_rank']} key)" if "heads_per_rank" in found else ABSENT
+        agreement = ABSENT
+        if "tokens_total" in found:
+            agreement = f"{found['tokens_equal_to_one_rank']} of {found['tokens_total']} greedy tokens equal"
+        threads = str(found.get("threads_per_rank", ABSENT))
+        table.add_row(name, threads, heads, rate(prefilled), rate(decoded), agreement)
+    return table
 
 
-def main() -> None:
-    """The command line of a rank."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tensor_parallel", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path, help="where rank 0 writes what it found, as JSON")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    run_rank(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+def rate(result: Result) -> Text:
+    """Tokens per second, and the shares of time."""
+    if not result.measured:
+        failed = result.status == "failed"
+        return Text("FAILED" if failed else ABSENT, style="bold red" if failed else "dim")
+    shares = (result.details[f"share_of_{name}"] for name in ("attention", "collectives"))
+    attention, collectives = (f"{100 * share:.0f} %" for share in shares)
+    return Text(f"{result.work / result.median:,.0f} ({attention}; {collectives})")

@@ -22,7 +22,6 @@ from benchmarks import (
     providers,
     summary,
     tables,
-    tensor_parallel,
     training,
 )
 
@@ -214,13 +213,6 @@ def test_models_agree_with_eager(checkpoint_dir: Path, dtype: torch.dtype) -> No
     assert {(r.case, r.provider): r.reason for r in results if not r.measured} == {}
     assert {r.case for r in results} == {"prefill", "decode", "embeddings"}
     assert {r.provider for r in results} == {"my_triton", "sdpa", "eager"}
-
-
-def test_two_ranks_generate_the_tokens_of_one(checkpoint_dir: Path) -> None:
-    sizes = models.ModelSizes(prompt_tokens=32, new_tokens=3, sentences=0, train_seconds=1)
-    one, two = tensor_parallel.run_tensor_parallel(checkpoint_dir, 2, sizes, CPU, lambda text: None)
-    assert one.measured and two.measured, (one.reason, two.reason)
-    assert (one.details["heads_per_rank"], two.details["heads_per_rank"]) == (8, 4)
 
 
 @pytest.mark.parametrize("launches", [True, False])
