@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GraniteSwaConfig
+from transformers import GraniteSWAConfig
 
 from benchmarks import __main__ as runner
 from benchmarks import measure, models, rank, summary, tensor_parallel
@@ -47,7 +47,7 @@ def test_two_ranks_generate_the_tokens_of_one(checkpoint_dir: Path) -> None:
 
 def test_odd_heads_and_sharded_sinks(tmp_path: Path) -> None:
     """Granite's plan shards the sinks with the heads; its weights are drawn here, from a folder without any."""
-    config = GraniteSwaConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=8, **SMALL)
+    config = GraniteSWAConfig(num_attention_heads=6, num_key_value_heads=2, sliding_window=8, **SMALL)
     results = sharded(config_folder(config, tmp_path))
     assert all(r.measured for r in results), {r.reason for r in results}
     assert heads_of(results[-1]) == (3, 1)
