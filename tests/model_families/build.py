@@ -14,7 +14,7 @@ import attention_plugin  # noqa: F401  (importing it registers "my_triton")
 from .configs import shrink
 from .discover import model_class
 from .inputs import BATCH, inputs_of, noise
-from .overrides import IMPLEMENTATIONS, REFERENCES, SHARPENED
+from .overrides import ENLIVENED, IMPLEMENTATIONS, REFERENCES, SHARPENED
 
 IMPLEMENTATION = "my_triton"
 CROSS = " as decoder"
@@ -57,6 +57,8 @@ def build(folder: str, name: str, implementation: str | dict[str, str]) -> PreTr
     torch.manual_seed(0)
     model = cls._from_config(config, attn_implementation=implementation).float().eval()
     randomise_constants(model)
+    if name in ENLIVENED:
+        enliven(model, ENLIVENED[name])
     if name in SHARPENED:
         sharpen(model, *SHARPENED[name])
     return model
@@ -71,6 +73,17 @@ def sharpen(model: PreTrainedModel, part: str, factor: float) -> None:
 
 
 @torch.no_grad()
+def enliven(model: PreTrainedModel, gain: float) -> None:
+    """Enlarge weights smaller than `gain / sqrt(inputs)`, but for those of embeddings: tokens then stay apart."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and id(parameter) not in embeddings:
+            wanted, deviation = gain * parameter[0].numel() ** -0.5, parameter.std().item()
+            if 0 < deviation < wanted:
+                parameter.mul_(wanted / deviation)
+
+
+@torch.no_grad()
 def randomise_constants(model: PreTrainedModel) -> None:
     """Give weights that begin as one number, such as 0 or a small scale of a layer, values as training would.
 
@@ -82,6 +95,9 @@ def randomise_constants(model: PreTrainedModel) -> None:
         constant = parameter.numel() > 0 and bool((parameter == first).all())
         if (constant and first.item() != 1) or not parameter.isfinite().all():
             parameter.normal_(std=0.2, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_sum"):  # a codebook: with all of its entries equal all sounds are
+            buffer.normal_(generator=generator)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx].normal_(std=0.2, generator=generator)

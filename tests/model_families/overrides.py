@@ -98,7 +98,29 @@ REFERENCES = {
 }
 
 # Factors of the weights in a part of a model, where tokens are otherwise so alike that attention does not matter.
-SHARPENED = {"PPOCRV5ServerRecForTextRecognition": ("head", 15.0)}
+SHARPENED = {
+    "PPOCRV5ServerRecForTextRecognition": ("head", 15.0),
+    "PPOCRV5MobileRecForTextRecognition": ("head", 15.0),
+    "MarkupLMForTokenClassification": ("word_embeddings", 20.0),
+}
+
+# How many times as large as 1 / sqrt(inputs) the weights of all layers are, where those that the model draws are so
+# small that its scores are all alike, or that nothing but the residual stream reaches its outputs.
+ENLIVENED = {
+    "BridgeTowerForImageAndTextRetrieval": 1.0,
+    "ConditionalDetrForObjectDetection": 1.0,
+    "DetrForObjectDetection": 1.0,
+    "FunAsrNanoEncoder": 1.0,
+    "Kimi_K25VisionModel": 1.0,
+    "MaskFormerForInstanceSegmentation": 1.0,
+    "MimiModel": 1.0,
+    "MiniCPMV4_6VisionModel": 1.0,
+    "MiniCPMV4_7VisionModel": 1.0,
+    "MoonshineStreamingEncoder": 1.0,
+    "MuseGlimmerAssistantModel": 1.0,
+    "Qwen3ASREncoder": 3.0,
+    "VideoPrismForVideoClassification": 2.0,
+}
 
 # The class that is compared where the others hide what attention does: no random weights find points that match.
 CHOSEN = {"efficientloftr": ["EfficientLoFTRModel"]}

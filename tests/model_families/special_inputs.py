@@ -148,6 +148,11 @@ INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
         "pixel_values": noise(BATCH, 3, 96, 256), "output_hidden_states": True,
     },
     "PPOCRV5MobileRecForTextRecognition": lambda model: {"pixel_values": noise(BATCH, 3, 96, 128)},
+    # Of a small picture their backbones leave a single place.
+    **dict.fromkeys(
+        ("ConditionalDetrForObjectDetection", "DetrForObjectDetection", "MaskFormerForInstanceSegmentation"),
+        lambda model: {"pixel_values": noise(BATCH, 3, 128, 128)},
+    ),
     "SamModel": _prompted,
     "SamHQModel": _prompted,
 }  # fmt: skip
