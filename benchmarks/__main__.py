@@ -15,7 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from . import cases, compare, gpu_report, models, page, readme, saved, sections, summary, tables, tensor_parallel
+from . import (
+    cases,
+    compare,
+    gpu_report,
+    models,
+    page,
+    readme,
+    saved,
+    sections,
+    serve,
+    summary,
+    tables,
+    tensor_parallel,
+)
 from .options import SECTIONS, OneLineParser, Run, parse
 from .providers import OURS, PROVIDERS
 from .terminal import make_console, make_progress
@@ -49,11 +62,8 @@ def show(results: Sequence[saved.Result], limits: Limits | None, console: Consol
         *tables.kernel_tables(results, "backward", limits),
         *tables.model_tables(results),
         tables.memory_table(results),
-        *(
-            []
-            if not hasattr(tensor_parallel, "tensor_parallel_table")
-            else [tensor_parallel.tensor_parallel_table(results)]
-        ),
+        tensor_parallel.tensor_parallel_table(results),
+        serve.serve_table(results),
     ]
     for table in shown:
         if table is not None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from . import cases, models, saved, tensor_parallel
+from . import cases, models, saved, serve, tensor_parallel
 from .providers import BASELINE, OURS, PROVIDERS
 
 SECTIONS = {
@@ -20,6 +20,7 @@ SECTIONS = {
     "models": "whole models",
     "memory": "peak memory over the length of a prompt",
     "tp": "a model sharded over ranks",
+    "serve": "requests that arrive together, batched continuously",
 }
 """Sections of a run, in its order."""
 
@@ -109,7 +110,19 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def add_engines(parser: argparse.ArgumentParser) -> None:
     """What serving takes."""
-    parser.add_argument("--model", metavar="MODEL", help="folder or hub id, in place of the reference model")
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        choices=serve.ENGINES,
+        default=[],
+        help="also by these engines, with their own attention and with this project's",
+    )
+    parser.add_argument(
+        "--python",
+        type=Path,
+        metavar="PATH",
+        help="the Python that an engine is installed beside; default: .venv-ENGINE, which `make test-engines` makes",
+    )
 
 
 EXTRAS = {
@@ -167,6 +180,7 @@ def parse(section: str | None, arguments: Sequence[str], description: str | None
     run.dtypes = [DTYPES[name] for name in run.dtype] if run.dtype else cases.DTYPES[run.device.type, run.thoroughness]
     run.sweep = list(cases.SWEEPS) if "all" in getattr(run, "sweep", []) else getattr(run, "sweep", [])
     check_shapes(run, parser)
+    run.engines = engines_of(run, parser)
     run.checkpoint = CHECKPOINTS / "reference"
     if run.quick and not models.is_checkpoint(run.checkpoint):
         # Trained for seconds only: the full run must not find it in the place of its own.
@@ -204,6 +218,15 @@ def check_shapes(run: Run, parser: OneLineParser) -> None:
                 cases.MODELS[model].on_rank(degree)
             except ValueError as error:
                 parser.error(f"--degrees {degree}, {model}: {error}")
+
+
+def engines_of(run: Run, parser: OneLineParser) -> list[tuple[str, Path]]:
+    """Engines that serve, each with its Python."""
+    engines, python = getattr(run, "engine", []), getattr(run, "python", None)
+    if python is not None and len(engines) != 1:
+        parser.error(f"--python names the environment of one engine; give one with --engine, got {engines or 'none'}")
+    root = FOLDER.parent
+    return [(engine, python or root / f".venv-{engine}" / "bin" / "python") for engine in engines]
 
 
 def check_ranks(run: Run, parser: OneLineParser) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from rich.progress import Progress
 
-from . import cases, host, kernels, memory, models, paged, tensor_parallel, training
+from . import cases, host, kernels, memory, models, paged, serve, tensor_parallel, training
 from .cases import Point, Sizes, Sweep
 from .measure import Effort, Result
 from .options import Run, providers_of
@@ -210,6 +210,15 @@ def run_tp(run: Run, progress: Progress) -> Rows:
     task.say("done")
 
 
+def run_serve(run: Run, progress: Progress) -> Rows:
+    """Requests in a queue."""
+    task = Task(progress, "serve", 1)
+    names = tuple(dict.fromkeys((OURS, *(run.peers or (BASELINE, FALLBACK_BASELINE)))))
+    yield serve.run_serve(run.checkpoint, serve.LOADS[run.thoroughness], run.device, task.say, names, run.engines)
+    task.done()
+    task.say("done")
+
+
 RUNNERS: dict[str, Callable[[Run, Progress], Rows]] = {
     "kernels": run_kernels,
     "host": run_host,
@@ -217,4 +226,5 @@ RUNNERS: dict[str, Callable[[Run, Progress], Rows]] = {
     "models": run_models,
     "memory": run_memory,
     "tp": run_tp,
+    "serve": run_serve,
 }
