@@ -42,6 +42,9 @@ LARGEST_DIFFERENCE = 1e-4
 TIE = 1e-3
 """Where eager's two best logits are closer than this, either token is right (in float32)."""
 
+LARGEST_TIE = 0.25
+"""Likewise in 16 bits, where another order of sums moves logits by more."""
+
 TEXT_MODULES = (
     "argparse",
     "subprocess",
@@ -141,6 +144,11 @@ def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor
         tokens.append(state.token)
         margins.append(best.values[:, :1] - best.values[:, 1:])
     return torch.cat(tokens, 1), torch.cat(margins, 1)
+
+
+def near_tie(dtype: torch.dtype) -> float:
+    """Margin of two logits below which either token is right."""
+    return TIE if dtype.itemsize >= 4 else LARGEST_TIE
 
 
 def tokens_agree(tokens: Tensor, truth: Tensor, margins: Tensor, tie: float = TIE) -> bool:

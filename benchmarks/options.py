@@ -193,6 +193,10 @@ def check_against(run: Run, parser: OneLineParser) -> None:
     """Tell names of implementations from files of earlier runs."""
     names = [provider.name for provider in PROVIDERS]
     run.peers = [word for word in run.against if word in names]
+    if run.peers and run.sections == ("tp",):
+        parser.error(f"--against {run.peers[0]}: tp compares {OURS} on several ranks; give it an earlier run's JSON")
+    if run.peers not in ([], [BASELINE]) and run.sections == ("host",):
+        parser.error(f"--against {run.peers[0]}: host knows the cost of {BASELINE} only; leave it out")
     paths = [Path(word) for word in run.against if word not in names]
     if len(paths) > 1:
         parser.error(f"--against takes one earlier run, got {', '.join(map(str, paths))}; `compare` compares more")

@@ -212,10 +212,13 @@ def run_tp(run: Run, progress: Progress) -> Rows:
 
 def run_serve(run: Run, progress: Progress) -> Rows:
     """Requests in a queue."""
-    task = Task(progress, "serve", 1)
-    names = tuple(dict.fromkeys((OURS, *(run.peers or (BASELINE, FALLBACK_BASELINE)))))
-    yield serve.run_serve(run.checkpoint, serve.LOADS[run.thoroughness], run.device, task.say, names, run.engines)
-    task.done()
+    dtypes = run.dtypes if run.dtype else (torch.float32,)
+    task = Task(progress, "serve", len(dtypes))
+    load, names = serve.LOADS[run.thoroughness], run.peers or (BASELINE, FALLBACK_BASELINE)
+    names = tuple(dict.fromkeys((OURS, *names)))
+    for dtype in dtypes:
+        yield serve.run_serve(run.checkpoint, load, dtype, run.device, task.say, names, run.engines)
+        task.done()
     task.say("done")
 
 

@@ -24,10 +24,9 @@ from rich.table import Table
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerFast
 
 import attention_plugin
-from model.modeling_reference import ReferenceForCausalLM
 
-from .measure import Result, brief
-from .models import TIE, TRUTH, decode, padded_prompts, prefill, tokens_agree
+from .measure import Result, brief, dtype_name
+from .models import TRUTH, decode, load_reference, near_tie, padded_prompts, prefill, tokens_agree
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 from .rows import ABSENT, TIMES, baseline_of, results_of, speed
 
@@ -79,16 +78,21 @@ def prompts_of(folder: Path, load: Load) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Truth:
-    """Eager's greedy tokens `[requests, steps]` of each prompt alone, and by how much each beat the second."""
+    """Eager's greedy tokens `[requests, steps]` of each prompt alone, by how much each beat the second, and the margin
+    below which either is right.
+    """
 
     tokens: torch.Tensor
     margins: torch.Tensor
+    tie: float
 
 
 @torch.no_grad()
-def build_truth(folder: Path, prompts: Sequence[Sequence[int]], steps: int, device: torch.device) -> Truth:
-    """Generate with eager attention, one prompt after the other, in float32."""
-    model = ReferenceForCausalLM.from_pretrained(folder, attn_implementation=TRUTH).to(device).eval()
+def build_truth(
+    folder: Path, prompts: Sequence[Sequence[int]], steps: int, dtype: torch.dtype, device: torch.device
+) -> Truth:
+    """Generate with eager attention, one prompt after the other."""
+    model = load_reference(folder, TRUTH, dtype, device).eval()
     tokens, margins = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
@@ -97,7 +101,7 @@ def build_truth(folder: Path, prompts: Sequence[Sequence[int]], steps: int, devi
         more, beaten = decode(model, prefill(model, inputs), steps - 1)
         tokens.append(torch.cat([best.indices[:, :1], more], 1))
         margins.append(torch.cat([best.values[:, :1] - best.values[:, 1:], beaten], 1))
-    return Truth(torch.cat(tokens).cpu(), torch.cat(margins).cpu())
+    return Truth(torch.cat(tokens).cpu(), torch.cat(margins).float().cpu(), near_tie(dtype))
 
 
 def judge(result: Result, tokens: Sequence[Sequence[int]], truth: Truth) -> bool:
@@ -109,7 +113,7 @@ def judge(result: Result, tokens: Sequence[Sequence[int]], truth: Truth) -> bool
         return False
     equal = int((answers == truth.tokens).sum())
     result.details |= {"tokens_equal_to_eager": equal, "tokens_total": answers.numel()}
-    if tokens_agree(answers, truth.tokens, truth.margins, TIE):
+    if tokens_agree(answers, truth.tokens, truth.margins, truth.tie):
         return True
     result.status = "failed"
     result.reason = f"only {equal} of {answers.numel()} greedy tokens equal those of {TRUTH} alone"
@@ -122,6 +126,7 @@ def judge(result: Result, tokens: Sequence[Sequence[int]], truth: Truth) -> bool
 def run_serve(
     folder: Path,
     load: Load,
+    dtype: torch.dtype,
     device: torch.device,
     say: Callable[[str], None],
     names: Sequence[str] = (OURS, BASELINE, FALLBACK_BASELINE),
@@ -130,15 +135,15 @@ def run_serve(
     """Transformers' continuous batching by each of `names`, then engines, each given with the Python it runs in."""
     prompts = prompts_of(folder, load)
     say(f"{TRUTH}, one request after the other, for comparison")
-    truth = build_truth(folder, prompts, load.new_tokens, device)
+    truth = build_truth(folder, prompts, load.new_tokens, dtype, device)
     results = []
     for name in names:
         say(f"transformers, {name}")
-        results.append(run_transformers(folder, name, load, prompts, truth, device))
+        results.append(run_transformers(folder, name, load, prompts, truth, dtype, device))
     for engine, python in engines:
         for backend in ("own", OURS):
             say(f"{engine}, {'its own attention' if backend == 'own' else OURS}")
-            results.append(run_engine(engine, python, backend, folder, load, prompts, truth, device))
+            results.append(run_engine(engine, python, backend, folder, load, prompts, truth, dtype, device))
     for result in results:
         result.description, result.work = load.description, load.requests * load.new_tokens
     return results
@@ -146,14 +151,20 @@ def run_serve(
 
 @torch.no_grad()
 def run_transformers(
-    folder: Path, name: str, load: Load, prompts: list[list[int]], truth: Truth, device: torch.device
+    folder: Path,
+    name: str,
+    load: Load,
+    prompts: list[list[int]],
+    truth: Truth,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Result:
     """Continuous batching of transformers with one attention implementation."""
-    result = Result("serve", "transformers", name, "float32")
+    result = Result("serve", "transformers", name, dtype_name(dtype))
     try:
         from transformers import ContinuousBatchingConfig
 
-        model = ReferenceForCausalLM.from_pretrained(folder, attn_implementation=name).to(device).eval()
+        model = load_reference(folder, name, dtype, device).eval()
         if name == OURS:
             attention_plugin.enable_continuous_batching(model)
         options: dict[str, Any] = {
@@ -211,19 +222,21 @@ def percentile(values: Sequence[float], share: float = 0.95) -> float:
 # ---------------------------------------------------------------------- engines
 
 
-def options_of(engine: str, backend: str, folder: Path, load: Load, device: torch.device) -> dict[str, Any]:
+def options_of(
+    engine: str, backend: str, folder: Path, load: Load, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Arguments of an engine's own API."""
     longest = load.longest + load.new_tokens + 32
     cpu = device.type == "cpu"
     if engine == "vllm":
         options = {
-            "model": str(folder), "trust_remote_code": True, "dtype": "float32", "model_impl": "transformers",
+            "model": str(folder), "trust_remote_code": True, "dtype": dtype_name(dtype), "model_impl": "transformers",
             "max_model_len": longest, "max_num_seqs": load.requests, "enable_prefix_caching": False,
             "enforce_eager": cpu, "disable_log_stats": True,
         }  # fmt: skip
         return options if backend == "own" else options | {"attention_backend": "MY_TRITON"}
     options = {
-        "model_path": str(folder), "trust_remote_code": True, "dtype": "float32", "model_impl": "transformers",
+        "model_path": str(folder), "trust_remote_code": True, "dtype": dtype_name(dtype), "model_impl": "transformers",
         "context_length": longest, "max_running_requests": load.requests, "disable_radix_cache": True,
         "max_total_tokens": 2 * load.requests * longest, "log_level": "warning",
     }  # fmt: skip
@@ -241,20 +254,20 @@ def run_engine(
     load: Load,
     prompts: list[list[int]],
     truth: Truth,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Result:
     """One engine with its own attention, or with ours, in its own environment."""
-    result = Result("serve", engine, OWN if backend == "own" else OURS, "float32")
+    result = Result("serve", engine, OWN if backend == "own" else OURS, dtype_name(dtype))
     if not python.exists():
         result.status = "unavailable"
         result.reason = (
             f"{engine} is not at {python}; `make test-engines` makes an environment, --python PATH names another"
         )
         return result
-    job = {
-        "engine": engine, "options": options_of(engine, backend, folder.resolve(), load, device), "prompts": prompts,
-        "new_tokens": load.new_tokens, "samples": load.samples,
-    }  # fmt: skip
+    options = options_of(engine, backend, folder.resolve(), load, dtype, device)
+    job = {"engine": engine, "options": options, "prompts": prompts}
+    job |= {"new_tokens": load.new_tokens, "samples": load.samples}
     try:
         outcome = answers_of(python, job)
     except RuntimeError as error:
@@ -305,7 +318,7 @@ def serve_table(results: Sequence[Result]) -> Table | None:
     rows = results_of(results, "serve")
     if not rows:
         return None
-    table = Table(title="Serving, float32", caption=rows[0].description)
+    table = Table(title=f"Serving, {rows[0].dtype}", caption=rows[0].description)
     for heading in (
         "server",
         "attention",

@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .measure import Result, dtype_name
-from .models import TIE, ModelSizes, is_checkpoint, tokens_agree
+from .models import ModelSizes, is_checkpoint, near_tie, tokens_agree
 from .providers import OURS
 from .rank import register_reference
 from .rows import ABSENT, results_of
@@ -138,16 +138,10 @@ def note(
         "tokens_total": total,
     }
     margins = torch.tensor(right["margins"])
-    # In 16 bits another order of sums moves logits by more; what beats the second by less than that may lose.
-    tie = TIE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype.itemsize < 4 else TIE
-    if tokens_agree(torch.tensor(tokens), torch.tensor(right["tokens"]), margins, min(tie, LARGEST_TIE)):
+    if tokens_agree(torch.tensor(tokens), torch.tensor(right["tokens"]), margins, near_tie(dtype)):
         result.samples = outcome["seconds"][phase]
     else:
         result.status, result.reason = "failed", f"only {equal} of {total} greedy tokens equal those of one rank"
-
-
-LARGEST_TIE = 0.25
-"""Margin of two logits beyond which a token is no near tie in any dtype."""
 
 
 def start_ranks(model: str, ranks: int, sizes: ModelSizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -88,6 +88,13 @@ def test_training_by_itself_writes_json_and_a_picture(tmp_path: Path, capsys: py
         (["--tp", "0"], "must divide"),
         (["--tokens", "1"], "at least 64"),
         (["--plot", "picture.pdf"], ".png"),
+        (["--seconds", "0"], "must be positive"),
+        (["--against", "nothing"], "neither an implementation"),
+        (["--against", "a.json", "b.json"], "one earlier run"),
+        (["tp", "--against", "sdpa"], "several ranks"),
+        (["host", "--against", "eager"], "host knows"),
+        (["kernels", "--degrees", "3"], "cannot be shared by 3 ranks"),
+        (["kernels", "--degrees", "0"], "at least 1"),
         pytest.param(
             ["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         ),

@@ -16,9 +16,10 @@ CPU = torch.device("cpu")
 LOAD = serve.Load(requests=5, longest=40, new_tokens=4, samples=2)
 
 
-def test_continuous_batching_answers_as_eager_does(checkpoint_dir: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
+def test_continuous_batching_answers_as_eager_does(checkpoint_dir: Path, dtype: torch.dtype) -> None:
     python = Path("/no/such/python")
-    results = serve.run_serve(checkpoint_dir, LOAD, CPU, lambda text: None, engines=[("vllm", python)])
+    results = serve.run_serve(checkpoint_dir, LOAD, dtype, CPU, lambda text: None, engines=[("vllm", python)])
     served = {result.provider: result for result in results if result.case == "transformers"}
     assert list(served) == ["my_triton", "sdpa", "eager"]
     for result in served.values():
@@ -41,7 +42,7 @@ def test_prompts_have_mixed_lengths_and_no_common_beginning(checkpoint_dir: Path
 
 
 def test_wrong_answers_fail() -> None:
-    truth = serve.Truth(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1.0, 1.0], [1.0, 1e-5]]))
+    truth = serve.Truth(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1.0, 1.0], [1.0, 1e-5]]), 1e-3)
     for answers, reason in (
         ([[1, 2], [3, 4]], ""),
         ([[1, 2], [3, 9]], ""),  # a near tie
