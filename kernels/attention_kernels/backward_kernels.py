@@ -91,16 +91,17 @@ def load_statistics(lse2_ptr, delta_ptr, batch_head, q_pos, query_len):
 @triton.jit
 def score_gradients(
     x, x_value, left, left_value, right, right_value, first_left, left_inside, left_len, first_right, right_inside,
-    right_len, q_pos, k_pos, start, end, lse, delta, spans, mask, bias, dropout, scale, softcap, b, batch_head,
+    right_len, partial, q_pos, k_pos, start, end, lse, delta, spans, mask, bias, dropout, scale, softcap, b, batch_head,
     query_len, key_len, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, BLOCK_LEFT: tl.constexpr,
-    BLOCK_RIGHT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_RIGHT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of weights and of the gradients of its scores, in either orientation.
 
     For tiles `[M, N]` the left operands are query and output gradient and the right ones key and value; positions,
     bounds and statistics of rows are `[M, 1]`, `k_pos` is `[1, N]`. For tiles `[N, M]` all that is the other way round,
-    `bias` and `mask` included.
+    `bias` and `mask` included. `partial`: whether a row of the tile may not see all of its keys. CHECK: whether right
+    rows may not be inside.
 
     Returns:
         Weights; weights after dropout; gradients of the scores, after bias and softcap; the same before the softcap;
@@ -108,16 +109,16 @@ def score_gradients(
     """
     s, y = dot_rows(
         x, left, right, first_left, left_inside, first_right, right_inside, HEAD_DIM, BLOCK_LEFT, BLOCK_RIGHT, BLOCK_D,
-        CHUNK_D, MASKED, PRECISION,
+        CHUNK_D, CHECK, PRECISION,
     )  # fmt: skip
     capped = score_tile(s, scale, softcap)
-    s = bias_and_mask(capped, bias, mask, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, MASKED)
-    if MASKED:
+    s = bias_and_mask(capped, bias, mask, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, CHECK)
+    if partial:
         s = span_mask(s, spans, b, start, end, k_pos, key_len)
     p = tl.exp2(s - lse)
     dp, y_value = dot_rows(
         x_value, left_value, right_value, first_left, left_inside, first_right, right_inside, VALUE_DIM, BLOCK_LEFT,
-        BLOCK_RIGHT, BLOCK_DV, CHUNK_DV, MASKED, PRECISION,
+        BLOCK_RIGHT, BLOCK_DV, CHUNK_DV, CHECK, PRECISION,
     )  # fmt: skip
     weights = p
     if dropout is not None:
@@ -210,8 +211,8 @@ def exact_statistics_kernel(
         k_pos = first_key + tl.arange(0, BLOCK_N)
         p, _, ds, _, _, _ = score_gradients(
             q, g, query, grad_output, key, value, first_row, inside, query_len, first_key, k_pos < key_len, key_len,
-            q_pos[:, None], k_pos[None, :], start[:, None], end[:, None], lse[:, None], 0.0, spans, mask, bias, dropout,
-            scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D,
+            True, q_pos[:, None], k_pos[None, :], start[:, None], end[:, None], lse[:, None], 0.0, spans, mask, bias,
+            dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D,
             CHUNK_DV, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
         total += tl.sum(p, 1)
@@ -247,22 +248,26 @@ def add_product(
 @triton.jit
 def query_step(
     acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale, softcap, b,
-    batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM: tl.constexpr,
+    batch_head, first_row, first_key, body_first, body_last, first_column, query_len, key_len, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr,
     CHUNK_DV: tl.constexpr, PIECE_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
+    BLOCK_N: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient `[M, PIECE_D]` of a tile of queries after the BLOCK_N keys from `first_key` on."""
+    """Gradient `[M, PIECE_D]` of a tile of queries after the BLOCK_N keys from `first_key` on.
+
+    All rows see the keys from `body_first` to `body_last`; both are multiples of BLOCK_N.
+    """
     q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     key_inside = k_pos < key_len
+    partial = (first_key < body_first) | (first_key >= body_last)
     _, _, _, ds, k, _ = score_gradients(
         q, g, query, grad_output, key, value, first_row, q_pos < query_len, query_len, first_key, key_inside, key_len,
-        q_pos[:, None], k_pos[None, :], start[:, None], end[:, None], lse[:, None], delta[:, None], spans, mask, bias,
-        dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D,
-        CHUNK_DV, BLOCK_M, BLOCK_N, MASKED, PRECISION,
+        partial, q_pos[:, None], k_pos[None, :], start[:, None], end[:, None], lse[:, None], delta[:, None], spans,
+        mask, bias, dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        CHUNK_D, CHUNK_DV, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     return add_product(
-        acc, ds, k, key, first_key, key_inside, first_column, HEAD_DIM, BLOCK_N, BLOCK_D, CHUNK_D, PIECE_D, MASKED,
+        acc, ds, k, key, first_key, key_inside, first_column, HEAD_DIM, BLOCK_N, BLOCK_D, CHUNK_D, PIECE_D, True,
         CLEAN, PRECISION,
     )  # fmt: skip
 
@@ -296,32 +301,23 @@ def query_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, inside, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, PIECE_D], tl.float32)
-    for first_key in tl.range(first, body_first, BLOCK_N):
+    # One loop, for the reason that the forward pass has one.
+    for first_key in tl.range(first, last, BLOCK_N):
         acc = query_step(
             acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_first, body_last, BLOCK_N):
-        acc = query_step(
-            acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_last, last, BLOCK_N):
-        acc = query_step(
-            acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            softcap, b, batch_head, first_row, first_key, body_first, body_last, first_column, query_len, key_len,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N,
+            CLEAN=False,
         )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN), as in the forward pass.
     if any_nan(acc):
         acc = tl.zeros([BLOCK_M, PIECE_D], tl.float32)
         for first_key in tl.range(first, last, NARROW, num_stages=1):
+            # Without a body, every tile takes a mask.
             acc = query_step(
                 acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-                softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, NARROW, MASKED=True, CLEAN=True,
+                softcap, b, batch_head, first_row, first_key, first, first, first_column, query_len, key_len, HEAD_DIM,
+                VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, NARROW, CLEAN=True,
             )  # fmt: skip
     store_tile(grad_query, acc * scale, first_row, inside, first_column, HEAD_DIM, BLOCK_M, PIECE_D)
 
@@ -350,9 +346,9 @@ def key_value_step(
     end = tl.where(row_inside, end, 0)
     _, weights, _, ds, q, g = score_gradients(
         k, v, key, value, query, grad_output, first_key, k_pos < key_len, key_len, first_row, row_inside, query_len,
-        q_pos[None, :], k_pos[:, None], start[None, :], end[None, :], lse[None, :], delta[None, :], spans, mask, bias,
-        dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D,
-        CHUNK_DV, BLOCK_N, BLOCK_M, MASKED, PRECISION,
+        MASKED, q_pos[None, :], k_pos[:, None], start[None, :], end[None, :], lse[None, :], delta[None, :], spans,
+        mask, bias, dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        CHUNK_D, CHUNK_DV, BLOCK_N, BLOCK_M, MASKED, PRECISION,
     )  # fmt: skip
     grad_value = add_product(
         grad_value, weights, g, grad_output, first_row, row_inside, piece * PIECE_DV, VALUE_DIM, BLOCK_M, BLOCK_DV,
@@ -494,7 +490,7 @@ def bias_step(
     q = left_tile(query, first_row, inside, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
     g = left_tile(grad_output, first_row, inside, VALUE_DIM, BLOCK_M, BLOCK_DV, CHUNK_DV)
     _, _, ds, _, _, _ = score_gradients(
-        q, g, query, grad_output, key, value, first_row, inside, query_len, first_key, k_pos < key_len, key_len,
+        q, g, query, grad_output, key, value, first_row, inside, query_len, first_key, k_pos < key_len, key_len, True,
         q_pos[:, None], k_pos[None, :], start[:, None], end[:, None], lse[:, None], delta[:, None], spans, mask, bias,
         dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D,
         CHUNK_DV, BLOCK_M, BLOCK_N, True, PRECISION,

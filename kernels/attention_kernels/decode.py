@@ -75,11 +75,14 @@ def load_columns(rows, stride_n, first_column, num_columns, inside, COLUMNS: tl.
 def decode_step(
     state, q, query_rows, query_stride_n, query_inside, key, value, pages, key_scales, value_scales, spans, mask_rows,
     mask_stride_n, bias_rows, bias_stride_n, scale, softcap, b, kv_head, start, end, seen_first, seen_last, first_key,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, CLEAN: tl.constexpr,
+    body_first, body_last, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Softmax state after the BLOCK_N keys from `first_key` on; rows `[M]` are queries of all heads of the group."""
+    """Softmax state after the BLOCK_N keys from `first_key` on; rows `[M]` are queries of all heads of the group.
+
+    All rows see the keys from `body_first` to `body_last`; both are multiples of BLOCK_N.
+    """
     m, l, acc = state
     k_pos = first_key + tl.arange(0, BLOCK_N)
     # Beyond what the rows see there may be no page, or none of this sequence's.
@@ -104,7 +107,7 @@ def decode_step(
     if mask_rows is not None:
         shown = tl.load(mask_rows[:, None] + k_pos[None, :] * mask_stride_n, mask=both, other=0)
         s = tl.where(shown != 0, s, NEG_INF)
-    if MASKED:
+    if (first_key < body_first) | (first_key >= body_last):
         s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], seen_last)
     rows = key_rows(value, pages, b, kv_head, k_pos, inside)
     v = load_columns(rows, value.stride_n, 0, VALUE_DIM, inside, BLOCK_DV).to(query_rows.dtype.element_ty)
@@ -157,35 +160,18 @@ def decode_kernel(
     part = tl.cdiv(tl.cdiv(last - first, BLOCK_N), num_splits) * BLOCK_N
     part_first = first + split * part
     part_last = tl.minimum(part_first + part, last)
-    head_last = tl.minimum(body_first, part_last)
-    body_from, body_to = tl.maximum(body_first, part_first), tl.minimum(body_last, part_last)
-    tail_from = tl.maximum(body_last, part_first)
 
     if CHUNK_D == BLOCK_D:
         q = load_columns(query_rows, query.stride_n, 0, HEAD_DIM, inside, BLOCK_D)
     else:
         q = query.ptr  # read in pieces where it is multiplied
     state = group_state(sinks_ptr, h, split, BLOCK_M, BLOCK_DV)
-    for first_key in tl.range(part_first, head_last, BLOCK_N):
+    for first_key in tl.range(part_first, part_last, BLOCK_N):
         state = decode_step(
             state, q, query_rows, query.stride_n, inside, key, value, pages, key_scales, value_scales, spans, mask_rows,
             mask_stride_n, bias_rows, bias_stride_n, scale, softcap, b, kv_head, start, end, seen_first, last,
-            first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True,
-            CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_from, body_to, BLOCK_N):
-        state = decode_step(
-            state, q, query_rows, query.stride_n, inside, key, value, pages, key_scales, value_scales, spans, mask_rows,
-            mask_stride_n, bias_rows, bias_stride_n, scale, softcap, b, kv_head, start, end, seen_first, last,
-            first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=False,
-            CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(tail_from, part_last, BLOCK_N):
-        state = decode_step(
-            state, q, query_rows, query.stride_n, inside, key, value, pages, key_scales, value_scales, spans, mask_rows,
-            mask_stride_n, bias_rows, bias_stride_n, scale, softcap, b, kv_head, start, end, seen_first, last,
-            first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True,
-            CLEAN=False,
+            first_key, body_first, body_last, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION,
+            BLOCK_N, CLEAN=False,
         )  # fmt: skip
     # A NaN may have come from a key that its row does not see, as in the forward pass: another sequence's old page.
     if any_nan(state[2]):
@@ -194,8 +180,8 @@ def decode_kernel(
             state = decode_step(
                 state, q, query_rows, query.stride_n, inside, key, value, pages, key_scales, value_scales, spans,
                 mask_rows, mask_stride_n, bias_rows, bias_stride_n, scale, softcap, b, kv_head, start, end, seen_first,
-                last, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M, PRECISION, NARROW,
-                MASKED=True, CLEAN=True,
+                last, first_key, part_first, part_first, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+                PRECISION, NARROW, CLEAN=True,  # without a body, every tile takes a mask
             )  # fmt: skip
 
     m, l, acc = state

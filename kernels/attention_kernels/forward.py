@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward pass over spans: one program per tile of query rows and head, three loops over key tiles.
+"""Forward pass over spans: one program per tile of query rows and head, one loop over the key tiles that they see.
 
-The loops are the masked head, the unmasked body and the masked tail of what the tile's rows see; tiles outside are
-never touched. FlashAttention-2 (Dao, 2023) is the source of the order of work.
+Tiles outside are never touched. Of those inside, the ones that some rows see in part (the head and the tail of the run)
+take a mask; those between, the body, take none. It is one loop with a branch and not three loops one after the other:
+between two loops the compiler has to move the running output from registers to registers, and on Hopper it then waits
+for each matrix instruction by itself. FlashAttention-2 (Dao, 2023) is the source of the order of work.
 """
 
 from typing import Any
@@ -42,26 +44,27 @@ NARROW = tl.constexpr(16)
 @triton.jit
 def attend_keys(
     state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end, first_row,
-    query_len, key_len, first_key, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,  # constexpr: the body's code has no mask at all
-    CLEAN: tl.constexpr,
+    query_len, key_len, first_key, body_first, body_last, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Softmax state after the BLOCK_N keys from `first_key` on; the operands point at this program's head."""
+    """Softmax state after the BLOCK_N keys from `first_key` on; the operands point at this program's head.
+
+    All rows see the keys from `body_first` to `body_last`; both are multiples of BLOCK_N.
+    """
     m, l, acc = state
     q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     key_inside = k_pos < key_len
     s, _ = dot_rows(
         q, query, key, first_row, q_pos < query_len, first_key, key_inside, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        CHUNK_D, MASKED, PRECISION,
+        CHUNK_D, True, PRECISION,
     )  # fmt: skip
     s = score_tile(s, scale, softcap)
-    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, MASKED)
-    if MASKED:
+    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
+    if (first_key < body_first) | (first_key >= body_last):
         s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], key_len)
     v = load_tile(
-        value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED,
+        value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, True,
         BLOCK_DV > VALUE_DIM,
     )  # fmt: skip
     if dropout is None:
@@ -134,32 +137,21 @@ def forward_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
-    for first_key in tl.range(first, body_first, BLOCK_N):
+    for first_key in tl.range(first, last, BLOCK_N):
         state = attend_keys(
             state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_first, body_last, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_last, last, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            first_row, query_len, key_len, first_key, body_first, body_last, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, CLEAN=False,
         )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN). Only then is it worth the care to find out.
     if any_nan(state[2]):
         state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
         for first_key in tl.range(first, last, NARROW, num_stages=1):
+            # Without a body, every tile takes a mask.
             state = attend_keys(
                 state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-                first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-                PRECISION, NARROW, MASKED=True, CLEAN=True,
+                first_row, query_len, key_len, first_key, first, first, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                CHUNK_D, BLOCK_M, PRECISION, NARROW, CLEAN=True,
             )  # fmt: skip
 
     m, l, acc = state
