@@ -121,8 +121,23 @@ def inner_loop(code: str) -> Loop | None:
     def work(body: Sequence[Instruction]) -> tuple[int, ...]:
         return tuple(sum(each.kind == kind for each in body) for kind in ("exponential", "matrix", "float32"))
 
-    body = max(bodies, key=work)
+    body = without_detours(max(bodies, key=work))
     return Loop(body, dict(Counter(each.kind for each in body)), exponentials_overlap(body))
+
+
+def without_detours(body: Sequence[Instruction]) -> list[Instruction]:
+    """The loop's instructions but for those that a branch jumps over and that hold no product and no exponential.
+
+    Such is the mask, which most tiles do not take.
+    """
+    skipped: set[int] = set()
+    for each in body:
+        target = re.search(r"0x([0-9a-f]+)", each.operands) if each.name.startswith("BRA") else None
+        if target is not None and each.place < (place := int(target[1], 16)) <= body[-1].place:
+            between = [one for one in body if each.place < one.place < place]
+            if not any(one.kind in ("matrix", "exponential") for one in between):
+                skipped |= {one.place for one in between}
+    return [each for each in body if each.place not in skipped]
 
 
 def exponentials_overlap(body: Sequence[Instruction]) -> bool | None:
