@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench bench-ci bench-ci-save gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -22,10 +22,6 @@ bench-ci: $(STAMP)
 
 bench-ci-save: $(STAMP)
 	$(BIN)/python -m pytest -q -p no:xdist --benchmark-enable --benchmark-columns=median,iqr,rounds --save-baseline benchmarks/regression
-
-# Compiles every kernel that ships for every chip, and draws the table of docs/compile-report.md from the machine code.
-compile-report: $(STAMP)
-	$(BIN)/python -m attention_plugin compile-report --bits 16 --markdown docs/compile-report.md
 
 # On a machine with a GPU, in its own environment: nothing is installed. GPU_PYTHON=/path/to/python chooses another.
 GPU_PYTHON ?= python3

@@ -51,7 +51,6 @@ class BackwardConfig(NamedTuple):
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
@@ -91,19 +90,14 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
 
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
-    # At 64 columns exponentials take as long as products: two programs at a time, so that one computes what the other
-    # does not (127 registers; 128 keys at a time would take 212, and one program would wait for itself).
-    (2, 64, "spans"): ForwardConfig(128, 64, 8, 3),
-    # Wider tiles of masks and biases make the compiler wait for each matrix instruction by itself.
+    (2, 64, "spans"): ForwardConfig(128, 128, 8, 2),
     (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2),
-    # 128 rows read keys and values from the second cache half as often as 64 would: 32 bytes in a cycle, of about 64.
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2),
-    (2, 128, "short"): ForwardConfig(16, 32, 4, 2),
     # 128 rows would leave no registers to write down what rounding the output took.
     (2, 256, "spans"): ForwardConfig(64, 64, 8, 2),
-    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2),
-    (2, 256, "short"): ForwardConfig(16, 32, 4, 2),
+    (2, 256, "tiles"): ForwardConfig(64, 16, 8, 2),
+    (2, 256, "short"): ForwardConfig(16, 32, 4, 3),
 }
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
@@ -139,7 +133,6 @@ _INTERPRETED: dict[tuple[int, int, Work], ForwardConfig] = {
 CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_80": _ANYWHERE | _AMPERE,
     "sm_86": _ANYWHERE | _CONSUMER,
-    "sm_89": _ANYWHERE | _CONSUMER,
     "sm_90": _ANYWHERE | _HOPPER,
     "sm_100": _ANYWHERE | _HOPPER,
     "sm_120": _ANYWHERE | _CONSUMER,
@@ -207,7 +200,6 @@ _BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
 BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
     "sm_80": _BACKWARD_ANYWHERE,
     "sm_86": _BACKWARD_ANYWHERE,
-    "sm_89": _BACKWARD_ANYWHERE,
     "sm_90": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
     "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
     "sm_120": _BACKWARD_ANYWHERE,
@@ -289,7 +281,6 @@ _DECODE_INTERPRETED: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig]
 DECODE_CONFIGS: dict[str, dict[tuple[int, int, Literal["few", "many"]], DecodeConfig]] = {
     "sm_80": _DECODE_ANYWHERE,
     "sm_86": _DECODE_ANYWHERE,
-    "sm_89": _DECODE_ANYWHERE,
     "sm_90": _DECODE_ANYWHERE | _DECODE_HOPPER,
     "sm_100": _DECODE_ANYWHERE | _DECODE_HOPPER,
     "sm_120": _DECODE_ANYWHERE,
@@ -341,7 +332,7 @@ def architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     name = f"sm_{major}{minor}"
     # Siblings share shared memory and matrix instructions.
-    siblings = {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_121": "sm_120"}
+    siblings = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_101": "sm_100", "sm_103": "sm_100", "sm_121": "sm_120"}
     return siblings.get(name, name)
 
 
