@@ -296,24 +296,31 @@ def query_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, inside, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, PIECE_D], tl.float32)
-    for first_key in tl.range(first, body_first, BLOCK_N):
-        acc = query_step(
-            acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_first, body_last, BLOCK_N):
-        acc = query_step(
-            acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_last, last, BLOCK_N):
-        acc = query_step(
-            acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
-            softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
+    # Each loop is told that it runs, as in the forward pass.
+    if first < body_first:
+        tl.assume(first < body_first)
+        for first_key in tl.range(first, body_first, BLOCK_N):
+            acc = query_step(
+                acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
+                softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            )  # fmt: skip
+    if body_first < body_last:
+        tl.assume(body_first < body_last)
+        for first_key in tl.range(body_first, body_last, BLOCK_N):
+            acc = query_step(
+                acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
+                softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
+            )  # fmt: skip
+    if body_last < last:
+        tl.assume(body_last < last)
+        for first_key in tl.range(body_last, last, BLOCK_N):
+            acc = query_step(
+                acc, q, g, query, grad_output, key, value, start, end, lse, delta, spans, mask, bias, dropout, scale,
+                softcap, b, batch_head, first_row, first_key, first_column, query_len, key_len, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, BLOCK_M, PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN), as in the forward pass.
     if any_nan(acc):
         acc = tl.zeros([BLOCK_M, PIECE_D], tl.float32)

@@ -134,24 +134,32 @@ def forward_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
-    for first_key in tl.range(first, body_first, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_first, body_last, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
-        )  # fmt: skip
-    for first_key in tl.range(body_last, last, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
-            PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
-        )  # fmt: skip
+    # Each loop is told that it runs: the way around a loop would join it where Hopper's matrix instructions are still in
+    # flight, and the assembler would then wait for every single one of them.
+    if first < body_first:
+        tl.assume(first < body_first)
+        for first_key in tl.range(first, body_first, BLOCK_N):
+            state = attend_keys(
+                state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+                first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+                PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            )  # fmt: skip
+    if body_first < body_last:
+        tl.assume(body_first < body_last)
+        for first_key in tl.range(body_first, body_last, BLOCK_N):
+            state = attend_keys(
+                state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+                first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+                PRECISION, BLOCK_N, MASKED=False, CLEAN=False,
+            )  # fmt: skip
+    if body_last < last:
+        tl.assume(body_last < last)
+        for first_key in tl.range(body_last, last, BLOCK_N):
+            state = attend_keys(
+                state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+                first_row, query_len, key_len, first_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, BLOCK_M,
+                PRECISION, BLOCK_N, MASKED=True, CLEAN=False,
+            )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN). Only then is it worth the care to find out.
     if any_nan(state[2]):
         state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)

@@ -28,7 +28,8 @@ KINDS: dict[str, str] = {
     r"LDGSTS|LDG|STG|LD$|ST$|RED|ATOMG?|global_|buffer_|flat_": "global",
     r"LDS|STS|LDSM|STSM|ATOMS|ds_": "shared",
     r"BAR|SYNCS|WARPSYNC|WARPGROUP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|UTCBAR|ERRBAR|CCTL|s_barrier|s_waitcnt": "waiting",
-    r"FADD|FMUL|FFMA|FMNMX|FSEL|FSETP|FSET|FCHK|HADD|HMUL|HFMA|HSET|HMNMX|FSWZ|v_\w*_(?:f32|f16|bf16)\b": "float",
+    r"FADD|FMUL|FFMA|HADD|HMUL|HFMA|v_(?:pk_)?(?:add|sub|mul|fma|mac|fmac)\w*_(?:f32|f16|bf16)": "float",
+    r"FMNMX|FSEL|FSETP|FSET|FCHK|HSETP|HMNMX|v_(?:max|min|cmp|cndmask)\w*": "compare",
     r"F2F|F2I|I2F|F2FP|I2FP|FRND|v_cvt": "convert",
     r"BRA|EXIT|BSSY|BSYNC|CALL|RET|JMP|BREAK|s_cbranch|s_branch|s_endpgm|NOP|s_nop|YIELD|NANOSLEEP": "control",
     r"SHFL|REDUX|VOTE|MATCH": "exchange",
@@ -66,14 +67,17 @@ class Loop:
     Attributes:
         counts: instructions by kind.
         matrix: names of the matrix instructions, with their numbers.
-        in_flight: whether a matrix instruction may still run while exponentials are computed; None where the code does
+        in_flight: how many exponentials are computed while a matrix instruction may still run; None where the code does
             not tell (instructions that the hardware orders by itself).
+        waits: how often it waits for matrix instructions; as often as it has them where the assembler lets only one run
+            at a time. None as for `in_flight`.
         nested: whether there are loops within, whose instructions are counted once.
     """
 
     counts: dict[str, int]
     matrix: dict[str, int]
-    in_flight: bool | None
+    in_flight: int | None
+    waits: int | None
     nested: bool
 
     @property
@@ -167,7 +171,7 @@ def main_loop(code: Sequence[Instruction]) -> Loop | None:
     if not candidates:
         return None
     _, _, kinds, part, inner = min(candidates, key=lambda candidate: candidate[:2])
-    return Loop(dict(kinds), _matrix(part), in_flight(part), inner)
+    return Loop(dict(kinds), _matrix(part), in_flight(part), _waits(part), inner)
 
 
 def _loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
@@ -182,15 +186,16 @@ def _loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
     return list(found.items())
 
 
-def in_flight(loop: Sequence[Instruction]) -> bool | None:
-    """Whether an asynchronous matrix instruction is unfinished where an exponential is computed.
+def in_flight(loop: Sequence[Instruction]) -> int | None:
+    """How many exponentials are computed while an asynchronous matrix instruction is unfinished.
 
     Of Hopper's code only: `HGMMA` starts one, `WARPGROUP.DEPBAR` waits until at most a given number are unfinished.
     """
     if not any(each.name.startswith("HGMMA") for each in loop):
         return None
-    pending, groups = False, 0
-    for each in [*loop, *loop]:  # twice round, since what one turn starts the next may wait for
+    pending, groups, found = False, 0, 0
+    for turn, each in [*((0, each) for each in loop), *((1, each) for each in loop)]:
+        # Twice round, since what one turn starts the next may wait for; the second counts.
         if each.name.startswith("HGMMA"):
             pending, groups = True, groups + ("gsb0" in each.operands)
         elif each.name.startswith("WARPGROUP.DEPBAR"):
@@ -198,8 +203,14 @@ def in_flight(loop: Sequence[Instruction]) -> bool | None:
             groups = min(groups, int(limit.group(1), 16) if limit else 0)
             pending = groups > 0
         elif each.name.startswith("MUFU.EX2") and pending:
-            return True
-    return False
+            found += turn
+    return found
+
+
+def _waits(loop: Sequence[Instruction]) -> int | None:
+    if not any(each.name.startswith("HGMMA") for each in loop):
+        return None
+    return sum(each.name.startswith("WARPGROUP.DEPBAR") for each in loop)
 
 
 def _volume(name: str) -> int:
