@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile shapes of the kernels, as data: a table per architecture, each row with its reason; and the room of each chip.
+"""Tile shapes of the kernels, as data: a table per architecture, each row with its reason; and the room of chips.
 
 None has been timed on a GPU yet: reasons are what the compiler says and what limits allow. `my-triton compile-report`
 shows what the compiler makes of each row, and a test holds them to their limits: no spills on sm_90 up to head dim 256,

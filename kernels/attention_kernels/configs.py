@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 
@@ -19,35 +20,66 @@ from .config_tables import (
     Pass,
     Work,
 )
+from .tuned import tuned_rows
 
 SHORT = 16
 """Query rows that count as few."""
 
 
 def forward_config(
-    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, query_len: int, *, has_tiles: bool
+    architecture: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    query_len: int,
+    *,
+    has_tiles: bool,
+    device: torch.device | None = None,
 ) -> ForwardConfig:
-    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans."""
+    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans.
+
+    With `device`, what was measured on it goes before the tables.
+    """
     widest = widest_row(head_dim, value_dim)
     work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
-    config = CONFIGS[architecture][dtype.itemsize, widest, work]
+    own: Any = device and tuned_rows(device).get(("forward", dtype.itemsize, widest, work))
+    config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
     # A head narrower than a piece is multiplied whole.
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
 
 def backward_config(
-    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, kernel: Pass, *, has_tiles: bool
+    architecture: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    kernel: Pass,
+    *,
+    has_tiles: bool,
+    device: torch.device | None = None,
 ) -> BackwardConfig:
     """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, dropout included."""
     key = (dtype.itemsize, widest_row(head_dim, value_dim), kernel)
+    own: Any = None if device is None or has_tiles else tuned_rows(device).get(("backward", *key))
+    if own is not None:
+        return own
     spans_configs = {} if has_tiles else BACKWARD_SPANS_CONFIGS.get(architecture, {})
     return spans_configs.get(key) or BACKWARD_CONFIGS[architecture][key]
 
 
-def decode_config(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> DecodeConfig:
+def decode_config(
+    architecture: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    rows: int,
+    device: torch.device | None = None,
+) -> DecodeConfig:
     """The tile shape for queries of `dtype` of which a group of heads has `rows` (query tokens times group size)."""
     widest = widest_row(head_dim, value_dim)
-    config = DECODE_CONFIGS[architecture][dtype.itemsize, widest, "few" if rows <= SHORT else "many"]
+    kind: Literal["few", "many"] = "few" if rows <= SHORT else "many"
+    own: Any = device and tuned_rows(device).get(("decode", dtype.itemsize, widest, kind))
+    config: DecodeConfig = own or DECODE_CONFIGS[architecture][dtype.itemsize, widest, kind]
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
 

@@ -134,8 +134,8 @@ def forward_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
-    # Each loop is told that it runs: the way around a loop would join it where Hopper's matrix instructions are still in
-    # flight, and the assembler would then wait for every single one of them.
+    # Each loop is told that it runs: the way around a loop would join it where Hopper's matrix instructions are still
+    # in flight, and the assembler would then wait for every single one of them.
     if first < body_first:
         tl.assume(first < body_first)
         for first_key in tl.range(first, body_first, BLOCK_N):
@@ -224,7 +224,7 @@ def forward(
         has_tiles = mask is not None or bias is not None or softcap is not None or key_mask is not None
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
-            has_tiles=has_tiles or dropout_seed is not None,
+            has_tiles=has_tiles or dropout_seed is not None, device=query.device,
         )  # fmt: skip
         arguments = kernel_arguments(
             query, key, value, output, rounding if wants_rounding else None, lse, spans, mask, bias, sinks,
