@@ -16,6 +16,7 @@ COMMANDS = {
     "explain": "which attention and which mask each layer of a model gets, without loading its weights",
     "compile-report": "what the compiler makes of every shipped configuration on every chip, without a GPU",
     "tune": "measure tile shapes on this machine's GPU, and use the fastest from then on",
+    "warmup": "compile ahead of serving the kernels that a model will need",
 }
 """Commands and their help. Each is a module of this package with `add_arguments(parser)` and `run(options) -> int`."""
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -108,9 +110,26 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-@lru_cache
+_assumed: list[str] = []
+
+
+@contextmanager
+def assuming(name: str) -> Iterator[None]:
+    """Take every device for one of an architecture, to compile for a GPU that is not there. Not for several threads."""
+    _assumed.append(name)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations serve a device; CPU tensors run kernels in the interpreter only."""
+    return _assumed[-1] if _assumed else _architecture(device)
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:

@@ -33,7 +33,8 @@ def assembled(text):
         ("HGMMA.64x128x16.F32.BF16", "matrix"), ("UTCHMMA", "matrix"), ("v_mfma_f32_16x16x16_bf16", "matrix"),
         ("MUFU.EX2", "special"), ("STL.64", "spill"), ("UTMALDG.2D", "bulk copy"), ("LDGSTS.E.BYPASS.128", "global"),
         ("LDSM.16.M88.4", "shared"), ("WARPGROUP.DEPBAR.LE", "waiting"), ("FFMA", "float"),
-        ("F2FP.BF16.F32.PACK_AB", "convert"), ("IMAD.MOV.U32", "integer"), ("UIADD3", "uniform"), ("LDG.E", "global"), ("FSETP.GEU", "compare"),
+        ("F2FP.BF16.F32.PACK_AB", "convert"), ("IMAD.MOV.U32", "integer"), ("UIADD3", "uniform"),
+        ("LDG.E", "global"), ("FSETP.GEU", "compare"),
     ],
 )  # fmt: skip
 def test_kinds_of_instructions(name, kind):
