@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench figures finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench compile-report figures finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -15,6 +15,10 @@ bench: $(STAMP)
 # On a quiet machine: measures, saves the run, and draws the tables and the picture of README.md and docs/ from it.
 figures: bench
 	$(BIN)/python -m benchmarks readme --take benchmarks/results/local/latest.json
+
+# Needs no GPU: compiles every tile shape for every chip, and draws the tables of docs/compile-report.md.
+compile-report: $(STAMP)
+	$(BIN)/python -m attention_plugin compile-report --dtype bfloat16 --jobs 2 --write docs/compile-report.md
 
 finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
 	$(BIN)/python examples/finetune.py $(CHECKPOINT) --output checkpoints/finetuned
