@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -27,6 +27,9 @@ bench-ci-save: $(STAMP)
 GPU_PYTHON ?= python3
 gpu-report:
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks gpu-report
+# Needs no GPU: compiles every tile shape for every chip, and draws the tables of docs/compile-report.md.
+compile-report: $(STAMP)
+	$(BIN)/python -m attention_plugin compile-report --dtype bfloat16 --jobs 2 --write docs/compile-report.md
 
 finetune: $(STAMP) $(CHECKPOINT)/tokenizer.json
 	$(BIN)/python examples/finetune.py $(CHECKPOINT) --output checkpoints/finetuned

@@ -135,7 +135,12 @@ class Call(NamedTuple):
         """Tile shape of one of the kernels."""
         dims = self.query.shape[-1], self.value.shape[-1]
         return backward_config(
-            architecture(self.query.device), self.query.dtype, *dims, kernel, has_tiles=self.has_tiles
+            architecture(self.query.device),
+            self.query.dtype,
+            *dims,
+            kernel,
+            has_tiles=self.has_tiles,
+            device=self.query.device,
         )
 
     def arguments(self, config: BackwardConfig, *, transposed: bool = False) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def decode(
     sequences = batch if query_offsets is None else query_offsets.numel() - 1
     longest = query_len if max_query_len is None else max_query_len
     rows = longest * (num_heads // num_kv_heads)
-    config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, rows)
+    config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, rows, query.device)
     row_tiles = triton.cdiv(rows, config.block_m)
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     programs = row_tiles * sequences * num_kv_heads

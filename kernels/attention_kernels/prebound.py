@@ -134,7 +134,9 @@ def decode_first(
     batch, num_heads, query_len, head_dim = query.shape
     num_kv_heads, key_len, value_dim = value.shape[1:]
     rows = query_len * (num_heads // num_kv_heads)
-    config = decode.decode_config(decode.architecture(query.device), query.dtype, head_dim, value_dim, rows)
+    config = decode.decode_config(
+        decode.architecture(query.device), query.dtype, head_dim, value_dim, rows, query.device
+    )
     programs = -(-rows // config.block_m), batch * num_kv_heads
     splits = num_splits or decode.choose_splits(programs[0] * programs[1], key_len, config.block_n, query.device)
     output = query.new_empty(batch, query_len, num_heads, value_dim)

@@ -339,7 +339,7 @@ def test_json_holds_all_of_it(tmp_path, capsys):
         True,
     )
     assert causal["scores_per_head"]["visible"] == 20 * 21 // 2 + 8 * 9 // 2 + 12 * 8
-    assert window["path"] == "Triton 128 x 128"
+    assert window["path"] == "Triton 128 x 64"
     assert report["masks"][1]["pictures"][1][-1] == "#" * 8 + "." * 12
     assert report["refused"] == report["not_run"] == report["notes"] == []
 

@@ -432,9 +432,9 @@ def test_every_error_of_the_operator_has_a_test():
 
 @pytest.fixture
 def no_architecture_cached():
-    configs.architecture.cache_clear()
+    configs._architecture.cache_clear()
     yield
-    configs.architecture.cache_clear()
+    configs._architecture.cache_clear()
 
 
 @pytest.mark.usefixtures("no_architecture_cached")

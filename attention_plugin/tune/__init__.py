@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures tile shapes on this machine's GPU and keeps the fastest in the user's cache directory.
+
+Each is checked against float64 before it is timed. Later processes read the file once and use it. Exit status: 0 where
+everything was measured, 1 where there is no GPU or time ran out, 2 for what cannot be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from attention_kernels import prebound, tuned
+from attention_kernels.configs import unsupported_device
+
+from ..command import PROGRAM, UsageError, require
+from .measure import measure_all
+from .problems import PASSES, Sizes, rows_to_measure
+from .store import Measured, clear, files, rows_in, save
+
+__all__ = ["Measured", "add_arguments", "run", "tune"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEAD_DIMS = (64, 128, 256, 512)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `my-triton tune`."""
+    dims = [64, 128, 256]
+    parser.add_argument("--head-dim", nargs="+", type=int, default=dims, metavar="N", help="default: 64 128 256")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--pass", nargs="+", dest="passes", choices=PASSES, default=list(PASSES), help="default: all")
+    parser.add_argument("--device", type=int, default=0, metavar="INDEX", help="which GPU; default 0")
+    parser.add_argument(
+        "--seconds", type=float, default=270.0, metavar="S", help="begin no row after this; default 270"
+    )
+    parser.add_argument("--show", action="store_true", help="show what was measured, and where it is kept")
+    parser.add_argument("--clear", action="store_true", help="delete what was measured, for all GPUs and versions")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, show or delete; returns the exit status."""
+    if options.clear:
+        for file in clear():
+            print(f"deleted {file}")
+        return 0
+    if options.show:
+        show()
+        return 0
+    for dim in options.head_dim:
+        if dim not in HEAD_DIMS:
+            raise UsageError(f"--head-dim must be of 64, 128, 256, 512, got {dim}: narrower heads use the next row")
+    if not torch.cuda.is_available():
+        print(f"{PROGRAM} tune: there is no GPU to measure on; built-in tile shapes stay in use", file=sys.stderr)
+        return 1
+    if not 0 <= options.device < torch.cuda.device_count():
+        raise UsageError(
+            f"--device must be below {torch.cuda.device_count()}, the number of GPUs, got {options.device}"
+        )
+    device = torch.device("cuda", options.device)
+    if (reason := unsupported_device(device)) is not None:
+        raise UsageError(reason)
+    wanted = len(rows_to_measure(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype]))
+    measured = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+    show()
+    return 0 if len(measured) == wanted else 1
+
+
+def tune(
+    device: torch.device,
+    passes: tuple[str, ...] = PASSES,
+    head_dims: tuple[int, ...] = (64, 128, 256),
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = 270.0,
+    sizes: Sizes | None = None,
+    quiet: bool = False,
+) -> list[Measured]:
+    """Measure rows of the tables on a device, save what was found, and use it in this process, too.
+
+    Args:
+        device: a GPU; a CPU where Triton's interpreter runs the kernels (for tests).
+        sizes: of the calls; default what keeps a GPU busy.
+        quiet: whether to show no progress.
+
+    Raises:
+        RuntimeError: a built-in shape gives a wrong result.
+        OSError: the cache directory cannot be written.
+    """
+    wanted = rows_to_measure(device, passes, head_dims, dtype)
+    with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
+        measured = measure_all(wanted, device, dtype, sizes or Sizes(), seconds, advance)
+    save(tuned.device_name(device), measured)
+    tuned.forget()
+    prebound.forget()
+    return measured
+
+
+def show() -> None:
+    """Print every file's rows."""
+    found = files()
+    if not found:
+        print(f"nothing measured; files would lie in {tuned.folder()}")
+        return
+    current = {tuned.tuned_file(tuned.device_name(torch.device("cuda", index))) for index in range(_gpus())}
+    console = require("rich.console", "tune").Console()
+    for file in found:
+        table = require("rich.table", "tune").Table(box=None, pad_edge=False)
+        for column in ("pass", "bits", "dim", "row", "tile", "warps", "stages", "us", "built-in us"):
+            table.add_column(column, no_wrap=True)
+        for row in rows_in(file):
+            (part, size, dim, kind), config = row["key"], row["config"]
+            tile = f"{config['block_m']}x{config['block_n']}"
+            table.add_row(
+                part, str(8 * size), str(dim), kind, tile, str(config["num_warps"]), str(config["num_stages"]),
+                f"{row['microseconds']:.0f}", f"{row['default_microseconds']:.0f}",
+            )  # fmt: skip
+        print(f"{file}{'' if file in current else ', which is not of a GPU of this machine and these kernels'}")
+        console.print(table)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    if quiet:
+        yield lambda words: None
+        return
+    console = require("rich.console", "tune").Console(stderr=True)
+    with require("rich.progress", "tune").Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=total)
+
+        def advance(words: str) -> None:
+            progress.console.print(words, markup=False)
+            progress.advance(task)
+
+        yield advance

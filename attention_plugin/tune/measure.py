@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring: each candidate is first made to fit the chip and to give the right result, and only then timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attention_kernels import tuned
+
+from .problems import Problem, Sizes, call, is_right
+from .store import Measured
+
+WORTH = 0.97
+"""A shape replaces the built-in one where it takes at most this share of its time: noise does not decide."""
+
+
+def measure(
+    problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, advance: Callable[[str], None]
+) -> Measured:
+    """The best shape for a row: the built-in one, unless a candidate that fits and is right is faster.
+
+    Args:
+        advance: called with words after each candidate.
+
+    Raises:
+        RuntimeError: not even the built-in shape gives the right result.
+    """
+    if not is_right(problem, device, dtype):
+        raise RuntimeError(
+            f"the built-in tile shape of {problem.key} gives a wrong result here; see `my-triton doctor`"
+        )
+    run = call(problem, device, dtype, sizes)
+    default = best = _time(run, device)
+    config = problem.default
+    for candidate in problem.candidates:
+        found, words = _try(problem, candidate, run, device, dtype)
+        if found is not None and found < best and found <= WORTH * default:
+            best, config = found, candidate
+        advance(f"{problem.key} {tuple(candidate[:4])}: {words}")
+    return Measured(problem.key, config, best * 1e6, default * 1e6)
+
+
+def _try(
+    problem: Problem, candidate: tuned.Config, run: Callable[[], Any], device: torch.device, dtype: torch.dtype
+) -> tuple[float | None, str]:
+    """Seconds of a candidate and words for them, or None and why it is out."""
+    if device.type == "cuda" and (reason := unfit(problem, candidate, device)) is not None:
+        return None, reason
+    with tuned.overriding(device, problem.key, candidate):
+        try:
+            if not is_right(problem, device, dtype):
+                return None, "wrong result"
+            seconds = _time(run, device)
+        except Exception as error:  # the compiler refuses some shapes, each line of Triton others
+            return None, type(error).__name__
+    return seconds, f"{seconds * 1e6:.0f} us"
+
+
+def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> str | None:
+    """Why a shape cannot serve every call of its row on a chip, or None: it is compiled with every extra."""
+    from attention_kernels.ahead_of_time import Case, compile_ahead
+    from attention_kernels.config_tables import SHARED_MEMORY
+    from attention_kernels.configs import architecture
+
+    part, size, dim, kind = problem.key
+    work = f"{kind} (spans)" if part == "backward" else kind
+    case = Case(architecture(device), part, size, dim, work, candidate)
+    try:
+        kernel, arguments = case.kernel()
+        compiled = compile_ahead(kernel, case.architecture, arguments)
+    except Exception as error:
+        return f"does not compile: {type(error).__name__}"
+    if compiled.shared_memory > SHARED_MEMORY[case.architecture]:
+        return "over the shared memory"
+    return "spills" if compiled.spills else None
+
+
+def _time(run: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call."""
+    if device.type == "cuda":
+        import triton
+
+        return triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median") / 1e3
+    samples = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - began)
+    return statistics.median(samples)
+
+
+def measure_all(
+    wanted: Sequence[Problem], device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float,
+    advance: Callable[[str], None],
+) -> list[Measured]:  # fmt: skip
+    """Rows measured until `seconds` have passed: no row is begun after them."""
+    deadline = time.monotonic() + seconds
+    found = []
+    for problem in wanted:
+        if time.monotonic() > deadline:
+            break
+        found.append(measure(problem, device, dtype, sizes, advance))
+    return found

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: for each row a call, its candidates, and how its result is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_kernels import Spans, attention_reference, tuned
+from attention_kernels.config_tables import (
+    BACKWARD_CONFIGS,
+    BACKWARD_SPANS_CONFIGS,
+    CONFIGS,
+    DECODE_CONFIGS,
+    BackwardConfig,
+    DecodeConfig,
+    ForwardConfig,
+)
+from attention_kernels.configs import architecture
+
+PASSES = ("forward", "backward", "decode")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the measured calls are: causal ones of `batch` x `heads` x `tokens`, and one query per sequence."""
+
+    batch: int = 4
+    heads: int = 16
+    tokens: int = 4096
+    decode_batch: int = 32
+    decode_keys: int = 8192
+
+
+CHECKED = Sizes(batch=2, heads=4, tokens=150, decode_batch=2, decode_keys=333)
+"""Sizes at which results are compared with float64: no multiples of a tile."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of the tables on a device.
+
+    Attributes:
+        key: as in `attention_kernels.tuned`.
+        default: the built-in shape.
+        candidates: other shapes to try.
+    """
+
+    key: tuned.Key
+    default: tuned.Config
+    candidates: tuple[tuned.Config, ...]
+
+
+def rows_to_measure(
+    device: torch.device, passes: tuple[str, ...], dims: tuple[int, ...], dtype: torch.dtype
+) -> list[Problem]:
+    """The rows to measure, in order."""
+    name, size = architecture(device), dtype.itemsize
+    found = []
+    for each in passes:
+        for dim in dims:
+            kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}[each]
+            for kind in kinds:
+                default = _default(name, each, size, dim, kind)
+                shapes = tuple(shape for shape in _shapes(each, kind, default) if shape != default)
+                found.append(Problem((each, size, dim, kind), default, shapes))
+    return found
+
+
+def _default(name: str, part: str, size: int, dim: int, kind: str) -> Any:
+    key: Any = (size, dim, kind)
+    if part == "forward":
+        return CONFIGS[name][key]._replace(reason="")
+    if part == "decode":
+        return DECODE_CONFIGS[name][key]._replace(reason="")
+    return (BACKWARD_SPANS_CONFIGS.get(name, {}).get(key) or BACKWARD_CONFIGS[name][key])._replace(reason="")
+
+
+def _shapes(part: str, kind: str, default: Any) -> Iterator[tuned.Config]:
+    """Shapes around those that are known to be good; those that do not fit a device are dropped untimed."""
+    if part == "decode":
+        shapes = (32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2)
+        for block_n, warps, stages in shapes:
+            yield DecodeConfig(default.block_m, block_n, warps, stages, default.chunk_d)
+        return
+    if part == "forward":
+        for block_m, block_n, warps, stages in (
+            (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2),
+            (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+        ):  # fmt: skip
+            yield ForwardConfig(block_m, block_n, warps, stages, default.chunk_d)
+        return
+    for rows, keys, warps, stages in ((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 2)):
+        block_m, block_n = (rows, keys) if kind == "query" else (keys, rows)
+        yield BackwardConfig(block_m, block_n, warps, stages, default.chunk_d, default.piece_d)
+
+
+def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that the row serves, through the launchers that every call goes through; returns its results."""
+    from attention_kernels import backward, decode, forward
+
+    part, _, dim, kind = problem.key
+    query, key, value, spans = inputs(part, dim, device, dtype, sizes)
+    given = query, key, value, spans.start, spans.end, None, None, None, None, None
+    if part == "decode":
+        return lambda: decode.decode(*given, scale=dim**-0.5)[:1]
+    if part == "forward":
+        return lambda: forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=False)[:1]
+    output, lse, rounding = forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=True)
+    gradient = torch.ones_like(output)
+    queries = kind == "query"
+
+    def run() -> tuple[Tensor, ...]:
+        grads = backward.backward(
+            output, lse, rounding, gradient, None, queries, not queries, False, *given, None, dim**-0.5, None, 0.0
+        )
+        return tuple(grad for grad in grads[:3] if grad is not None)
+
+    return run
+
+
+def inputs(part: str, dim: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Any, ...]:
+    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query."""
+    batch, tokens = (sizes.decode_batch, sizes.decode_keys) if part == "decode" else (sizes.batch, sizes.tokens)
+    rows = 1 if part == "decode" else tokens
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((batch, count, heads, dim) for count, heads in ((rows, sizes.heads), (tokens, 2), (tokens, 2)))
+    drawn = (torch.randn(shape, generator=generator, device=device, dtype=torch.float32) for shape in shapes)
+    return (*(each.to(dtype).transpose(1, 2) for each in drawn), Spans.causal(rows, tokens, device=device))
+
+
+def is_right(problem: Problem, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a row's call gives what it should, by the project's bound: twice the error of eager in the same dtype."""
+    ours = torch.cat([each.double().flatten() for each in call(problem, device, dtype, CHECKED)()])
+    exact, allowed = _truth(problem.key, device, dtype)
+    return float((ours - exact).norm()) <= allowed
+
+
+@cache
+def _truth(key: tuned.Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The exact results of a row's call at `CHECKED`, and the largest error that is right."""
+    part, _, dim, kind = key
+    query, keys, value, _ = inputs(part, dim, device, dtype, CHECKED)
+    rows, tokens = query.shape[2], keys.shape[2]
+    mask = torch.ones(rows, tokens, dtype=torch.bool, device=device).tril(tokens - rows)
+    results = []
+    for precision in (torch.float64, dtype):
+        leaves = [each.detach().clone().requires_grad_(part == "backward") for each in (query, keys, value)]
+        output = attention_reference(*leaves, mask=mask, dtype=precision)[0]
+        wanted = leaves[:1] if kind == "query" else leaves[1:]
+        parts = torch.autograd.grad(output.sum(), wanted) if part == "backward" else (output,)
+        results.append(torch.cat([each.detach().double().flatten() for each in parts]))
+    exact, eager = results
+    size = float(exact.norm())
+    return exact, 2 * float((eager - exact).norm()) + size * torch.finfo(dtype).eps / 4

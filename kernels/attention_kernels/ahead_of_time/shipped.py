@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every configuration that ships, as a kernel and the arguments that a call would hand it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backward, backward_kernels
+from .. import decode as decoding
+from .. import forward as forwarding
+from ..config_tables import (
+    BACKWARD_CONFIGS,
+    BACKWARD_SPANS_CONFIGS,
+    CONFIGS,
+    DECODE_CONFIGS,
+    SHARED_MEMORY,
+    BackwardConfig,
+    DecodeConfig,
+    ForwardConfig,
+)
+from ..configs import padded_dim
+from ..launch import dropout_operand, operand, span_operand
+from ..spans import Spans
+
+QUERY_LEN, KEY_LEN = 256, 512
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DIMS = (64, 128, 256, 512)
+"""The widest heads of the tables' rows."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table on a chip.
+
+    Attributes:
+        architecture: such as "sm_90".
+        part: "forward", "backward", "decode", "merge" or "statistics".
+        element_size: bytes of an element of the operands.
+        dim: columns of queries, keys and values.
+        work: the row's own name: "spans", "tiles" or "short"; the backward kernel, with " (spans)" for the faster row
+            of calls with spans alone; "few" or "many"; "" where there is one only.
+        config: the tile shape, or None where the kernel has none.
+    """
+
+    architecture: str
+    part: str
+    element_size: int
+    dim: int
+    work: str
+    config: ForwardConfig | BackwardConfig | DecodeConfig | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of queries and results."""
+        return DTYPES[self.element_size]
+
+    @property
+    def name(self) -> str:
+        """Unique among all cases."""
+        words = (self.architecture, self.part, f"{8 * self.element_size}bit", str(self.dim), *self.work.split())
+        return "-".join(words)
+
+    def kernel(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel and its arguments, with all that this row can be asked for."""
+        return _BUILDERS[self.part](self)
+
+
+def shipped_cases(architecture: str) -> Iterator[Case]:
+    """Every row of an architecture, in the order of the tables.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    if architecture not in SHARED_MEMORY:
+        raise ValueError(f"architecture must be one of {', '.join(SHARED_MEMORY)}, got {architecture!r}")
+    for (size, dim, work), config in CONFIGS[architecture].items():
+        yield Case(architecture, "forward", size, dim, work, config)
+    for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
+        yield Case(architecture, "backward", size, dim, kernel, row)
+    for (size, dim, kernel), row in BACKWARD_SPANS_CONFIGS.get(architecture, {}).items():
+        yield Case(architecture, "backward", size, dim, f"{kernel} (spans)", row)
+    for (size, dim, rows), few_or_many in DECODE_CONFIGS[architecture].items():
+        yield Case(architecture, "decode", size, dim, rows, few_or_many)
+    for part in ("merge", "statistics"):
+        for dim in DIMS:
+            yield Case(architecture, part, 2, dim, "", None)
+
+
+def tensors(dtype: torch.dtype, dim: int, query_len: int = QUERY_LEN) -> tuple[Tensor, ...]:
+    """Query, key, value and output, `[2, 4 or 2, tokens, dim]`, stored token by token."""
+    return tuple(
+        torch.empty(2, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+        for heads, tokens in ((4, query_len), (2, KEY_LEN), (2, KEY_LEN), (4, query_len))
+    )
+
+
+def extras(dtype: torch.dtype, query_len: int = QUERY_LEN) -> dict[str, Any]:
+    """Everything that a call can have besides spans: a mask, a bias, a softcap and dropout; and spans with gaps."""
+    spans = Spans.causal(query_len, KEY_LEN)
+    hidden = torch.ones(2, KEY_LEN, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
+    return {
+        "spans": span_operand(spans.start, spans.end, *hidden),
+        "mask": torch.ones(2, 1, query_len, KEY_LEN, dtype=torch.bool),
+        "bias": torch.zeros(2, 1, query_len, KEY_LEN, dtype=dtype),
+        "dropout": dropout_operand(torch.zeros(1, dtype=torch.int64), 0.1),
+        "softcap": 30.0,
+    }
+
+
+def spans_alone(query_len: int = QUERY_LEN) -> dict[str, Any]:
+    """The same for a call with spans and nothing else."""
+    spans = Spans.causal(query_len, KEY_LEN)
+    nothing: Mapping[str, Any] = dict.fromkeys(("mask", "bias", "dropout", "softcap"))
+    return {"spans": span_operand(spans.start, spans.end, None, None), **nothing}
+
+
+def _whole(config: Any, dim: int) -> Any:
+    """A head narrower than a piece is multiplied whole, as in `configs.forward_config`."""
+    return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(dim) else config
+
+
+def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
+    query_len = 8 if case.work == "short" else QUERY_LEN
+    query, key, value, output = tensors(case.dtype, case.dim, query_len)
+    given = spans_alone(query_len) if case.work == "spans" else extras(case.dtype, query_len)
+    return forwarding.forward_kernel, forwarding.kernel_arguments(
+        query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
+        sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
+    )  # fmt: skip
+
+
+def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
+    kernel, *spans_only = case.work.split()
+    query, key, value, output = tensors(case.dtype, case.dim)
+    row = torch.empty(2, 4, QUERY_LEN)
+    given = spans_alone() if spans_only else extras(case.dtype)
+    call = backward.Call(query, key, value, output, row, row, scale=0.1, **given)
+    config = case.config
+    assert isinstance(config, BackwardConfig)
+    if kernel == "query":
+        return backward_kernels.query_kernel, backward.query_arguments(call, query, config)
+    if kernel == "key_value":
+        bounds = torch.empty(1, 8, 4, dtype=torch.int32)
+        return backward_kernels.key_value_kernel, backward.key_value_arguments(call, key, value, bounds, config)
+    if kernel == "statistics":
+        arguments = backward.exact_statistics_arguments(call, row, row, torch.zeros(4), config)
+        return backward_kernels.exact_statistics_kernel, arguments
+    return backward_kernels.bias_kernel, backward.bias_arguments(call, torch.empty_like(given["bias"]), config)
+
+
+def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
+    """With everything there is: pages, float8 with scales, a mask, a bias, sinks, a softcap, split keys."""
+    query_len = 1 if case.work == "few" else 8
+    query = torch.empty(2, query_len, 8, case.dim, dtype=case.dtype).transpose(1, 2)
+    # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
+    kind = torch.float8_e5m2 if case.architecture in ("sm_80", "sm_86") else torch.float8_e4m3fn
+    pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
+    given = extras(case.dtype, query_len)
+    config = _whole(case.config, case.dim)
+    return decoding.decode_kernel, decoding.decode_arguments(
+        query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
+        given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32), None,
+        torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, config,
+    )  # fmt: skip
+
+
+def _merge(case: Case) -> tuple[Any, dict[str, Any]]:
+    lse, part_lse = torch.empty(2, 8, 1), torch.empty(4, 2, 8, 1)
+    output = torch.empty(2, 1, 8, case.dim, dtype=case.dtype)
+    return decoding.merge_kernel, dict(
+        parts_ptr=torch.empty(4, *output.shape), part_lse_ptr=part_lse, output_ptr=output,
+        output_lse=decoding.row_operand(lse), num_splits=4, num_heads=8, query_len=1, tokens=2,
+        lse_stride_split=part_lse.stride(0), VALUE_DIM=case.dim, BLOCK_DV=padded_dim(case.dim),
+    )  # fmt: skip
+
+
+def _statistics(case: Case) -> tuple[Any, dict[str, Any]]:
+    _, _, _, output = tensors(case.dtype, case.dim)
+    row = torch.empty(2, 4, QUERY_LEN)
+    return backward_kernels.statistics_kernel, dict(
+        output=operand(output), rounding=operand(output), grad_output=operand(output), grad_lse_ptr=row, lse_ptr=row,
+        lse2_ptr=row, delta_ptr=row, num_heads=4, query_len=QUERY_LEN, VALUE_DIM=case.dim,
+        BLOCK_DV=padded_dim(case.dim), BLOCK_M=16,
+    )  # fmt: skip
+
+
+_BUILDERS = {
+    "forward": _forward,
+    "backward": _backward,
+    "decode": _decode,
+    "merge": _merge,
+    "statistics": _statistics,
+}

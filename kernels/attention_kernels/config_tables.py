@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile shapes of the kernels, as data: a table per architecture, each row with its reason; and the room of chips.
+
+None has been timed on a GPU yet: reasons are what the compiler says and what limits allow. `my-triton compile-report`
+shows what the compiler makes of each row, and a test holds them to their limits: no spills on sm_90 up to head dim 256,
+none over a chip's shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+Work = Literal["spans", "tiles", "short"]
+"""What a call needs: spans alone; tiles of a mask, a bias or a softcap besides; or few query rows, with either."""
+
+
+class ForwardConfig(NamedTuple):
+    """Tile shape of the forward kernel.
+
+    `chunk_d` is how many columns of a head are multiplied at a time; 0 means all.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_d: int = 0
+    reason: str = ""
+
+
+Pass = Literal["query", "key_value", "bias", "statistics"]
+"""The kernels of the backward pass that have tile shapes of their own."""
+
+
+class BackwardConfig(NamedTuple):
+    """Tile shape of a backward kernel.
+
+    `chunk_d` is as in `ForwardConfig`. `piece_d` is how many columns of a gradient one program computes; 0 means all.
+    A wide gradient would fill the registers, so its columns are shared between programs, each of which recomputes the
+    weights.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_d: int = 0
+    piece_d: int = 0
+    reason: str = ""
+
+
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+"""Bytes of shared memory that one program may use (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA)."""
+
+
+class DecodeConfig(NamedTuple):
+    """Tile shape of the kernel for caches; as `ForwardConfig`, of rows that are queries of all heads of a group."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_d: int = 0
+    reason: str = ""
+
+
+# Why rows are as they are. Rows with the same reason share its words.
+FITS_ALL = "fits 64 KB, the smallest shared memory, with every extra; 4 warps of 16 rows each"
+FEW_ROWS = "16 rows are all that a matrix instruction needs; wide key tiles and two stages hide the wait for memory"
+WIDE_HEAD = "256 columns of queries, keys and values fill 64 KB in one stage; 8 warps share the accumulator's registers"
+IN_PIECES = "512 columns of queries and keys would fill the shared memory: they are multiplied 64 columns at a time"
+EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
+WARP_GROUPS = "a matrix instruction of a warp group takes 64 rows: 8 warps for 128; keys as many as registers allow"
+TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
+GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assembler waits for every matrix instruction"
+ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for what rounding the output took"
+HOPPER_SHORT = "the widest key tile that spills nothing; three or two programs fit a multiprocessor"
+THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
+AMPERE_EXTRAS = "as with spans alone, with half the keys: masks, bias and softcap take registers"
+AMPERE_WIDE = "8 warps share the accumulator of 256 columns; 163 KB hold two stages"
+AMPERE_EXACT = "8 warps share 64 rows; room for a second stage"
+SHALLOW = "as Ampere, with shallower pipelines for 99 KB of shared memory"
+NO_PIPELINE = "Triton 3.6 cannot compile the pipelined loop over so small a tile for this target"
+INTERPRETER = "the interpreter pays for each operation, whatever its size; pieces are kept where the chips have them"
+BACK_ALL = "fits 64 KB with every extra: four operand tiles, and the gradients in registers"
+BACK_PIECES = "whole gradients would fill the registers: programs share their columns and recompute the weights"
+BACK_WIDE = "operands would fill the shared memory and gradients the registers: products and results in pieces"
+BACK_ONCE = "one read of each tile: nothing to pipeline, so wide key tiles in one stage"
+BACK_EXACT = "exact float32 products hold their operands in registers: small tiles, in pieces"
+BACK_HOPPER = "8 warps share two gradients without spills, with every extra"
+BACK_HOPPER_ONCE = "64 rows fill a warp group's matrix instruction; one read of each tile, so one stage"
+BACK_GROUPS = "without masks, bias, softcap and dropout there is room for whole warp groups"
+MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
+MEMORY_HOPPER = "few rows wait for memory: 227 KB hold one more stage than elsewhere"
+MANY_ROWS = "rows of a whole group against each key; one stage leaves registers for pages, scales and masks"
+
+_ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
+    # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
+    (2, 64, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 64, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 64, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
+    (2, 128, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 128, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 128, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
+    (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=FEW_ROWS),
+    # 512 columns of queries and keys together would fill the shared memory: they are multiplied in pieces.
+    (2, 512, "spans"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
+    (2, 512, "tiles"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
+    (2, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=IN_PIECES),
+    # Exact float32 products run on the ordinary units, which hold their operands in registers: small tiles, in pieces.
+    (4, 64, "spans"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
+    (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
+    (4, 64, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
+    (4, 128, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 128, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 128, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
+    (4, 256, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 256, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 256, "short"): ForwardConfig(16, 32, 8, 1, 32, reason=EXACT),
+    (4, 512, "spans"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
+    (4, 512, "tiles"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
+    (4, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
+}
+
+_HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
+    (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=TWO_PROGRAMS),
+    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS),
+    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=WARP_GROUPS),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS),
+    (2, 128, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
+    # 128 rows would leave no registers to write down what rounding the output took.
+    (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=ONE_GROUP_WIDE),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
+    (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
+}
+
+_AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
+    (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
+    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3, reason=AMPERE_EXTRAS),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
+    (4, 64, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
+    (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
+}
+
+_CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
+    # As Ampere, with shallower pipelines for 99 KB of shared memory.
+    (2, 64, "spans"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
+    (2, 128, "spans"): ForwardConfig(128, 32, 8, 2, reason=SHALLOW),
+    (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
+}
+
+_CDNA: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Triton 3.6 cannot compile the pipelined loop over so small a tile for this target.
+    (2, 64, "short"): ForwardConfig(16, 32, 4, 1, reason=NO_PIPELINE),
+    (2, 128, "short"): ForwardConfig(16, 32, 4, 1, reason=NO_PIPELINE),
+}
+
+_INTERPRETED: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Triton's interpreter pays for each operation, whatever its size. Pieces are kept where the chips have them.
+    (size, dim, work): ForwardConfig(16 if work == "short" else 64, 64, 1, 1, 0 if dim <= 128 else 64, INTERPRETER)
+    for size in (2, 4) for dim in (64, 128, 256, 512) for work in get_args(Work)
+}  # fmt: skip
+
+CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
+    "sm_80": _ANYWHERE | _AMPERE,
+    "sm_86": _ANYWHERE | _CONSUMER,
+    "sm_89": _ANYWHERE | _CONSUMER,  # as sm_86, and has the other float8, whose decoding is compiled for it
+    "sm_90": _ANYWHERE | _HOPPER,
+    "sm_100": _ANYWHERE | _HOPPER,
+    "sm_120": _ANYWHERE | _CONSUMER,
+    "gfx942": _ANYWHERE | _CDNA,
+    "interpreter": _INTERPRETED,
+}
+"""Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
+
+_BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
+    # (bytes per element, widest head, kernel). These fit the smallest shared memory of all, and every extra there is.
+    (2, 64, "query"): BackwardConfig(32, 32, 4, 2, reason=BACK_ALL),
+    (2, 64, "key_value"): BackwardConfig(32, 32, 4, 2, reason=BACK_ALL),
+    (2, 64, "bias"): BackwardConfig(32, 64, 4, 1, reason=BACK_ONCE),
+    (2, 64, "statistics"): BackwardConfig(32, 64, 4, 1, reason=BACK_ONCE),
+    (2, 128, "query"): BackwardConfig(32, 32, 4, 2, reason=BACK_ALL),
+    (2, 128, "key_value"): BackwardConfig(32, 32, 4, 1, 0, 64, reason=BACK_PIECES),
+    (2, 128, "bias"): BackwardConfig(32, 64, 4, 1, reason=BACK_ONCE),
+    (2, 128, "statistics"): BackwardConfig(32, 64, 4, 1, reason=BACK_ONCE),
+    # From here on operands would fill the shared memory and gradients the registers: products and results in pieces.
+    (2, 256, "query"): BackwardConfig(32, 32, 8, 1, 64, 128, reason=BACK_WIDE),
+    (2, 256, "key_value"): BackwardConfig(32, 32, 8, 1, 64, 128, reason=BACK_WIDE),
+    (2, 256, "bias"): BackwardConfig(32, 32, 4, 1, 64, reason=BACK_WIDE),
+    (2, 256, "statistics"): BackwardConfig(32, 32, 8, 1, 64, reason=BACK_WIDE),
+    (2, 512, "query"): BackwardConfig(32, 32, 8, 1, 64, 128, reason=BACK_WIDE),
+    (2, 512, "key_value"): BackwardConfig(32, 32, 8, 1, 64, 64, reason=BACK_WIDE),
+    (2, 512, "bias"): BackwardConfig(32, 32, 4, 1, 64, reason=BACK_WIDE),
+    (2, 512, "statistics"): BackwardConfig(32, 32, 8, 1, 64, reason=BACK_WIDE),
+    # Exact float32 products hold their operands in registers.
+    **{
+        (4, dim, kernel): BackwardConfig(32, 32, 8, 1, 32, 64, BACK_EXACT)
+        for dim in (64, 128, 256, 512) for kernel in get_args(Pass)
+    },
+}  # fmt: skip
+
+_BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
+    (2, 64, "query"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
+    (2, 64, "key_value"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
+    (2, 64, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
+    (2, 128, "query"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
+    (2, 128, "key_value"): BackwardConfig(32, 32, 8, 2, reason=BACK_HOPPER),
+    (2, 128, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
+    (2, 256, "query"): BackwardConfig(32, 32, 8, 2, reason=BACK_HOPPER),
+    (2, 256, "key_value"): BackwardConfig(32, 32, 8, 2, reason=BACK_HOPPER),
+    (2, 128, "statistics"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
+    (2, 256, "statistics"): BackwardConfig(64, 32, 8, 1, 64, reason=BACK_HOPPER_ONCE),
+    (2, 512, "key_value"): BackwardConfig(32, 64, 8, 1, 64, 64, reason=BACK_WIDE),
+    (2, 512, "statistics"): BackwardConfig(64, 32, 8, 1, 64, reason=BACK_HOPPER_ONCE),
+}
+
+BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
+    "sm_80": _BACKWARD_ANYWHERE,
+    "sm_86": _BACKWARD_ANYWHERE,
+    "sm_89": _BACKWARD_ANYWHERE,
+    "sm_90": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
+    "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
+    "sm_120": _BACKWARD_ANYWHERE,
+    "gfx942": _BACKWARD_ANYWHERE,
+    "interpreter": {
+        (size, dim, kernel): BackwardConfig(64, 64, 1, 1, *((0, 0) if dim <= 128 else (64, 128)), reason=INTERPRETER)
+        for size in (2, 4)
+        for dim in (64, 128, 256, 512)
+        for kernel in get_args(Pass)
+    },
+}
+"""Every backward configuration that serves any call, by architecture."""
+
+_BACKWARD_HOPPER_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
+    # Without masks, bias, softcap and dropout there is room for whole warp groups.
+    (2, 64, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
+    (2, 64, "key_value"): BackwardConfig(64, 128, 8, 2, reason=BACK_GROUPS),
+    (2, 128, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
+    (2, 128, "key_value"): BackwardConfig(32, 128, 8, 2, reason=BACK_GROUPS),
+    (2, 256, "query"): BackwardConfig(64, 32, 8, 2, reason=BACK_GROUPS),
+}
+
+BACKWARD_SPANS_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
+    "sm_90": _BACKWARD_HOPPER_SPANS,
+    "sm_100": _BACKWARD_HOPPER_SPANS,
+}
+"""Faster ones for calls with spans alone, where there are such."""
+
+
+_DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    # (bytes per element of the queries, widest head, rows). Few rows wait for memory: deep pipelines, narrow tiles.
+    (2, 64, "few"): DecodeConfig(16, 64, 4, 2, reason=MEMORY_BOUND),
+    (2, 128, "few"): DecodeConfig(16, 32, 4, 2, reason=MEMORY_BOUND),
+    (2, 256, "few"): DecodeConfig(16, 32, 4, 1, reason=MEMORY_BOUND),
+    (2, 512, "few"): DecodeConfig(16, 16, 8, 1, 64, reason=IN_PIECES),
+    (2, 64, "many"): DecodeConfig(64, 32, 4, 1, reason=MANY_ROWS),
+    (2, 128, "many"): DecodeConfig(64, 32, 8, 1, reason=MANY_ROWS),
+    (2, 256, "many"): DecodeConfig(32, 32, 8, 1, reason=MANY_ROWS),
+    (2, 512, "many"): DecodeConfig(32, 16, 8, 1, 64, reason=IN_PIECES),
+    **{
+        (4, dim, rows): DecodeConfig(16, 32 if dim == 64 else 16, 8, 1, 32, EXACT)
+        for dim in (64, 128, 256, 512)
+        for rows in ("few", "many")
+    },
+}
+
+_DECODE_HOPPER: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    (2, 64, "few"): DecodeConfig(16, 64, 4, 3, reason=MEMORY_HOPPER),
+    (2, 128, "few"): DecodeConfig(16, 32, 4, 3, reason=MEMORY_HOPPER),
+    (2, 256, "few"): DecodeConfig(16, 32, 8, 2, reason=MEMORY_HOPPER),
+}
+
+_DECODE_INTERPRETED: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+    (size, dim, rows): DecodeConfig(16 if rows == "few" else 64, 32, 1, 1, 0 if dim <= 128 else 64, INTERPRETER)
+    for size in (2, 4)
+    for dim in (64, 128, 256, 512)
+    for rows in ("few", "many")
+}
+
+DECODE_CONFIGS: dict[str, dict[tuple[int, int, Literal["few", "many"]], DecodeConfig]] = {
+    "sm_80": _DECODE_ANYWHERE,
+    "sm_86": _DECODE_ANYWHERE,
+    "sm_89": _DECODE_ANYWHERE,
+    "sm_90": _DECODE_ANYWHERE | _DECODE_HOPPER,
+    "sm_100": _DECODE_ANYWHERE | _DECODE_HOPPER,
+    "sm_120": _DECODE_ANYWHERE,
+    "gfx942": _DECODE_ANYWHERE,
+    "interpreter": _DECODE_INTERPRETED,
+}
+"""Configurations of the kernel for caches, by architecture."""

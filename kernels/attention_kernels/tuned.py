@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile shapes measured on the user's own GPU by `my-triton tune`, which take the place of rows of the tables.
+
+A file per device lies in the user's cache directory. Its name has a hash of the kernels' sources, of Triton's version
+and of the device's name, so that a file of other kernels is never read. It is read once, when a device is first used; a
+call costs one look into a dictionary. Nothing is ever measured within a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config_tables import BackwardConfig, DecodeConfig, ForwardConfig
+
+Key = tuple[str, int, int, str]
+"""Pass ("forward", "backward", "decode"), bytes per element, widest head, and the row's own name, as in the tables."""
+
+Config = ForwardConfig | BackwardConfig | DecodeConfig
+
+CLASSES: dict[str, Any] = {"forward": ForwardConfig, "backward": BackwardConfig, "decode": DecodeConfig}
+NUMBERS = ("block_m", "block_n", "num_warps", "num_stages", "chunk_d", "piece_d")
+SOURCES = ("tiles", "forward", "backward", "backward_kernels", "decode", "launch", "config_tables")
+"""Modules whose change makes measured shapes worthless."""
+
+_rows: dict[torch.device, Mapping[Key, Config]] = {}
+_log = logging.getLogger(__name__)
+
+
+def tuned_rows(device: torch.device) -> Mapping[Key, Config]:
+    """What was measured for a device; empty where nothing was."""
+    try:
+        return _rows[device]
+    except KeyError:
+        rows = _rows[device] = read_rows(tuned_file(device_name(device)))
+        return rows
+
+
+def forget() -> None:
+    """Read files anew when devices are used next."""
+    _rows.clear()
+
+
+@contextmanager
+def overriding(device: torch.device, key: Key, config: Config) -> Iterator[None]:
+    """Use one tile shape while this holds, as the measurement does. Not for several threads."""
+    before = tuned_rows(device)
+    _rows[device] = {**before, key: config}
+    try:
+        yield
+    finally:
+        _rows[device] = before
+
+
+def read_rows(file: Path) -> Mapping[Key, Config]:
+    """Rows of a file; none where there is no file, nor where it is damaged, which is logged."""
+    try:
+        return parse_rows(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.warning(
+            "attention: %s holds no tile shapes that can be read (%s: %s), so the built-in ones are used; delete it, "
+            "or run `my-triton tune --clear`",
+            file, type(error).__name__, error,
+        )  # fmt: skip
+        return {}
+
+
+def parse_rows(text: str) -> Mapping[Key, Config]:
+    """Rows of a file's text.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none.
+    """
+    return dict(map(parse_row, json.loads(text)["rows"]))
+
+
+def parse_row(row: Mapping[str, Any]) -> tuple[Key, Config]:
+    """One row of a file."""
+    name, size, dim, kind = row["key"]
+    numbers = {each: row["config"][each] for each in NUMBERS if each in CLASSES[name]._fields}
+    for each, number in numbers.items():
+        least = 0 if each in ("chunk_d", "piece_d") else 1
+        # Shapes of tiles and numbers of warps are powers of two; pieces may be 0, which is all.
+        if type(number) is not int or number < least or (each != "num_stages" and number & (number - 1)):
+            raise ValueError(f"{each} of {row['key']} must be a power of two, got {number!r}")
+    return (str(name), int(size), int(dim), str(kind)), CLASSES[name](**numbers, reason="measured on this device")
+
+
+def tuned_file(name: str) -> Path:
+    """Where the shapes for a device lie, by its name."""
+    version = hashlib.sha256(f"{sources_hash()} {_triton_version()} {name}".encode()).hexdigest()[:16]
+    return folder() / f"{file_stem(name)}-{version}.json"
+
+
+def file_stem(name: str) -> str:
+    """A device's name as the beginning of a file's name, of whatever version."""
+    return "tuned-" + re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def folder() -> Path:
+    """The folder of all files."""
+    from platformdirs import user_cache_path  # when it is needed: an import takes time
+
+    return user_cache_path("my-triton-attention", appauthor=False)
+
+
+def device_name(device: torch.device) -> str:
+    """The name by which a device's file is known; "interpreter" for a CPU, on which kernels run in no other way."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@lru_cache
+def sources_hash() -> str:
+    """Of the kernels' sources."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__

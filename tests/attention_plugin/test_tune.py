@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: what is kept and read, by whom, and the measuring itself, in the interpreter; only times need a GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attention_kernels import tuned
+from attention_kernels.config_tables import CONFIGS, DecodeConfig, ForwardConfig
+from attention_kernels.configs import forward_config
+from attention_kernels.operators import interpreting
+from attention_plugin.__main__ import main
+from attention_plugin.tune import store, tune
+from attention_plugin.tune.problems import Problem, Sizes, call
+from attention_plugin.tune.store import Measured, save
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+KEY = ("forward", 2, 128, "spans")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.forget()
+    yield tmp_path
+    tuned.forget()
+
+
+def measured(dim=128, block_n=64):
+    return Measured(("forward", 2, dim, "spans"), ForwardConfig(64, block_n, 4, 2), 90.0, 100.0)
+
+
+def chosen(dim=128):
+    return forward_config("sm_90", torch.bfloat16, dim, dim, 4096, has_tiles=False, device=CPU)
+
+
+def test_what_was_saved_is_used_and_read_once(monkeypatch):
+    assert chosen() == CONFIGS["sm_90"][KEY[1:]]
+    file = save("interpreter", [measured()])
+    assert chosen() == CONFIGS["sm_90"][KEY[1:]], "a running process keeps what it has read"
+    tuned.forget()
+    assert chosen()[:4] == (64, 64, 4, 2)
+    file.unlink()
+    monkeypatch.setattr(tuned, "read_rows", lambda file: pytest.fail("read twice"))
+    assert chosen()[:4] == (64, 64, 4, 2)
+    assert chosen(64) == CONFIGS["sm_90"][2, 64, "spans"], "other rows are the tables'"
+
+
+def test_other_kernels_versions_and_devices_have_files_of_their_own(monkeypatch):
+    file = save("interpreter", [measured()])
+    assert tuned.tuned_file("another") != file
+    monkeypatch.setattr(tuned, "_triton_version", lambda: "0.0")
+    assert tuned.tuned_file("interpreter") != file and not tuned.tuned_rows(CPU)
+    monkeypatch.undo()
+
+
+def test_changed_sources_change_the_version(monkeypatch):
+    before = tuned.tuned_file("interpreter")
+    monkeypatch.setattr(tuned, "sources_hash", lambda: "other")
+    assert tuned.tuned_file("interpreter") != before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"rows": 3}', '{"rows": [{"key": ["forward", 2, 128, "spans"], "config": {}}]}', "\0\0"],
+)
+def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(text, caplog):
+    file = save("interpreter", [measured()])
+    file.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert chosen() == CONFIGS["sm_90"][KEY[1:]]
+        chosen()
+    (record,) = caplog.records
+    assert str(file) in record.message and "my-triton tune --clear" in record.message
+    save("interpreter", [measured()])
+    tuned.forget()
+    assert chosen()[:4] == (64, 64, 4, 2)
+
+
+@pytest.mark.parametrize(("name", "number"), [("block_m", 96), ("num_warps", 0), ("block_n", "64"), ("chunk_d", -1)])
+def test_impossible_shapes_are_not_read(name, number):
+    row = measured().as_json()
+    row["config"][name] = number
+    with pytest.raises(ValueError, match=f"{name} of .* must be a power of two, got {number!r}"):
+        tuned.parse_rows(json.dumps({"rows": [row]}))
+
+
+def write_rows(first):
+    for dim in range(first, first + 10):
+        save("interpreter", [measured(dim)])
+
+
+def test_processes_that_write_at_a_time_lose_nothing(cache):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_rows, args=(1 + 10 * index,)) for index in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert sorted(key[2] for key in tuned.read_rows(tuned.tuned_file("interpreter"))) == list(range(1, 41))
+    assert not list(cache.rglob(".tuned-*")), "no halves are left"
+
+
+def test_a_failed_write_leaves_the_old_file(monkeypatch):
+    file = save("interpreter", [measured()])
+    before = file.read_text()
+
+    def fail(*names):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save("interpreter", [measured(64)])
+    assert file.read_text() == before and not list(file.parent.glob(".tuned-*"))
+
+
+def test_show_and_clear(capsys):
+    assert main(["tune", "--show"]) == 0
+    assert "nothing measured; files would lie in" in capsys.readouterr().out
+    file = save("interpreter", [measured()])
+    assert main(["tune", "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "64x64" in shown and "which is not of a GPU of this machine" in shown
+    assert main(["tune", "--clear"]) == 0
+    assert f"deleted {file}" in capsys.readouterr().out and not file.exists()
+
+
+@no_gpu
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "attention_plugin", "tune"], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "my-triton tune: there is no GPU to measure on; built-in tile shapes stay in use\n"
+
+
+def test_other_head_dims_are_refused(capsys):
+    assert main(["tune", "--head-dim", "72"]) == 2
+    assert "--head-dim must be of 64, 128, 256, 512, got 72: narrower heads use the next row" in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
+def test_measuring_checks_times_and_saves(monkeypatch):
+    """Decoding only, two candidates: one right, and one that the kernel cannot run."""
+    from attention_plugin import tune as command
+    from attention_plugin.tune import measure
+
+    key = ("decode", 4, 64, "few")
+    broken = DecodeConfig(16, 48, 1, 1)  # no power of two
+    good = DecodeConfig(16, 64, 1, 1)
+    problem = Problem(key, DecodeConfig(16, 32, 1, 1), (broken, good))
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: [problem])
+    tried = []
+    monkeypatch.setattr(measure, "_try", lambda *given, real=measure._try: tried.append(real(*given)) or tried[-1])
+    monkeypatch.setattr(measure, "WORTH", 10.0)
+    # More keys a step take fewer steps, and the interpreter pays for steps.
+    (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True)
+    assert tried[0][0] is None and tried[1][0] > 0
+    assert found.key == key and found.default_microseconds > 0
+    assert dict(tuned.tuned_rows(CPU))[key][:4] == found.config[:4]
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
+@pytest.mark.parametrize(
+    "key", [("forward", 4, 64, "spans"), ("backward", 4, 64, "query"), ("backward", 4, 64, "key_value")]
+)
+def test_wrong_results_are_noticed(key, monkeypatch):
+    from attention_plugin.tune import measure, problems
+
+    (problem,) = (each for each in problems.rows_to_measure(CPU, (key[0],), (64,), torch.float32) if each.key == key)
+    small = Sizes(1, 2, 40, 1, 40)
+    monkeypatch.setattr(problems, "CHECKED", small)
+    problems._truth.cache_clear()
+    assert measure.is_right(problem, CPU, torch.float32)
+    monkeypatch.setattr(problems, "call", lambda *given: lambda: tuple(each * 1.001 for each in call(*given)()))
+    assert not measure.is_right(problem, CPU, torch.float32)
+    problems._truth.cache_clear()
