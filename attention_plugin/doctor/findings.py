@@ -213,8 +213,8 @@ def _tiles(device: torch.device) -> Iterator[Finding]:
     for dtype in (torch.bfloat16, torch.float32):
         shapes = []
         for dim in (64, 128, 256, 512):
-            config = configs.forward_config(name, dtype, dim, dim, 1024, has_tiles=False)
-            decode = configs.decode_config(name, dtype, dim, dim, 1)
+            config = configs.forward_config(name, dtype, dim, dim, 1024, has_tiles=False, device=device)
+            decode = configs.decode_config(name, dtype, dim, dim, 1, device)
             shapes.append(f"{dim}: {config.block_m}x{config.block_n}, decoding {decode.block_m}x{decode.block_n}")
         words = "; ".join(shapes)
         yield Finding("kernels", f"tiles, {str(dtype).removeprefix('torch.')}", f"by head dim {words}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention_kernels import configs
+from attention_kernels import config_tables, configs
 from attention_kernels.operators import interpreting
 from attention_plugin import NAME, attention_forward
 from attention_plugin.__main__ import main
@@ -162,10 +162,13 @@ def test_an_unsupported_gpu_is_a_row(monkeypatch):
 def test_a_supported_gpu_is_shown_its_tiles(monkeypatch):
     monkeypatch.setattr(findings, "devices", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    measured = {("decode", 4, 64, "few"): config_tables.DecodeConfig(32, 128, 4, 1, reason="measured")}
+    monkeypatch.setattr(configs, "tuned_rows", lambda device: measured)
     found = findings.guarded("kernels", findings.kernels)
     assert [finding.subject for finding in found] == ["cuda:0", "tiles, bfloat16", "tiles, float32"]
     assert found[0].found == "Triton kernels with the tile shapes of sm_90, 227 KB of shared memory a program"
-    assert "64: 128x128, decoding 16x64; 128: 128x64, decoding 16x32;" in found[1].found
+    assert "64: 128x64, decoding 16x64; 128: 128x64, decoding 16x32;" in found[1].found
+    assert "64: 32x32, decoding 32x128; 128:" in found[2].found  # what `my-triton tune` has measured
 
 
 def test_what_comes_before_an_error_is_kept():
