@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -148,11 +149,23 @@ def build_reference(problem: Problem, checked_rows: int = CHECKED_ROWS) -> Refer
         options |= {"bias": problem.bias[:, :, rows]}
     tensors = (problem.query[sequences][:, :, rows], problem.key[sequences], problem.value[sequences])
     truth = attention_reference(*tensors, **options)[0].transpose(1, 2)
-    eager = attention_reference(*tensors, **options, dtype=problem.query.dtype)[0].transpose(1, 2)
+    eager = [attention_reference(*tensors, **options, dtype=problem.query.dtype)[0].transpose(1, 2)]
+    if problem.bias is not None:
+        eager.append(eager_as_t5_adds_a_bias(*tensors, options["bias"], options["mask"]).transpose(1, 2))
     compared = problem.compared(rows).expand(batch, -1)[sequences]
     truth = truth.masked_fill(~compared[..., None, None], 0.0)
     exact = Reference(sequences, rows, compared, truth, 0.0)
-    return Reference(sequences, rows, compared, truth, error_bound(exact._distance(eager), truth.norm().item()))
+    return Reference(
+        sequences, rows, compared, truth, error_bound(max(map(exact._distance, eager)), truth.norm().item())
+    )
+
+
+def eager_as_t5_adds_a_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """Eager attention whose sum of scores and bias is rounded to the problem's dtype, `[batch, heads, rows, dim]`."""
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(group_size, 1) for each in (key, value))
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ value
 
 
 def check(output: Tensor, reference: Reference, result: Result) -> bool:

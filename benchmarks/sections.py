@@ -17,9 +17,9 @@ from .options import Run, providers_of
 from .problem import build_problem
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
-KERNEL_EFFORT = {"full": Effort(seconds=4.0), "quick": Effort(seconds=0.6, most=20)}
+KERNEL_EFFORT = {"full": Effort(seconds=3.0), "quick": Effort(seconds=0.6, most=20)}
 SWEEP_EFFORT = {"full": Effort(seconds=0.8, most=30), "quick": Effort(seconds=0.3, most=10)}
-TRAINING_EFFORT = {"full": Effort(seconds=2.5), "quick": Effort(seconds=0.5, most=20)}
+TRAINING_EFFORT = {"full": Effort(seconds=1.5), "quick": Effort(seconds=0.5, most=20)}
 MASK_EFFORT = {"full": Effort(seconds=1.0, most=20), "quick": Effort(seconds=0.2, most=10)}
 LONG_MASK_EFFORT = Effort(seconds=2.0, most=10)
 MODEL_EFFORT = {"full": Effort(seconds=8.0, most=20), "quick": Effort(seconds=1.0, most=10)}
@@ -56,16 +56,23 @@ def chosen_sizes(run: Run, defaults: dict[tuple[str, str], Sizes]) -> Sizes:
 
 
 def chosen_providers(run: Run, *, slow: bool = True) -> list[Provider]:
-    """Those that the run compares; those that there is no time to compile say so."""
+    """Those that the run compares; those that there is no time for say so."""
     names = providers_of(run, slow=slow)
     chosen = [provider for provider in PROVIDERS if provider.name in names]
-    return [without_compiling(provider) if run.quick else provider for provider in chosen]
+    if run.quick:
+        chosen = [left_out(each, COMPILING) if each.compiles else each for each in chosen]
+    if run.device.type == "cpu" and not run.peers:
+        chosen = [left_out(each, WRITING_SCORES) if each.name == "sdpa_math" else each for each in chosen]
+    return chosen
 
 
-def without_compiling(provider: Provider) -> Provider:
-    """The provider, or in its place one that says that there is no time to compile it."""
-    reason = "left out by --quick: compiling it takes seconds for every case"
-    return replace(provider, unavailable=lambda problem: reason) if provider.compiles else provider
+COMPILING = "left out by --quick: compiling it takes seconds for every case"
+WRITING_SCORES = "left out on a CPU: it writes all scores to memory, as eager does; --against sdpa_math measures it"
+
+
+def left_out(provider: Provider, reason: str) -> Provider:
+    """In place of a provider one that says why it is not measured."""
+    return replace(provider, unavailable=lambda problem: reason)
 
 
 def run_kernels(run: Run, progress: Progress) -> Rows:
@@ -173,7 +180,7 @@ def run_training(run: Run, progress: Progress) -> Rows:
 
 def run_memory(run: Run, progress: Progress) -> Rows:
     """Peak memory over the length of a padded prompt."""
-    names = run.peers or [BASELINE, *([] if run.quick else [FALLBACK_BASELINE])]
+    names = run.peers or [BASELINE]
     tokens = MEMORY_TOKENS[run.thoroughness]
     dtype = run.dtypes[0] if run.dtype else torch.float32
     task = Task(progress, "memory", len(tokens) * (1 + len(names)))
