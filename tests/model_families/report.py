@@ -37,6 +37,25 @@ REASONS = {
 """Why families are not compared, where the error that building them gives does not say it well."""
 
 
+COMMON_TESTS = """
+## What transformers' common tests ask
+
+transformers' wheel holds no tests, so `tests/model_families/test_common.py` asks what its common tests ask of `sdpa`,
+of twelve families (llama, gemma2, gpt2, mistral, qwen3, opt, bart, t5, whisper, bert, vit, qwen3_vl): saving under one
+implementation and loading under the other, switching a model that is loaded, an implementation for each part,
+generation with a static cache and with beams, assisted generation, prefix tuning, gradient checkpointing. No test
+found a difference from eager beyond 2e-4. What differs from `sdpa` by intent:
+
+- `output_attentions=True` returns weights, where `sdpa` returns none and warns.
+- Dispatch to torch's flash kernel (`test_sdpa_can_dispatch_on_flash` and its kin) is not asked: there are no back ends
+  to choose from.
+- A model that cannot be served raises while it is built; transformers' own implementations raise likewise, by another
+  flag (`_supports_sdpa`).
+- Masks are objects with a shape, not tensors; code that computes with one gets a dense tensor, which is logged.
+""".strip().splitlines()
+"""A section of the page, with the tests that it describes beside this file."""
+
+
 DIFFERENCES = {
     "efficientloftr": "outputs agree; a gradient is 3.5e-4 away, in float64 1.1e-5, where it still rounds to float32",
     "voxtral_realtime": "only at positions that see no key: 0 here, the mean of all values under eager",
@@ -144,6 +163,7 @@ def page(results: dict[str, Any]) -> str:
     lines += [f"- {row['folder']}: {DIFFERENCES.get(row['folder'], 'not understood')}" for row in rows if differs(row)]
     lines += ["", "## Attention layers that no comparison reached", ""]
     lines += [f"- {row['folder']}: {', '.join(row['unseen'])}" for row in rows if row["models"] and row["unseen"]]
+    lines += ["", *COMMON_TESTS]
     lines += [
         "",
         "## Refused",
