@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BatchEncoding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -40,10 +41,17 @@ from .providers import OURS
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast")
 
 
-def register_reference() -> None:
-    """Let the Auto classes know the reference model, whose checkpoints name it by its type."""
-    AutoConfig.register(ReferenceConfig.model_type, ReferenceConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ReferenceConfig, ReferenceForCausalLM, exist_ok=True)
+def load_config(model: str) -> PreTrainedConfig:
+    """A model's configuration; the reference model, which no Auto class knows, is told by its type."""
+    file = Path(model) / "config.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == ReferenceConfig.model_type:
+        return ReferenceConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model)
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class that loads a model with this configuration."""
+    return ReferenceForCausalLM if isinstance(config, ReferenceConfig) else AutoModelForCausalLM
 
 
 def prompts_of(model: str, vocab_size: int, longest: int) -> BatchEncoding:
@@ -172,7 +180,6 @@ def shares_of_time(model: PreTrainedModel, inputs: BatchEncoding, steps: int) ->
 @torch.no_grad()
 def run_rank(options: argparse.Namespace) -> None:
     """Load a shard, generate, and on rank 0 write tokens, times and shares."""
-    register_reference()
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     device = torch.device("cpu")
     if options.device == "cuda":
@@ -180,7 +187,8 @@ def run_rank(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     sharding = {"tp_plan": "auto"} if ranks > 1 else {}
     dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation=OURS, dtype=dtype, **sharding)
+    loader = model_class(load_config(options.model))
+    model = loader.from_pretrained(options.model, attn_implementation=OURS, dtype=dtype, **sharding)
     model.to(device).eval()
     inputs = prompts_of(options.model, model.config.get_text_config().vocab_size, options.prompt_tokens).to(device)
     seconds: dict[str, list[float]] = {"prefill": [], "decode": []}

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .measure import Result, dtype_name
 from .models import ModelSizes, is_checkpoint, near_tie, tokens_agree
 from .providers import OURS
-from .rank import register_reference
+from .rank import load_config, model_class
 from .rows import ABSENT, results_of
 
 SAMPLES = 3
@@ -40,9 +40,8 @@ def config_of(model: str) -> PreTrainedConfig:
     Raises:
         ValueError: `model` is no folder with a config.json and no hub id that can be had.
     """
-    register_reference()
     try:
-        return AutoConfig.from_pretrained(model).get_text_config()
+        return load_config(model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model {model}: no configuration found ({str(error).splitlines()[0]}); give a folder that "
@@ -69,9 +68,11 @@ def with_weights(model: str, scratch: Path, dtype: torch.dtype) -> str:
     folder = Path(model)
     if not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         return model
-    register_reference()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype).save_pretrained(scratch)
+    config = load_config(model)
+    loader = model_class(config)
+    drawn = loader.from_config(config) if loader is AutoModelForCausalLM else loader(config)
+    drawn.to(dtype).save_pretrained(scratch)
     return str(scratch)
 
 
