@@ -81,7 +81,7 @@ INSTALL: dict[str, Callable[[Environment], None]] = {"vllm": install_vllm, "sgla
 
 
 def install_project(environment: Environment) -> None:
-    """Build a wheel of this project and install it, as a user would. What it depends on is there."""
+    """Build a wheel of this project and install it, as a user would, with what it depends on where that is missing."""
     build = REPOSITORY / "build"
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,8 @@ def install_project(environment: Environment) -> None:
             shutil.rmtree(build / "lib", ignore_errors=True)  # setuptools would take along what was deleted
             environment.pip("wheel", "--no-deps", "--wheel-dir", folder, str(REPOSITORY))
         (wheel,) = Path(folder).glob("my_triton_attention-*.whl")
-        environment.pip("install", "--no-deps", "--force-reinstall", str(wheel))
+        environment.pip("install", "--no-deps", "--force-reinstall", str(wheel))  # the version is as before
+        environment.pip("install", str(wheel))
 
 
 def main() -> int:

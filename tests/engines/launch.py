@@ -66,6 +66,21 @@ SGLANG = Engine(
 ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
 
 
+def set_right(engine: Engine, model: Path) -> dict[str, str]:
+    """Arguments that give a checkpoint's windows their own width in SGLang, whose Transformers backend adds a key.
+
+    Without them a token that the key more or less decides is another than transformers'.
+    """
+    if engine is not SGLANG:
+        return {}
+    config = json.loads((model / "config.json").read_text())
+    parts = {"": config, "text_config": config.get("text_config", {})}
+    narrower = {
+        name: {"sliding_window": part["sliding_window"] - 1} for name, part in parts.items() if "sliding_window" in part
+    }
+    return {"json_model_override_args": json.dumps({**narrower.pop("", {}), **narrower})}
+
+
 @dataclass(frozen=True)
 class Round:
     """Prompts that are handed in together."""
@@ -119,7 +134,7 @@ def ask(
         backend: "own" for the engine's, "my_triton" for this project's.
         tp, pp: degrees of tensor and pipeline parallelism.
         interpreted: whether Triton kernels run in Triton's interpreter; otherwise CPU tensors take the torch path.
-        options: further arguments of the engine.
+        options: further arguments of the engine, before those of `set_right`.
 
     Raises:
         EngineFailed: no answer.
@@ -128,6 +143,7 @@ def ask(
     job, result, log = (folder / name for name in ("job.json", "result.json", "log.txt"))
     result.unlink(missing_ok=True)
     work = [{"prompts": list(each.prompts), "max_tokens": each.max_tokens} for each in rounds]
+    options = set_right(engine, model) | options
     job.write_text(json.dumps({"engine": engine.options(model, backend, dtype, tp, pp, **options), "rounds": work}))
     command = [engine.python, HERE / f"drive_{engine.name}.py", job, result]
     variables = environment_of(engine, folder, tp * pp, interpreted)
@@ -177,7 +193,10 @@ class Server:
             ],
         }  # fmt: skip
         script = REPOSITORY / "examples" / f"serve_{engine.name}.sh"
-        self.command = ["bash", script, model, *options[engine.name], *arguments]
+        windows = [
+            part for name, value in set_right(engine, model).items() for part in ("--" + name.replace("_", "-"), value)
+        ]
+        self.command = ["bash", script, model, *options[engine.name], *windows, *arguments]
         self.variables = environment_of(engine, folder, ranks, interpreted=False) | {"PORT": str(self.port)}
         self.variables["PATH"] = f"{engine.python.parent}:{self.variables['PATH']}"
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from transformers import (
@@ -22,7 +19,7 @@ import attention_plugin  # noqa: F401  registers my_triton, which one test compa
 
 from engine_table import Cell
 from greedy import Greedy, decided
-from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, ask
+from launch import ENGINES, SGLANG, VLLM, EngineFailed, Round, ask, set_right
 
 pytestmark = pytest.mark.engines
 
@@ -126,11 +123,12 @@ def test_sglang_sees_one_key_more_than_a_window_holds(text_model, tmp_path):
 
     work = [Round(SHORT_PROMPTS, FEW_TOKENS)]
     for backend in BACKENDS:
-        (as_it_is,) = ask(SGLANG, tmp_path / backend, work, model=folder, backend=backend)
+        (as_it_is,) = ask(
+            SGLANG, tmp_path / backend, work, model=folder, backend=backend, json_model_override_args="{}"
+        )
         assert as_it_is.tokens == expected(6)
-    override = json.dumps({"sliding_window": 4})
-    (set_right,) = ask(SGLANG, tmp_path / "4", work, model=folder, json_model_override_args=override)
-    assert set_right.tokens == expected(5) != expected(6)
+    (narrower,) = ask(SGLANG, tmp_path / "4", work, model=folder, **set_right(SGLANG, folder))
+    assert narrower.tokens == expected(5) != expected(6)
 
 
 TINY = {
@@ -169,18 +167,23 @@ def test_vllm_with_what_other_families_need(family, code, tmp_path, record):
 
 def test_what_sglang_drops_our_backend_does_not_make_worse(text_model, tmp_path):
     """SGLang's Transformers backend hands on neither softcap nor sinks, and says nothing; docs/engines.md warns."""
-    folder = tmp_path / "model"
-    shutil.copytree(text_model, folder)
-    code = folder / "modeling_reference.py"
-    changed = code.read_text().replace("scaling=self.scaling,", "scaling=self.scaling, softcap=0.5,")
-    assert changed != code.read_text()
-    code.write_text(changed)
-    model = Greedy(folder, attn_implementation="my_triton")
+    config = AutoConfig.from_pretrained(text_model, trust_remote_code=True)
+    plain, capped = (pointed_model(config, text_model, tmp_path / name) for name in ("plain", "capped"))
+    code = (capped / "modeling_reference.py").read_text()
+    changed = code.replace("scaling=self.scaling,", "scaling=self.scaling, softcap=0.5,")
+    assert changed != code
+    (capped / "modeling_reference.py").write_text(changed)
+
+    def tokens(folder):
+        model = Greedy(folder, attn_implementation="my_triton")
+        return [model.tokens(prompt, FEW_TOKENS) for prompt in MEDIUM_PROMPTS]
+
+    dropped = tokens(plain)
+    assert tokens(capped) != dropped, "the softcap was to matter"
     work = [Round(MEDIUM_PROMPTS, FEW_TOKENS)]
-    answers = [ask(SGLANG, tmp_path / backend, work, model=folder, backend=backend)[0].tokens for backend in BACKENDS]
-    assert answers[0] == answers[1]
-    expected = [model.tokens(prompt, FEW_TOKENS) for prompt in MEDIUM_PROMPTS]
-    assert answers[0] != expected, "SGLang no longer drops a softcap: say so in docs/engines.md"
+    for backend in BACKENDS:
+        (answer,) = ask(SGLANG, tmp_path / backend, work, model=capped, backend=backend)
+        assert answer.tokens == dropped, "does SGLang no longer drop a softcap? Then say so in docs/engines.md"
 
 
 def test_pages_of_several_tokens_in_sglang(text_model, greedy, tmp_path):
