@@ -28,6 +28,10 @@ CALL_BYTES = 1 << 18
 LARGE_STEP_ROWS = 768
 """Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
 
+FEWEST_ROWS = {torch.bfloat16: 2}
+"""Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
+whose products go another way."""
+
 WRITTEN_OUT_CALLS = 8
 """As many calls of fused attention take as long as one tile written out."""
 
@@ -211,17 +215,22 @@ def attend_tokens(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     batch, num_heads, _, dim = query.shape
     num_kv_heads, group_size = key.shape[1], num_heads // key.shape[1]
     query = query.reshape(batch, num_kv_heads, group_size, dim)  # the heads of a group as rows of one head
+    rows = max(group_size, FEWEST_ROWS.get(query.dtype, 1))
+    if rows > group_size:
+        query = query.repeat(1, 1, rows, 1)
     parts = []
     for elements, (piece,), _ in plan.groups:
         own = query if len(plan.groups) == 1 else query[elements]
         place = (elements, slice(None), piece.keys)
-        mask = None if piece.kind != "masked" else remembered_mask(problem, plan, elements, piece, group_size)
+        mask = None if piece.kind != "masked" else remembered_mask(problem, plan, elements, piece, rows)
         parts.append(
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 own, key[place], value[place], attn_mask=mask, scale=problem.scale
             )
         )
     output, lse = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
+    if rows > group_size:
+        output, lse = output[:, :, :group_size].contiguous(), lse[:, :, :group_size].contiguous()
     # One token: what is stored head by head is stored token by token as well.
     return output.reshape(batch, 1, num_heads, dim).transpose(1, 2), lse.reshape(batch, num_heads, 1)
 
