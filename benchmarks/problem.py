@@ -143,7 +143,9 @@ def build_problem(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.de
 
     def heads(number: int, tokens: int, columns: int) -> Tensor:
         # A projection's output, split into heads and transposed, as models do: the strides are part of the problem.
-        return draw(batch, tokens, number, columns).transpose(1, 2)
+        split = draw(batch, tokens, number, columns).transpose(1, 2)
+        # A cache has appended to it, which leaves head after head in memory.
+        return split.contiguous() if case.decode and tokens > 1 else split
 
     query = heads(sizes.num_heads, query_len, sizes.head_dim)
     key = heads(sizes.num_kv_heads, key_len, sizes.head_dim)
