@@ -109,13 +109,14 @@ def show() -> None:
     console = require("rich.console", "tune").Console()
     for file in found:
         table = require("rich.table", "tune").Table(box=None, pad_edge=False)
-        for column in ("pass", "bits", "dim", "row", "tile", "warps", "stages", "us", "built-in us"):
+        for column in ("pass", "bits", "dim", "row", "tile", "warps", "stages", "loop", "us", "built-in us"):
             table.add_column(column, no_wrap=True)
         for row in rows_in(file):
             (part, size, dim, kind), config = row["key"], row["config"]
             tile = f"{config['block_m']}x{config['block_n']}"
+            loop = ", ".join(name for name in tuned.FLAGS if config.get(name))
             table.add_row(
-                part, str(8 * size), str(dim), kind, tile, str(config["num_warps"]), str(config["num_stages"]),
+                part, str(8 * size), str(dim), kind, tile, str(config["num_warps"]), str(config["num_stages"]), loop,
                 f"{row['microseconds']:.0f}", f"{row['default_microseconds']:.0f}",
             )  # fmt: skip
         print(f"{file}{'' if file in current else ', which is not of a GPU of this machine and these kernels'}")

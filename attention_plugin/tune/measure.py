@@ -41,7 +41,8 @@ def measure(
         found, words = _try(problem, candidate, run, device, dtype)
         if found is not None and found < best and found <= WORTH * default:
             best, config = found, candidate
-        advance(f"{problem.key} {tuple(candidate[:4])}: {words}")
+        flags = [name for name in tuned.FLAGS if getattr(candidate, name, False)]
+        advance(f"{problem.key} {(*candidate[:4], *flags)}: {words}")
     return Measured(problem.key, config, best * 1e6, default * 1e6)
 
 

@@ -24,6 +24,8 @@ from attention_kernels.config_tables import (
 from attention_kernels.configs import architecture
 
 PASSES = ("forward", "backward", "decode")
+WITH_TMA = ("sm_90", "sm_100", "sm_120", "interpreter")
+"""Architectures whose hardware copies tiles by itself; the interpreter does as if."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def rows_to_measure(
             kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}[each]
             for kind in kinds:
                 default = _default(name, each, size, dim, kind)
-                shapes = tuple(shape for shape in _shapes(each, kind, default) if shape != default)
+                shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
                 found.append(Problem((each, size, dim, kind), default, shapes))
     return found
 
@@ -81,7 +83,7 @@ def _default(name: str, part: str, size: int, dim: int, kind: str) -> Any:
     return (BACKWARD_SPANS_CONFIGS.get(name, {}).get(key) or BACKWARD_CONFIGS[name][key])._replace(reason="")
 
 
-def _shapes(part: str, kind: str, default: Any) -> Iterator[tuned.Config]:
+def _shapes(name: str, part: str, kind: str, default: Any) -> Iterator[tuned.Config]:
     """Shapes around those that are known to be good; those that do not fit a device are dropped untimed."""
     if part == "decode":
         shapes = (32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2)
@@ -89,11 +91,15 @@ def _shapes(part: str, kind: str, default: Any) -> Iterator[tuned.Config]:
             yield DecodeConfig(default.block_m, block_n, warps, stages, default.chunk_d)
         return
     if part == "forward":
-        for block_m, block_n, warps, stages in (
-            (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2),
-            (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-        ):  # fmt: skip
-            yield ForwardConfig(block_m, block_n, warps, stages, default.chunk_d)
+        for shape in ((64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2),
+                      (128, 64, 8, 3), (128, 128, 8, 2)):  # fmt: skip
+            yield ForwardConfig(*shape, default.chunk_d)
+        if default.chunk_d:
+            return  # these loops multiply whole heads
+        for shape in ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)):
+            yield ForwardConfig(*shape, overlap=True)
+            if name in WITH_TMA:
+                yield ForwardConfig(*shape, overlap=True, descriptors=True)
         return
     for rows, keys, warps, stages in ((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 2)):
         block_m, block_n = (rows, keys) if kind == "query" else (keys, rows)

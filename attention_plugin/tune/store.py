@@ -33,9 +33,10 @@ class Measured:
 
     def as_json(self) -> dict[str, Any]:
         """As in the file."""
-        numbers = {name: getattr(self.config, name) for name in tuned.NUMBERS if hasattr(self.config, name)}
+        names = (name for name in tuned.NUMBERS + tuned.FLAGS if hasattr(self.config, name))
+        config = {name: getattr(self.config, name) for name in names}
         times = {"microseconds": self.microseconds, "default_microseconds": self.default_microseconds}
-        return {"key": list(self.key), "config": numbers, **times}
+        return {"key": list(self.key), "config": config, **times}
 
 
 def save(device: str, measured: Sequence[Measured]) -> Path:

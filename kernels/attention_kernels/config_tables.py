@@ -17,7 +17,9 @@ Work = Literal["spans", "tiles", "short"]
 class ForwardConfig(NamedTuple):
     """Tile shape of the forward kernel.
 
-    `chunk_d` is how many columns of a head are multiplied at a time; 0 means all.
+    `chunk_d` is how many columns of a head are multiplied at a time; 0 means all. With `overlap` a turn of the loop
+    multiplies the weights of the turn before by their values while it computes its own. With `descriptors`, which need
+    `overlap`, the hardware copies tiles of keys and values by itself (TMA) where their strides allow.
     """
 
     block_m: int
@@ -26,6 +28,8 @@ class ForwardConfig(NamedTuple):
     num_stages: int
     chunk_d: int = 0
     reason: str = ""
+    overlap: bool = False
+    descriptors: bool = False
 
 
 Pass = Literal["query", "key_value", "bias", "statistics"]
@@ -78,7 +82,7 @@ FEW_ROWS = "16 rows are all that a matrix instruction needs; wide key tiles and 
 WIDE_HEAD = "256 columns of queries, keys and values fill 64 KB in one stage; 8 warps share the accumulator's registers"
 IN_PIECES = "512 columns of queries and keys would fill the shared memory: they are multiplied 64 columns at a time"
 EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
-WARP_GROUPS = "a matrix instruction of a warp group takes 64 rows: 8 warps for 128; keys as many as registers allow"
+OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside its own exponentials, without spills"
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assembler waits for every matrix instruction"
 ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for what rounding the output took"
@@ -96,6 +100,7 @@ BACK_WIDE = "operands would fill the shared memory and gradients the registers: 
 BACK_ONCE = "one read of each tile: nothing to pipeline, so wide key tiles in one stage"
 BACK_EXACT = "exact float32 products hold their operands in registers: small tiles, in pieces"
 BACK_HOPPER = "8 warps share two gradients without spills, with every extra"
+BACK_HOPPER_ROWS = "128 rows for the matrix instructions of two warp groups; 32 keys leave registers for every extra"
 BACK_HOPPER_ONCE = "64 rows fill a warp group's matrix instruction; one read of each tile, so one stage"
 BACK_GROUPS = "without masks, bias, softcap and dropout there is room for whole warp groups"
 MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
@@ -135,9 +140,9 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=TWO_PROGRAMS),
-    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS),
-    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=WARP_GROUPS),
-    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS),
+    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
+    (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=OVERLAPPED, overlap=True),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
     (2, 128, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
     # 128 rows would leave no registers to write down what rounding the output took.
     (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=ONE_GROUP_WIDE),
@@ -214,10 +219,10 @@ _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
 }  # fmt: skip
 
 _BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
-    (2, 64, "query"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
+    (2, 64, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_HOPPER_ROWS),
     (2, 64, "key_value"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
     (2, 64, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
-    (2, 128, "query"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),
+    (2, 128, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_HOPPER_ROWS),
     (2, 128, "key_value"): BackwardConfig(32, 32, 8, 2, reason=BACK_HOPPER),
     (2, 128, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
     (2, 256, "query"): BackwardConfig(32, 32, 8, 2, reason=BACK_HOPPER),
@@ -228,12 +233,17 @@ _BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
     (2, 512, "statistics"): BackwardConfig(64, 32, 8, 1, 64, reason=BACK_HOPPER_ONCE),
 }
 
+_BACKWARD_BLACKWELL: dict[tuple[int, int, Pass], BackwardConfig] = {
+    **_BACKWARD_HOPPER,
+    (2, 128, "query"): BackwardConfig(32, 64, 8, 2, reason=BACK_HOPPER),  # 128 rows spill here
+}
+
 BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
     "sm_80": _BACKWARD_ANYWHERE,
     "sm_86": _BACKWARD_ANYWHERE,
     "sm_89": _BACKWARD_ANYWHERE,
     "sm_90": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
-    "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
+    "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_BLACKWELL,
     "sm_120": _BACKWARD_ANYWHERE,
     "gfx942": _BACKWARD_ANYWHERE,
     "interpreter": {

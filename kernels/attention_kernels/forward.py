@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ForwardConfig, architecture, forward_config, padded_dim
-from .launch import INTERPRETED, dropout_operand, launching_on, operand, score_operand, span_operand
+from .launch import (
+    INTERPRETED,
+    dropout_operand,
+    launching_on,
+    operand,
+    score_operand,
+    span_operand,
+    tile_descriptor,
+)
 from .tiles import (
     LOG2E,
     NEG_INF,
@@ -33,12 +41,54 @@ from .tiles import (
     load_tile,
     score_tile,
     softmax_step,
+    softmax_weights,
     span_mask,
     store_tile,
 )
 
 NARROW = tl.constexpr(16)
 """Keys per step where values are searched for NaN: small, since that code must not cost the others registers."""
+
+
+@triton.jit
+def right_tile(
+    operand, descriptor, b, h, first, inside, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Tile `[ROWS, BLOCK_DIM]` of keys or values: by the descriptor, or by the operand at its head where it is None."""
+    if descriptor is None:
+        return load_tile(
+            operand.ptr, operand.stride_m, operand.stride_n, first, inside, DIM, ROWS, BLOCK_DIM, True, BLOCK_DIM > DIM
+        )
+    else:
+        # The hardware fills in 0 beyond the last row and column.
+        return descriptor.load([b, h, first, 0]).reshape(ROWS, BLOCK_DIM)
+
+
+@triton.jit
+def mask_scores(
+    s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
+    body_last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores `[M, N]` in base 2 from products, -inf where hidden. All rows see keys `body_first` to `body_last`."""
+    s = score_tile(s, scale, softcap)
+    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
+    if (first_key < body_first) | (first_key >= body_last):
+        k_pos = first_key + tl.arange(0, BLOCK_N)
+        s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], key_len)
+    return s
+
+
+@triton.jit
+def keep_factor(
+    dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """What dropout multiplies weights `[M, N]` by; None without dropout."""
+    if dropout is None:
+        return None
+    else:
+        q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
+        keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
+        return tl.where(keep, dropout.scale, 0.0)
 
 
 @triton.jit
@@ -53,25 +103,67 @@ def attend_keys(
     All rows see the keys from `body_first` to `body_last`; both are multiples of BLOCK_N.
     """
     m, l, acc = state
-    q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
-    key_inside = k_pos < key_len
+    key_inside = first_key + tl.arange(0, BLOCK_N) < key_len
+    row_inside = first_row + tl.arange(0, BLOCK_M) < query_len
     s, _ = dot_rows(
-        q, query, key, first_row, q_pos < query_len, first_key, key_inside, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        CHUNK_D, True, PRECISION,
+        q, query, key, first_row, row_inside, first_key, key_inside, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, True,
+        PRECISION,
     )  # fmt: skip
-    s = score_tile(s, scale, softcap)
-    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
-    if (first_key < body_first) | (first_key >= body_last):
-        s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], key_len)
+    s = mask_scores(
+        s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
+        body_last, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     v = load_tile(
         value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, True,
         BLOCK_DV > VALUE_DIM,
     )  # fmt: skip
-    if dropout is None:
-        return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
-    else:
-        keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
-        return softmax_step(m, l, acc, s, v, tl.where(keep, dropout.scale, 0.0), CLEAN, PRECISION)
+    factor = keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
+    return softmax_step(m, l, acc, s, v, factor, CLEAN, PRECISION)
+
+
+@triton.jit
+def attend_overlapped(
+    state, q, key, value, key_descriptor, value_descriptor, spans, mask, bias, dropout, scale, softcap, b, batch_head,
+    kv_head, start, end, first_row, query_len, key_len, first, body_first, body_last, last, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Softmax state after the keys from `first` to `last`, as by `attend_keys` tile by tile, to the last bit.
+
+    A turn multiplies the weights of the turn before with their values while it computes its own: the matrix units have
+    work beside the exponentials. FlashAttention-3 (Shah et al., 2024) calls it pipelining within a warp group.
+    """
+    m, l, acc = state
+    alpha = tl.full([BLOCK_M], 1.0, tl.float32)
+    # Carried in float32: what is rounded within the turn stays in registers, what comes in rounded would pass through
+    # shared memory, of which there is one copy, and the product would have to end before the next weights are written.
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first_key in tl.range(first, last, BLOCK_N):
+        k = right_tile(
+            key, key_descriptor, b, kv_head, first_key, first_key + tl.arange(0, BLOCK_N) < key_len, HEAD_DIM, BLOCK_N,
+            BLOCK_D,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        previous = tl.maximum(first_key - BLOCK_N, first)
+        v = right_tile(
+            value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM,
+            BLOCK_N, BLOCK_DV,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        s = mask_scores(
+            s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
+            body_last, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        m, l, alpha, p = softmax_weights(m, l, s)
+        factor = keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
+        if factor is not None:
+            p = p * factor
+    previous = tl.maximum((last - 1) // BLOCK_N * BLOCK_N, first)
+    v = right_tile(
+        value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM, BLOCK_N,
+        BLOCK_DV,
+    )  # fmt: skip
+    return m, l, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
 
 @triton.jit
@@ -100,6 +192,8 @@ def forward_kernel(
     bias,
     sinks_ptr,
     dropout,
+    key_descriptor,
+    value_descriptor,
     scale,
     softcap,
     num_heads,
@@ -114,6 +208,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Output and log-sum-exp of one tile of BLOCK_M rows of one head; the grid is (tiles x batch x heads,)."""
     num_tiles = tl.cdiv(query_len, BLOCK_M)
@@ -125,7 +220,8 @@ def forward_kernel(
     query, output = at_head(query, b, h), at_head(output, b, h)
     if rounding is not None:
         rounding = at_head(rounding, b, h)
-    key, value = at_head(key, b, h // group_size), at_head(value, b, h // group_size)
+    kv_head = h // group_size
+    key, value = at_head(key, b, kv_head), at_head(value, b, kv_head)
     if mask is not None:
         mask = at_head(mask, b, h)
     if bias is not None:
@@ -137,12 +233,19 @@ def forward_kernel(
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
-    for first_key in tl.range(first, last, BLOCK_N):
-        state = attend_keys(
-            state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
-            first_row, query_len, key_len, first_key, body_first, body_last, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, CLEAN=False,
+    if OVERLAP:
+        state = attend_overlapped(
+            state, q, key, value, key_descriptor, value_descriptor, spans, mask, bias, dropout, scale, softcap, b,
+            batch_head, kv_head, start, end, first_row, query_len, key_len, first, body_first, body_last, last,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION, BLOCK_N,
         )  # fmt: skip
+    else:
+        for first_key in tl.range(first, last, BLOCK_N):
+            state = attend_keys(
+                state, q, query, key, value, spans, mask, bias, dropout, scale, softcap, b, batch_head, start, end,
+                first_row, query_len, key_len, first_key, body_first, body_last, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                CHUNK_D, BLOCK_M, PRECISION, BLOCK_N, CLEAN=False,
+            )  # fmt: skip
     # A NaN may have come from a key that its row does not see (0 x NaN). Only then is it worth the care to find out.
     if any_nan(state[2]):
         state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
@@ -252,6 +355,8 @@ def kernel_arguments(
         bias=score_operand(bias, scores),
         sinks_ptr=None if sinks is None else sinks.contiguous(),
         dropout=dropout,
+        key_descriptor=tile_descriptor(key, config),
+        value_descriptor=tile_descriptor(value, config),
         scale=scale,
         softcap=softcap,
         num_heads=num_heads,
@@ -267,6 +372,7 @@ def kernel_arguments(
         BLOCK_N=config.block_n,
         # float32 means float32: no tf32 products.
         PRECISION="ieee",
+        OVERLAP=config.overlap and not config.chunk_d,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

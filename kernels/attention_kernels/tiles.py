@@ -283,6 +283,19 @@ def swap_halves(x):
 
 
 @triton.jit
+def softmax_weights(m, l, s):
+    """One online-softmax step without the values: state m `[M]` and l `[M]` before and after the scores s `[M, N]`.
+
+    Also what the output so far is to be multiplied by `[M]`, and the weights `[M, N]`, float32.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == NEG_INF, 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    p = tl.exp2(s - m_safe[:, None])
+    return m_new, l * alpha + tl.sum(p, 1), alpha, p
+
+
+@triton.jit
 def softmax_step(m, l, acc, s, v, factor, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
     """One online-softmax step: state m `[M]`, l `[M]`, acc `[M, V]`, scores s `[M, N]`, values v `[N, V]`.
 
@@ -291,11 +304,7 @@ def softmax_step(m, l, acc, s, v, factor, CLEAN: tl.constexpr, PRECISION: tl.con
     the rows that see its key: 0 x NaN is NaN, so such values are taken out of the product and the rows that see one are
     made NaN as a whole.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
-    m_safe = tl.where(m_new == NEG_INF, 0.0, m_new)
-    alpha = tl.exp2(m - m_safe)
-    p = tl.exp2(s - m_safe[:, None])
-    l = l * alpha + tl.sum(p, 1)
+    m, l, alpha, p = softmax_weights(m, l, s)
     if factor is not None:
         p = p * factor
     acc = acc * alpha[:, None]
@@ -305,7 +314,7 @@ def softmax_step(m, l, acc, s, v, factor, CLEAN: tl.constexpr, PRECISION: tl.con
         acc += tl.sum(tl.where(s == NEG_INF, 0.0, poison[None, :]), 1)[:, None]
         v = tl.where(difference == 0, v, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return m_new, l, acc
+    return m, l, acc
 
 
 @triton.jit

@@ -29,6 +29,7 @@ Config = ForwardConfig | BackwardConfig | DecodeConfig
 
 CLASSES: dict[str, Any] = {"forward": ForwardConfig, "backward": BackwardConfig, "decode": DecodeConfig}
 NUMBERS = ("block_m", "block_n", "num_warps", "num_stages", "chunk_d", "piece_d")
+FLAGS = ("overlap", "descriptors")
 SOURCES = ("tiles", "forward", "backward", "backward_kernels", "decode", "launch", "config_tables")
 """Modules whose change makes measured shapes worthless."""
 
@@ -94,7 +95,12 @@ def parse_row(row: Mapping[str, Any]) -> tuple[Key, Config]:
         # Shapes of tiles and numbers of warps are powers of two; pieces may be 0, which is all.
         if type(number) is not int or number < least or (each != "num_stages" and number & (number - 1)):
             raise ValueError(f"{each} of {row['key']} must be a power of two, got {number!r}")
-    return (str(name), int(size), int(dim), str(kind)), CLASSES[name](**numbers, reason="measured on this device")
+    flags = {each: row["config"][each] for each in FLAGS if each in CLASSES[name]._fields}
+    for each, flag in flags.items():
+        if type(flag) is not bool:
+            raise ValueError(f"{each} of {row['key']} must be true or false, got {flag!r}")
+    config = CLASSES[name](**numbers, **flags, reason="measured on this device")
+    return (str(name), int(size), int(dim), str(kind)), config
 
 
 def tuned_file(name: str) -> Path:

@@ -14,11 +14,11 @@ import torch
 
 from attention_kernels import tuned
 from attention_kernels.config_tables import CONFIGS, DecodeConfig, ForwardConfig
-from attention_kernels.configs import forward_config
+from attention_kernels.configs import assuming, forward_config
 from attention_kernels.operators import interpreting
 from attention_plugin.__main__ import main
 from attention_plugin.tune import store, tune
-from attention_plugin.tune.problems import Problem, Sizes, call
+from attention_plugin.tune.problems import Problem, Sizes, call, rows_to_measure
 from attention_plugin.tune.store import Measured, save
 
 pytest.importorskip("triton")
@@ -93,6 +93,26 @@ def test_impossible_shapes_are_not_read(name, number):
     row["config"][name] = number
     with pytest.raises(ValueError, match=f"{name} of .* must be a power of two, got {number!r}"):
         tuned.parse_rows(json.dumps({"rows": [row]}))
+
+
+def test_kinds_of_loops_are_kept_and_nothing_else_is_read_for_them():
+    config = ForwardConfig(128, 64, 8, 3, overlap=True, descriptors=True)
+    save("interpreter", [Measured(KEY, config, 90.0, 100.0)])
+    assert chosen() == config._replace(reason=chosen().reason)
+    row = measured().as_json()
+    row["config"]["overlap"] = 1
+    with pytest.raises(ValueError, match=r"overlap of .* must be true or false, got 1"):
+        tuned.parse_rows(json.dumps({"rows": [row]}))
+
+
+def test_hardware_that_copies_tiles_is_asked_to():
+    for chip in ("sm_80", "sm_90"):
+        with assuming(chip):
+            (problem,) = rows_to_measure(CPU, ("forward",), (128,), torch.bfloat16)
+        assert problem.default not in problem.candidates
+        assert any(config.overlap for config in problem.candidates)
+        assert any(config.descriptors for config in problem.candidates) == (chip == "sm_90")
+        assert all(config.overlap for config in problem.candidates if config.descriptors)
 
 
 def write_rows(first):

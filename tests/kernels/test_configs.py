@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def assert_within_limits(compiled, case: Case) -> None:
 def test_configuration_compiles_within_limits(case):
     kernel, arguments = case.kernel()
     assert_within_limits(compile_ahead(kernel, case.architecture, arguments), case)
+
+
+@compiles
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_products_run_beside_exponentials(descriptors):
+    """In Hopper's machine code a matrix instruction is unfinished while a turn's weights are computed."""
+    rows = [case for case in shipped_cases("sm_90") if getattr(case.config, "overlap", False)]
+    assert {(case.dim, case.work) for case in rows} >= {(128, "spans"), (128, "tiles")}
+    (case,) = (case for case in rows if (case.dim, case.work) == (128, "spans"))
+    for overlap in (True, False):
+        config = case.config._replace(overlap=overlap, descriptors=descriptors)
+        kernel, arguments = replace(case, config=config).kernel()
+        compiled = compile_ahead(kernel, "sm_90", arguments)
+        loop = compiled.code.loop
+        assert loop.counts["special"] >= 32
+        assert loop.in_flight == (loop.counts["special"] if overlap else 0)
+        assert loop.waits == 1
+        assert compiled.spills == 0
+        assert bool(compiled.code.bulk_copies) == (descriptors and overlap)
 
 
 @compiles
