@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import tokens
 from .dropout import keep_mask, threshold_and_scale
 from .pieces import Piece, Plan, Sharing, plan_batch, uncovered
+from .spans import Spans
 
 TILE_SCORES = 1 << 21
 """Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
@@ -27,10 +29,6 @@ CALL_BYTES = 1 << 18
 
 LARGE_STEP_ROWS = 768
 """Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
-
-FEWEST_ROWS = {torch.bfloat16: 2}
-"""Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
-whose products go another way."""
 
 WRITTEN_OUT_CALLS = 8
 """As many calls of fused attention take as long as one tile written out."""
@@ -96,14 +94,23 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
+def remember_tokens(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> None:
+    """Have `tokens.again` serve further calls of the layers that follow, if it can: this one has been checked."""
+    if query.device.type == "cpu" and spans.key_mask is None:
+        nothing = (None,) * 5
+        problem = Problem(query, key, value, spans.start, spans.end, *nothing, scale=1.0, softcap=None, dropout_p=0.0)
+        tokens.remember(query, key, value, spans, scale, problem.plan(fused=True))
+
+
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
     plan = problem.plan(fused=fused)
     groups = plan.groups
-    if fused and is_plain_decoding(problem, plan):
-        return with_sinks(*attend_tokens(problem, plan), problem.sinks)
+    if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
+        parts = tokens.parts_of(query, problem.key, problem.start, problem.end, plan)
+        return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
     if len(groups) == 1 and len(groups[0].pieces) == 1 and groups[0].pieces[0].rows == slice(0, query_len):
         # One piece is the whole answer: nothing to gather.
         output, lse = attend(problem, groups[0].elements, groups[0].pieces[0])
@@ -191,60 +198,6 @@ def additive_mask(
 def shows_all(problem: Problem, piece: Piece) -> bool:
     """Whether rows of a piece see all of its keys, as far as masks say; a bias may still hide some."""
     return piece.kind == "all" and problem.key_mask is problem.mask is None
-
-
-def is_plain_decoding(problem: Problem, plan: Plan) -> bool:
-    """Whether `attend_tokens` serves a call: one query token each, which sees something, and heads as it takes them."""
-    query, key, value = problem.query, problem.key, problem.value
-    return (
-        query.shape[2] == 1
-        and not problem.has_tiles
-        and query.shape[3] == value.shape[3]
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and all(group.pieces and not group.pieces[0].blind for group in plan.groups)
-    )
-
-
-def attend_tokens(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of one query token for each sequence, by torch's fused CPU attention.
-
-    As `attend_fused`, in as few steps as possible: after each layer's keys and values have passed through the caches,
-    a step of Python costs as much as reading a hundred keys does.
-    """
-    query, key, value = problem.query, problem.key, problem.value
-    batch, num_heads, _, dim = query.shape
-    num_kv_heads, group_size = key.shape[1], num_heads // key.shape[1]
-    query = query.reshape(batch, num_kv_heads, group_size, dim)  # the heads of a group as rows of one head
-    rows = max(group_size, FEWEST_ROWS.get(query.dtype, 1))
-    if rows > group_size:
-        query = query.repeat(1, 1, rows, 1)
-    parts = []
-    for elements, (piece,), _ in plan.groups:
-        own = query if len(plan.groups) == 1 else query[elements]
-        place = (elements, slice(None), piece.keys)
-        mask = None if piece.kind != "masked" else remembered_mask(problem, plan, elements, piece, rows)
-        parts.append(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                own, key[place], value[place], attn_mask=mask, scale=problem.scale
-            )
-        )
-    output, lse = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
-    if rows > group_size:
-        output, lse = output[:, :, :group_size].contiguous(), lse[:, :, :group_size].contiguous()
-    # One token: what is stored head by head is stored token by token as well.
-    return output.reshape(batch, 1, num_heads, dim).transpose(1, 2), lse.reshape(batch, num_heads, 1)
-
-
-def remembered_mask(problem: Problem, plan: Plan, elements: slice, piece: Piece, rows: int) -> Tensor:
-    """The additive mask of a piece of one row, for `rows` rows; kept with the plan, which all layers share."""
-    dtype = accumulator(problem.query.dtype)
-    known = (dtype, elements.start, rows)
-    mask = plan.tile_masks.get(known)
-    if mask is None:
-        visible = visible_keys(problem, elements, piece)
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf).expand(-1, -1, rows, -1)
-        plan.tile_masks[known] = mask
-    return mask
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:

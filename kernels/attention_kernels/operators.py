@@ -13,7 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import blockwise, blockwise_backward, prebound
+from . import blockwise, blockwise_backward, prebound, tokens
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .spans import Spans
@@ -123,6 +123,9 @@ def attention(
     asked = (scale, num_splits)
     if simple and (again := prebound.relaunch(query, key, value, spans, *asked)) is not None:
         return again if return_lse else again[0]
+    if simple and num_splits is None and (again := tokens.again(query, key, value, spans, scale)) is not None:
+        return again if return_lse else again[0]
+    given_scale = scale
     query, key, value = _validated(*cast_for_autocast(query, key, value))
     batch, num_heads, query_len, head_dim = query.shape
     key_len = key.shape[2]
@@ -160,6 +163,8 @@ def attention(
     direct = not wants_gradient and _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
     forward = _forward if direct else torch.ops.attention_kernels.forward
     output, lse, _ = forward(*operands, wants_gradient, num_splits)
+    if simple and query_len == 1 and not runs_triton(query):
+        blockwise.remember_tokens(query, key, value, spans, given_scale)
     return (output, lse) if return_lse else output
 
 

@@ -63,10 +63,12 @@ class Plan:
         groups: the batch, in parts that share a mask.
         tile_masks: the additive masks of the last tiles, by dtype, size, and what the rows see relative to the tile.
             All tiles of a sliding window share one, and so do all layers of a model.
+        token_parts: what `tokens` makes of the groups.
     """
 
     groups: list[Group]
     tile_masks: dict[tuple, Tensor] = field(default_factory=dict)
+    token_parts: dict[tuple, list] = field(default_factory=dict)
 
 
 def plan_batch(
@@ -86,8 +88,7 @@ def plan_batch(
     computed together. The layers of a model share their spans, so the last few plans are remembered, by the identity of
     the tensors.
     """
-    versions = tuple(0 if bound.is_inference() else bound._version for bound in (start, end))
-    request = (batch, query_len, tiles_only, joins, sharing, versions)
+    request = (batch, query_len, tiles_only, joins, sharing, versions(start, end))
     for known_start, known_end, known_request, plan in _recent_plans:
         if known_start() is start and known_end() is end and known_request == request:
             return plan
@@ -95,6 +96,11 @@ def plan_batch(
     plan = Plan([group._replace(pieces=joined(group.pieces)) if joins else group for group in groups])
     _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
     return plan
+
+
+def versions(start: Tensor, end: Tensor) -> tuple[int, int]:
+    """How often the tensors were changed in place, as far as torch counts it."""
+    return 0 if start.is_inference() else start._version, 0 if end.is_inference() else end._version
 
 
 _recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan]] = deque(maxlen=8)

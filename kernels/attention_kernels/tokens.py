@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding on the CPU: one query token per sequence, by torch's fused attention, in as few steps as possible.
+
+After each layer's keys and values have passed through the caches, a step of Python costs as much as reading a hundred
+keys does. So the layers of a model, which make the same call with other numbers in their tensors, are checked and
+planned once: `remember` keeps what `again` needs.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pieces import Plan, versions
+from .spans import Spans
+
+FEWEST_ROWS = {torch.bfloat16: 2}
+"""Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
+whose products go another way."""
+
+MOST_SPANS = 4
+"""Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
+
+
+class Part(NamedTuple):
+    """Sequences computed together over some keys; their additive mask `[sequences, 1, rows, keys]` if they need one."""
+
+    elements: slice
+    keys: slice
+    mask: Tensor | None
+
+
+class Known(NamedTuple):
+    """A call that has been checked: its spans and their state, what else decides about it, and its parts."""
+
+    spans: weakref.ref[Spans]
+    versions: tuple[int, int]
+    kind: tuple
+    parts: list[Part]
+
+
+_known: dict[int, Known] = {}
+
+
+def again(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of a call without gradients as one that is remembered; None if there is none.
+
+    None as well if the output has a NaN: whose it is takes care to find out.
+    """
+    known = _known.get(id(spans))
+    if known is None or spans is None or known.spans() is not spans:
+        return None
+    changed = known.versions != versions(spans.start, spans.end) or known.kind != kind_of(query, key, value, scale)
+    if changed or torch.is_autocast_enabled("cpu"):
+        return None
+    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, known.parts)
+    # Without masks every row sees all keys of its part, and a NaN is its own.
+    masked = any(part.mask is not None for part in known.parts)
+    return None if masked and math.isnan(output.sum()) else (output, lse)
+
+
+def remember(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, plan: Plan
+) -> None:  # fmt: skip
+    """Keep what the next calls need, if the call is one that `again` can repeat; it has been checked and made."""
+    same_batch = query.shape[0] == key.shape[0] == value.shape[0]
+    if not same_batch or not serves(query, key, value, plan):
+        return
+    while len(_known) >= MOST_SPANS:
+        del _known[next(iter(_known))]
+    parts = parts_of(query, key, spans.start, spans.end, plan)
+    state = versions(spans.start, spans.end)
+    _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, scale), parts)
+
+
+def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple:
+    """All that decides whether a call is allowed and how it is computed, besides its spans."""
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
+        value.dtype, query.device, key.device, value.device, scale,
+    )  # fmt: skip
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
+    """Whether `attend` computes a call: one query token each, which sees something, and heads as it takes them."""
+    return (
+        query.shape[2] == 1
+        and query.shape[3] == value.shape[3]
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and all(group.pieces and not group.pieces[0].blind for group in plan.groups)
+    )
+
+
+def parts_of(query: Tensor, key: Tensor, start: Tensor, end: Tensor, plan: Plan) -> list[Part]:
+    """The parts of a plan, with their masks; kept with the plan, which all layers share."""
+    rows = rows_of(query, key)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    parts = plan.token_parts.get((dtype, rows))
+    if parts is None:
+        parts = plan.token_parts[dtype, rows] = []
+        for elements, (piece,), _ in plan.groups:
+            mask = None
+            if piece.kind == "masked":
+                keys = torch.arange(piece.keys.start, piece.keys.stop, dtype=torch.int32)
+                first, last = (bound if bound.shape[0] == 1 else bound[elements] for bound in (start, end))
+                hidden = ((keys < first) | (keys >= last))[:, None, None]
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf).expand(-1, -1, rows, -1)
+            parts.append(Part(elements, piece.keys, mask))
+    return parts
+
+
+def rows_of(query: Tensor, key: Tensor) -> int:
+    """Rows that stand for the heads of a group."""
+    return max(query.shape[1] // key.shape[1], FEWEST_ROWS.get(query.dtype, 1))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Output `[batch, num_heads, 1, dim]`, stored token by token, and log-sum-exp `[batch, num_heads, 1]`."""
+    batch, num_heads, _, dim = query.shape
+    num_kv_heads = key.shape[1]
+    group_size, rows = num_heads // num_kv_heads, rows_of(query, key)
+    query = query.reshape(batch, num_kv_heads, group_size, dim)  # the heads of a group as rows of one head
+    if rows > group_size:
+        query = query.repeat(1, 1, rows, 1)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    results = [
+        fused(query[elements], key[elements, :, keys], value[elements, :, keys], attn_mask=mask, scale=scale)
+        for elements, keys, mask in parts
+    ]
+    output, lse = results[0] if len(results) == 1 else (torch.cat(each) for each in zip(*results, strict=True))
+    if rows > group_size:
+        output, lse = output[:, :, :group_size].contiguous(), lse[:, :, :group_size].contiguous()
+    # One token: what is stored head by head is stored token by token as well.
+    return output.reshape(batch, 1, num_heads, dim).transpose(1, 2), lse.reshape(batch, num_heads, 1)
