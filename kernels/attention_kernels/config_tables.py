@@ -18,8 +18,9 @@ class ForwardConfig(NamedTuple):
     """Tile shape of the forward kernel.
 
     `chunk_d` is how many columns of a head are multiplied at a time; 0 means all. With `overlap` a turn of the loop
-    multiplies the weights of the turn before by their values while it computes its own. With `descriptors`, which need
-    `overlap`, the hardware copies tiles of keys and values by itself (TMA) where their strides allow.
+    multiplies the weights of the turn before by their values while it computes its own, unless the call has a mask or a
+    bias. With `descriptors`, which need `overlap`, the hardware copies tiles of keys and values by itself (TMA) where
+    their strides allow.
     """
 
     block_m: int

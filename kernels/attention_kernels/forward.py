@@ -123,15 +123,16 @@ def attend_keys(
 
 @triton.jit
 def attend_overlapped(
-    state, q, key, value, key_descriptor, value_descriptor, spans, mask, bias, dropout, scale, softcap, b, batch_head,
-    kv_head, start, end, first_row, query_len, key_len, first, body_first, body_last, last, HEAD_DIM: tl.constexpr,
+    state, q, key, value, key_descriptor, value_descriptor, spans, dropout, scale, softcap, b, batch_head, kv_head,
+    start, end, first_row, query_len, key_len, first, body_first, body_last, last, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Softmax state after the keys from `first` to `last`, as by `attend_keys` tile by tile, to the last bit.
 
     A turn multiplies the weights of the turn before with their values while it computes its own: the matrix units have
-    work beside the exponentials. FlashAttention-3 (Shah et al., 2024) calls it pipelining within a warp group.
+    work beside the exponentials. With a mask or a bias the compiler computes the exponentials twice, in two layouts, so
+    such calls have the plain loop. FlashAttention-3 (Shah et al., 2024) calls it pipelining within a warp group.
     """
     m, l, acc = state
     alpha = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -151,7 +152,7 @@ def attend_overlapped(
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         s = mask_scores(
-            s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
+            s, spans, None, None, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
             body_last, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         m, l, alpha, p = softmax_weights(m, l, s)
@@ -235,8 +236,8 @@ def forward_kernel(
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
     if OVERLAP:
         state = attend_overlapped(
-            state, q, key, value, key_descriptor, value_descriptor, spans, mask, bias, dropout, scale, softcap, b,
-            batch_head, kv_head, start, end, first_row, query_len, key_len, first, body_first, body_last, last,
+            state, q, key, value, key_descriptor, value_descriptor, spans, dropout, scale, softcap, b, batch_head,
+            kv_head, start, end, first_row, query_len, key_len, first, body_first, body_last, last,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION, BLOCK_N,
         )  # fmt: skip
     else:
@@ -343,6 +344,8 @@ def kernel_arguments(
     batch, num_heads, query_len, head_dim = query.shape
     key_len, value_dim = value.shape[2:]
     scores = (batch, num_heads, query_len, key_len)
+    overlap = config.overlap and not config.chunk_d and mask is bias is None
+    block_n = config.block_n if overlap and config.descriptors else None
     return dict(
         query=operand(query),
         key=operand(key),
@@ -355,8 +358,8 @@ def kernel_arguments(
         bias=score_operand(bias, scores),
         sinks_ptr=None if sinks is None else sinks.contiguous(),
         dropout=dropout,
-        key_descriptor=tile_descriptor(key, config),
-        value_descriptor=tile_descriptor(value, config),
+        key_descriptor=None if block_n is None else tile_descriptor(key, block_n),
+        value_descriptor=None if block_n is None else tile_descriptor(value, block_n),
         scale=scale,
         softcap=softcap,
         num_heads=num_heads,
@@ -372,7 +375,7 @@ def kernel_arguments(
         BLOCK_N=config.block_n,
         # float32 means float32: no tf32 products.
         PRECISION="ieee",
-        OVERLAP=config.overlap and not config.chunk_d,
+        OVERLAP=overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

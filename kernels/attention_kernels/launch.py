@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config_tables import ForwardConfig
 from .configs import padded_dim
 from .dropout import threshold_and_scale
 from .tiles import DropoutOperand, Operand, SpanOperand, tile_pointers
@@ -55,20 +54,17 @@ def span_operand(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count:
     return SpanOperand(start, end, *strides, key_mask.view(torch.uint8), key_mask_stride, gap_count, gap_stride)
 
 
-def tile_descriptor(tensor: Tensor, config: ForwardConfig) -> TensorDescriptor | None:
-    """What the hardware needs to copy tiles of keys or values `[batch, heads, tokens, dim]` by itself.
+def tile_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
+    """What the hardware needs to copy tiles of `rows` tokens of `[batch, heads, tokens, dim]` by itself.
 
-    None where the configuration does not want it or the tensor lies where it cannot: TMA takes rows without gaps whose
-    addresses are multiples of 16 bytes (CUDA C++ Programming Guide, tensor maps).
+    None where it cannot: TMA takes rows without gaps whose addresses are multiples of 16 bytes (CUDA C++ Programming
+    Guide, tensor maps).
     """
-    if not (config.descriptors and config.overlap) or config.chunk_d:
-        return None
     strides, size = tensor.stride(), tensor.element_size()
     unaligned = tensor.data_ptr() % 16 or any(stride * size % 16 for stride in strides[:3])
     if unaligned or strides[3] != 1 or 0 in strides or not tensor.numel():
         return None
-    block = [1, 1, config.block_n, padded_dim(tensor.shape[3])]
-    return TensorDescriptor(tensor, list(tensor.shape), list(strides), block)
+    return TensorDescriptor(tensor, list(tensor.shape), list(strides), [1, 1, rows, padded_dim(tensor.shape[3])])
 
 
 def dropout_operand(seed: Tensor | None, dropout_p: float) -> DropoutOperand | None:

@@ -44,7 +44,8 @@ def cases() -> Iterator:
         last = {}
         for case in shipped_cases(architecture):
             # Float32's few and many rows of a cache share their tile shapes, as do some rows of the forward pass.
-            apart = case.work if case.part == "backward" or (case.element_size == 2 and case.part == "decode") else ""
+            alone = case.part == "backward" or (case.element_size == 2 and case.part == "decode") or "(" in case.work
+            apart = case.work if alone else ""
             shape = None if case.config is None else case.config._replace(reason="")
             last[case.part, case.element_size, case.dim, shape, apart] = case
         for case in last.values():
@@ -68,9 +69,9 @@ def test_configuration_compiles_within_limits(case):
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_products_run_beside_exponentials(descriptors):
     """In Hopper's machine code a matrix instruction is unfinished while a turn's weights are computed."""
-    rows = [case for case in shipped_cases("sm_90") if getattr(case.config, "overlap", False)]
-    assert {(case.dim, case.work) for case in rows} >= {(128, "spans"), (128, "tiles")}
-    (case,) = (case for case in rows if (case.dim, case.work) == (128, "spans"))
+    wanted = ("forward", 2, 128, "spans")
+    (case,) = (c for c in shipped_cases("sm_90") if (c.part, c.element_size, c.dim, c.work) == wanted)
+    assert case.config.overlap
     for overlap in (True, False):
         config = case.config._replace(overlap=overlap, descriptors=descriptors)
         kernel, arguments = replace(case, config=config).kernel()
@@ -81,6 +82,21 @@ def test_products_run_beside_exponentials(descriptors):
         assert loop.waits == 1
         assert compiled.spills == 0
         assert bool(compiled.code.bulk_copies) == (descriptors and overlap)
+
+
+@compiles
+@pytest.mark.parametrize("dim", [64, 128])
+def test_overlapping_costs_no_exponentials(dim):
+    """Where weights are wanted in two layouts the compiler computes them twice."""
+    loops = []
+    for overlap in (False, True):
+        (case,) = (case for case in shipped_cases("sm_90") if (case.dim, case.work) == (dim, "tiles (overlap)"))
+        kernel, arguments = replace(case, config=case.config._replace(overlap=overlap)).kernel()
+        loops.append(compile_ahead(kernel, "sm_90", arguments).code.loop)
+    plain, overlapped = loops
+    assert overlapped.counts["special"] == plain.counts["special"]
+    assert overlapped.instructions < 1.05 * plain.instructions
+    assert overlapped.in_flight >= 16 > plain.in_flight
 
 
 @compiles

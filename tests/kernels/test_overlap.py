@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from helpers import DEVICE, DTYPES, LAYOUTS, SLOW_IN_INTERPRETER, Problem, rando
 
 pytest.importorskip("triton")
 
-from attention_kernels.launch import tile_descriptor
+from attention_kernels.forward import kernel_arguments
+from attention_kernels.launch import span_operand, tile_descriptor
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -53,17 +55,22 @@ def loop(request):
         yield request.param
 
 
+def overlapping_problem(seed):
+    """Masks and biases have the plain loop."""
+    return replace(random_problem(seed), mask=None, bias=None)
+
+
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=SLOW_IN_INTERPRETER if seed >= 1015 else ()) for seed in range(1000, 1100)]
 )
 def test_random_problems_overlapped(seed, loop):
-    random_problem(seed).check()
+    overlapping_problem(seed).check()
 
 
 @pytest.mark.skipif(not interpreting(), reason="a compiler may join products and sums differently in each loop")
 @pytest.mark.parametrize("seed", range(1100, 1110))
 def test_the_plain_loop_gives_the_same_bits(seed, loop):
-    problem = random_problem(seed)
+    problem = overlapping_problem(seed)
     overlapped = problem.run()
     with forward_rows(overlap=False):
         plain = problem.run()
@@ -105,6 +112,25 @@ def test_a_visible_nan_stays_in_its_rows_overlapped(dtype, loop):
     assert output[0, 0, ~sees].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_masks_and_biases_have_the_plain_loop(name):
+    query, key, value = (tensor(1, 1, 70, 16) for _ in range(3))
+    scores = torch.zeros(1, 1, 70, 70, device=DEVICE)
+    extra = {"mask": scores == 0, "bias": scores}[name]
+    spans, config = Spans.causal(70, device=DEVICE), CONFIGS["sm_90"][2, 128, "spans"]
+    operand = span_operand(spans.start, spans.end, None, None)
+
+    def overlaps(**given):
+        given = {"mask": None, "bias": None} | given
+        return kernel_arguments(
+            query, key, value, query, None, query, operand, **given, sinks=None, dropout=None, scale=1.0, softcap=2.0,
+            config=config,
+        )["OVERLAP"]  # fmt: skip
+
+    assert overlaps()
+    assert not overlaps(**{name: extra})
+
+
 @pytest.mark.parametrize(("query_len", "key_len"), [(0, 3), (3, 0), (1, 1), (65, 64)])
 def test_few_keys_and_rows_overlapped(query_len, key_len, loop):
     torch.manual_seed(0)
@@ -114,12 +140,11 @@ def test_few_keys_and_rows_overlapped(query_len, key_len, loop):
 
 def test_descriptors_where_the_hardware_can_use_them():
     """Rows without gaps whose addresses are multiples of 16 bytes."""
-    config = CONFIGS["sm_90"][2, 128, "spans"]._replace(descriptors=True)
     storage = torch.zeros(2, 60, 3, 136, dtype=torch.bfloat16)
     key = storage[..., :128].transpose(1, 2)
-    descriptor = tile_descriptor(key, config)
+    descriptor = tile_descriptor(key, 32)
     assert descriptor is not None
-    assert descriptor.block_shape == [1, 1, config.block_n, 128]
+    assert descriptor.block_shape == [1, 1, 32, 128]
     assert descriptor.shape == [2, 3, 60, 128]
     without = {
         "unaligned": storage[..., 1:129].transpose(1, 2),
@@ -128,6 +153,4 @@ def test_descriptors_where_the_hardware_can_use_them():
         "broadcast": key[:, :1].expand(2, 3, 60, 128),
         "empty": key[:0],
     }
-    assert {name: tile_descriptor(each, config) for name, each in without.items()} == dict.fromkeys(without)
-    assert tile_descriptor(key, config._replace(overlap=False)) is None
-    assert tile_descriptor(key, config._replace(descriptors=False)) is None
+    assert {name: tile_descriptor(each, 32) for name, each in without.items()} == dict.fromkeys(without)

@@ -42,8 +42,9 @@ class Case:
         part: "forward", "backward", "decode", "merge" or "statistics".
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
-        work: the row's own name: "spans", "tiles" or "short"; the backward kernel, with " (spans)" for the faster row
-            of calls with spans alone; "few" or "many"; "" where there is one only.
+        work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
+            and no bias; the backward kernel, with " (spans)" for the faster row of calls with spans alone; "few" or
+            "many"; "" where there is one only.
         config: the tile shape, or None where the kernel has none.
     """
 
@@ -80,6 +81,8 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         raise ValueError(f"architecture must be one of {', '.join(SHARED_MEMORY)}, got {architecture!r}")
     for (size, dim, work), config in CONFIGS[architecture].items():
         yield Case(architecture, "forward", size, dim, work, config)
+        if config.overlap and work != "spans":
+            yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
         yield Case(architecture, "backward", size, dim, kernel, row)
     for (size, dim, kernel), row in BACKWARD_SPANS_CONFIGS.get(architecture, {}).items():
@@ -125,9 +128,12 @@ def _whole(config: Any, dim: int) -> Any:
 
 
 def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
-    query_len = 8 if case.work == "short" else QUERY_LEN
+    work, *overlap = case.work.split()
+    query_len = 8 if work == "short" else QUERY_LEN
     query, key, value, output = tensors(case.dtype, case.dim, query_len)
-    given = spans_alone(query_len) if case.work == "spans" else extras(case.dtype, query_len)
+    given = spans_alone(query_len) if work == "spans" else extras(case.dtype, query_len)
+    if overlap:
+        given |= {"mask": None, "bias": None}
     return forwarding.forward_kernel, forwarding.kernel_arguments(
         query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
