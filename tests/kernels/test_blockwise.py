@@ -333,3 +333,23 @@ def test_other_paths_are_logged_once(caplog, monkeypatch):
     assert [record.message for record in caplog.records if "float64" in record.message] == [
         "float64 runs attention in torch: the Triton kernels are for float16, bfloat16 and float32"
     ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_16_bit_operands_are_laid_out_head_by_head(dtype):
+    torch.manual_seed(0)
+    query, key, value = (tensor(2, heads, 600, 24, dtype=dtype, layout="tokens") for heads in (4, 2, 2))
+    spans = Spans.causal(600)
+    Problem(query, key, value, spans).check()
+
+    def laid_out(rows, batch=2):
+        given = (
+            query[:, :, :rows],
+            *(each[:1].expand(batch, -1, -1, -1) if batch > 2 else each for each in (key, value)),
+        )
+        problem = blockwise.Problem(*given, spans.start, spans.end, *(None,) * 5, 1.0, None, 0.0)
+        return blockwise.head_by_head(problem).key.is_contiguous()
+
+    assert laid_out(600) == (dtype != torch.float32)
+    assert not laid_out(500), "few rows read keys few times"
+    assert not laid_out(600, batch=3), "shared keys are not multiplied"
