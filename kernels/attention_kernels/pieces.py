@@ -153,11 +153,14 @@ def plan_neighbours(start: Tensor, end: Tensor, sharing: Sharing) -> Iterator[Gr
     Args:
         start, end: int32 `[batch, query_len]` on the CPU.
     """
-    sees = end > start
-    firsts = start.masked_fill(~sees, UNSEEN).amin(1).tolist()
-    lasts = end.masked_fill(~sees, 0).amax(1).tolist()
-    for elements in cut_batch(firsts, lasts, slice(0, len(firsts)), sharing):
-        yield _whole_group(start, end, elements, slice(min(firsts[elements]), max(lasts[elements])))
+    # Few numbers, one by one: each step of decoding brings new spans, and calls of torch take longer.
+    rows = [list(zip(*pair, strict=True)) for pair in zip(start.tolist(), end.tolist(), strict=True)]
+    seen = [[bounds for bounds in own if bounds[0] < bounds[1]] for own in rows]
+    firsts = [min((first for first, _ in own), default=UNSEEN) for own in seen]
+    lasts = [max((last for _, last in own), default=0) for own in seen]
+    for elements in cut_batch(firsts, lasts, slice(0, len(rows)), sharing):
+        keys = slice(min(firsts[elements]), max(lasts[elements]))
+        yield _whole_group([bounds for own in rows[elements] for bounds in own], start.shape[1], elements, keys)
 
 
 def cut_batch(firsts: list[int], lasts: list[int], elements: slice, sharing: Sharing) -> Iterator[slice]:
@@ -188,14 +191,14 @@ def _running_lengths(firsts: list[int], lasts: list[int]) -> list[int]:
     return [max(0, last - first) for first, last in bounds]
 
 
-def _whole_group(start: Tensor, end: Tensor, elements: slice, keys: slice) -> Group:
-    """The group of `elements`, whose rows see `keys` or parts of them."""
-    start, end = start[elements], end[elements]
+def _whole_group(bounds: list[tuple[int, int]], query_len: int, elements: slice, keys: slice) -> Group:
+    """The group of `elements`, whose rows see `keys` or, by their `bounds`, parts of them."""
     if keys.stop <= keys.start:
         return Group(elements, [], 0.0)
-    same = bool(((start == keys.start) & (end == keys.stop)).all())
-    piece = Piece(slice(0, start.shape[1]), keys, "all" if same else "masked", blind=bool((end <= start).any()))
-    return Group(elements, [piece], float((end - start).clamp(min=0).float().mean()))
+    lengths = [max(0, last - first) for first, last in bounds]
+    same = all(each == (keys.start, keys.stop) for each in bounds)
+    piece = Piece(slice(0, query_len), keys, "all" if same else "masked", blind=not all(lengths))
+    return Group(elements, [piece], sum(lengths) / len(lengths))
 
 
 def _linear_runs(start: Tensor, end: Tensor) -> Iterator[tuple[int, int, tuple[int, int]]]:
