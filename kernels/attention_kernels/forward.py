@@ -82,13 +82,10 @@ def mask_scores(
 def keep_factor(
     dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """What dropout multiplies weights `[M, N]` by; None without dropout."""
-    if dropout is None:
-        return None
-    else:
-        q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
-        keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
-        return tl.where(keep, dropout.scale, 0.0)
+    """What dropout multiplies weights `[M, N]` by."""
+    q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
+    keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
+    return tl.where(keep, dropout.scale, 0.0)
 
 
 @triton.jit
@@ -117,8 +114,11 @@ def attend_keys(
         value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, True,
         BLOCK_DV > VALUE_DIM,
     )  # fmt: skip
-    factor = keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
-    return softmax_step(m, l, acc, s, v, factor, CLEAN, PRECISION)
+    if dropout is None:  # here, as Triton 3.6 compiles no function that returns None
+        return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
+    else:
+        factor = keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
+        return softmax_step(m, l, acc, s, v, factor, CLEAN, PRECISION)
 
 
 @triton.jit
@@ -156,9 +156,8 @@ def attend_overlapped(
             body_last, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         m, l, alpha, p = softmax_weights(m, l, s)
-        factor = keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
-        if factor is not None:
-            p = p * factor
+        if dropout is not None:
+            p = p * keep_factor(dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N)
     previous = tl.maximum((last - 1) // BLOCK_N * BLOCK_N, first)
     v = right_tile(
         value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM, BLOCK_N,
