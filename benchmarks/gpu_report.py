@@ -21,6 +21,7 @@ from rich.console import Console
 
 from . import page
 from .options import FOLDER
+from .providers import GLUON
 
 FUSED = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Peers of the sweeps: those that need not be compiled for every point."""
@@ -47,8 +48,11 @@ class Part:
     share: float
 
 
+TESTS = ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10")
+GLUON_TESTS = "tests/kernels/test_hopper.py"
+
 PARTS = (
-    Part("tests", ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", "tests/kernels"), 60),
+    Part("tests", (*TESTS, "tests/kernels", f"--ignore={GLUON_TESTS}"), 60),
     Part("overview", ("benchmarks", "kernels"), 80),
     Part("lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", *FUSED), 130),
     Part("decode", ("benchmarks", "kernels", "--sweep", "decode", "--against", *FUSED), 70),
@@ -58,8 +62,10 @@ PARTS = (
     Part("models", ("benchmarks", "models", "--dtype", "bfloat16"), 40),
     Part("ranks", ("benchmarks", "kernels", "--sweep", "ranks", "--against", *FUSED), 30),
     Part("memory", ("benchmarks", "memory", "--dtype", "bfloat16"), 15),
+    Part("gluon-tests", (*TESTS, GLUON_TESTS), 15),
+    Part("gluon-lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", GLUON, "sdpa_cudnn"), 20),
 )
-"""In the order of what is missed most if time runs out."""
+"""In the order of what is missed most if time runs out; last what no GPU has run yet and might not come to an end."""
 
 
 def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, console: Console) -> int:

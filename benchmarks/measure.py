@@ -202,14 +202,27 @@ class Effort:
 
 @dataclass(frozen=True)
 class Call:
-    """Something to time. `prepare` runs before each sample, off the clock, and its value is handed to `run`."""
+    """Something to time. `prepare` runs before each sample, off the clock, and its value is handed to `run`.
+
+    What is `repeatable` needs no preparation, and where it takes microseconds a sample is the mean of several runs.
+    """
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
+    repeatable: bool = False
 
 
-def timed(call: Call, device: torch.device) -> float:
+SAMPLE_SECONDS = 2e-3
+"""A sample of something repeatable takes this long: single microseconds are the clock's and the caches' chance."""
+
+
+def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     """Seconds that one call takes: CUDA events on a GPU, the clock on the wall elsewhere."""
+    if repeats > 1:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call.run(None)
+        return (time.perf_counter() - started) / repeats
     prepared = call.prepare()
     if device.type == "cuda":
         flush = cache_flusher(device)
@@ -252,9 +265,12 @@ def interleaved(
     """
     share = effort.seconds / max(1, len(calls))
     samples: dict[str, list[float]] = {}
+    repeats = {}
     for name, call in calls.items():
         seconds = timed(call, device)
         samples[name] = [seconds] if seconds > share else []
+        several = call.repeatable and device.type == "cpu"
+        repeats[name] = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6))) if several else 1
     shuffler = random.Random(0)
     for round_number in range(effort.most):
         playing = [name for name, taken in samples.items() if _plays_on(taken, share, effort)]
@@ -262,7 +278,7 @@ def interleaved(
             break
         on_round(f"round {round_number + 1}")
         for name in shuffler.sample(playing, len(playing)):
-            samples[name].append(timed(calls[name], device))
+            samples[name].append(timed(calls[name], device, repeats[name]))
     return samples
 
 

@@ -251,8 +251,9 @@ def check_ranks(run: Run, parser: OneLineParser) -> None:
 
 def providers_of(run: Run, *, slow: bool = True) -> list[str]:
     """Names of the implementations that a run compares; `slow` ones write all scores to memory."""
-    from .providers import SLOW
+    from .providers import ON_REQUEST, SLOW
 
     if run.peers:
         return [OURS, *(name for name in run.peers if name != OURS)]
-    return [provider.name for provider in PROVIDERS if slow or provider.name not in SLOW or provider.name == BASELINE]
+    left_out = ON_REQUEST if slow else {*ON_REQUEST, *SLOW} - {BASELINE}
+    return [provider.name for provider in PROVIDERS if provider.name not in left_out]

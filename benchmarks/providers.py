@@ -26,6 +26,7 @@ from transformers.models.t5 import modeling_t5
 from transformers.utils import import_utils
 
 import attention_plugin
+from attention_kernels import hopper
 
 from .problem import Problem
 
@@ -117,6 +118,26 @@ def tutorial_attention(
     return flash_attn_func(*tensors, None, module.is_causal and query.shape[2] > 1, scaling), None
 
 
+def gluon_attention(*arguments: Any, **keywords: Any) -> tuple[Tensor, Any]:
+    """Our function with the Gluon kernel for Hopper, which is off by default, switched on."""
+    hopper.enable()
+    try:
+        return attention_plugin.attention_forward(*arguments, **keywords)
+    finally:
+        hopper.enable(False)
+
+
+def _no_gluon(problem: Problem) -> str | None:
+    if problem.query.device.type != "cuda":
+        return "the Gluon kernel runs on Hopper GPUs only"
+    from attention_kernels.hopper import launching
+
+    return launching.unserved(
+        problem.query, problem.key, problem.value, mask=None, bias=problem.bias, dropout_seed=None,
+        softcap=problem.case.softcap,
+    )  # fmt: skip
+
+
 def _no_tutorial(problem: Problem) -> str | None:
     if problem.query.device.type != "cuda":
         return "the Triton tutorial's kernel runs on GPUs only"
@@ -178,12 +199,14 @@ def _flash_provider(version: int) -> Provider:
 
 
 OURS = attention_plugin.NAME
+GLUON = f"{OURS}_gluon"
 BASELINE = "sdpa"
 FALLBACK_BASELINE = "eager"
 """What ratios are relative to where the baseline cannot run a case."""
 
 PROVIDERS = (
     Provider(OURS, "this project", OURS, attention_plugin.attention_forward),
+    Provider(GLUON, "the same with the Gluon kernel for Hopper switched on", OURS, gluon_attention, _no_gluon),
     Provider(BASELINE, "torch's fused attention as transformers calls it", "sdpa", sdpa_attention_forward, _no_sdpa),
     _sdpa_provider("flash", "cpu", "cuda"),
     _sdpa_provider("cudnn", "cuda"),
@@ -213,3 +236,6 @@ PROVIDERS = (
 )
 SLOW = (FALLBACK_BASELINE, "sdpa_math")
 """Those that write all scores to memory; sweeps over long rows leave them out."""
+
+ON_REQUEST = (GLUON,)
+"""Those that run only where `--against` names them: no GPU has run the Gluon kernel yet, nor may it stop the others."""

@@ -55,16 +55,21 @@ def span_operand(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count:
 
 
 def tile_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
-    """What the hardware needs to copy tiles of `rows` tokens of `[batch, heads, tokens, dim]` by itself.
+    """What the hardware needs to copy tiles of `rows` tokens of `[batch, heads, tokens, dim]`; None if it cannot."""
+    if not copied_by_hardware(tensor):
+        return None
+    block = [1, 1, rows, padded_dim(tensor.shape[3])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
-    None where it cannot: TMA takes rows without gaps whose addresses are multiples of 16 bytes (CUDA C++ Programming
-    Guide, tensor maps).
+
+def copied_by_hardware(tensor: Tensor) -> bool:
+    """Whether TMA copies tiles of a tensor: rows without gaps, whose addresses are multiples of 16 bytes.
+
+    CUDA C++ Programming Guide, tensor maps.
     """
     strides, size = tensor.stride(), tensor.element_size()
-    unaligned = tensor.data_ptr() % 16 or any(stride * size % 16 for stride in strides[:3])
-    if unaligned or strides[3] != 1 or 0 in strides or not tensor.numel():
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(strides), [1, 1, rows, padded_dim(tensor.shape[3])])
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides[:3])
+    return aligned and strides[3] == 1 and 0 not in strides and tensor.numel() > 0
 
 
 def dropout_operand(seed: Tensor | None, dropout_p: float) -> DropoutOperand | None:

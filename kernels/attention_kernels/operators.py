@@ -13,7 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import blockwise, blockwise_backward, prebound, tokens
+from . import blockwise, blockwise_backward, hopper, prebound, tokens
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .spans import Spans
@@ -369,9 +369,20 @@ def _forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
         from .decode import decode
 
         return *decode(*tensors, scale=scale, softcap=softcap, num_splits=num_splits), query.new_empty(0)
+    wants_rounding = _has_rounding(query, wants_gradient)
+    if hopper.enabled():
+        from .hopper import launching as gluon
+
+        _, key, value, start, end, key_mask, gap_count, mask, bias, sinks = tensors
+        reason = gluon.unserved(query, key, value, mask=mask, bias=bias, dropout_seed=dropout_seed, softcap=softcap)
+        if reason is None:
+            return gluon.forward(
+                query, key, value, start, end, key_mask, gap_count, sinks, scale, wants_rounding=wants_rounding
+            )
+        log_once(f"the Gluon kernel leaves calls to the Triton kernel: {reason}")
     from .forward import forward
 
-    return forward(*arguments, wants_rounding=_has_rounding(query, wants_gradient))
+    return forward(*arguments, wants_rounding=wants_rounding)
 
 
 def _has_rounding(query: Tensor, wants_gradient: bool) -> bool:

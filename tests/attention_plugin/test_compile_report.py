@@ -130,7 +130,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
             ["--architecture", "sm_70"],
             "--architecture must be of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942, got",
         ),
-        (["--part", "middle"], "--part must be of forward, backward, decode, merge, statistics, got 'middle'"),
+        (["--part", "middle"], "--part must be of forward, gluon, backward, decode, merge, statistics, got 'middle'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--write", "no-such.md"], "--write must be a file with the marks of the tables in it, got 'no-such.md'"),
         (["--head-dim", "72"], "no configuration fits --architecture, --part, --head-dim and --dtype together"),

@@ -186,6 +186,25 @@ def test_slow_calls_get_fewer_turns() -> None:
     assert {name: len(taken) for name, taken in samples.items()} == {"fast": 20, "slow": 3, "slowest": 1}
 
 
+def test_a_sample_of_microseconds_is_the_mean_of_many_runs() -> None:
+    counts = {"short": 0, "once": 0, "long": 0}
+
+    def count(name: str, seconds: float = 0.0) -> None:
+        counts[name] += 1
+        time.sleep(seconds)
+
+    calls = {
+        "short": measure.Call(lambda _: count("short"), repeatable=True),
+        "once": measure.Call(lambda _: count("once")),
+        "long": measure.Call(lambda _: count("long", 0.01), repeatable=True),
+    }
+    samples = measure.interleaved(calls, CPU, measure.Effort(seconds=0.3, most=3))
+    assert {name: len(taken) for name, taken in samples.items()} == {"short": 3, "once": 3, "long": 3}
+    assert counts["short"] > 30
+    assert (counts["once"], counts["long"]) == (4, 4)  # and one to warm up
+    assert max(samples["short"]) < measure.SAMPLE_SECONDS / 10
+
+
 def test_masks_as_spans_are_smaller_than_dense_ones() -> None:
     ours, dense = kernels.run_masks(cases.case_named("left_padded"), SMALL, CPU, ["my_triton", "sdpa"], TWICE)
     assert ours.details["bytes"] == 4 * (96 + 1)

@@ -38,7 +38,7 @@ def roofline(case: Case, compiled: Compiled) -> Roofline | None:
     loop = compiled.code.loop
     if loop is None or loop.nested or not loop.matrix or case.config is None:
         return None
-    chip, counts, threads = CHIPS[case.architecture], loop.counts, compiled.threads
+    chip, counts, threads = CHIPS[case.architecture], loop.counts, 32 * case.config.num_warps
     warps = threads // 32
 
     def cycles(kinds: tuple[str, ...], rate: int) -> float:

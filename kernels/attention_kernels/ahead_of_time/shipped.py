@@ -18,6 +18,7 @@ from ..config_tables import (
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
+    GLUON_CONFIGS,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
@@ -39,7 +40,7 @@ class Case:
 
     Attributes:
         architecture: such as "sm_90".
-        part: "forward", "backward", "decode", "merge" or "statistics".
+        part: "forward", "gluon", "backward", "decode", "merge" or "statistics".
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
         work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
@@ -83,6 +84,8 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         yield Case(architecture, "forward", size, dim, work, config)
         if config.overlap and work != "spans":
             yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
+    for dim, config in GLUON_CONFIGS.get(architecture, {}).items():
+        yield Case(architecture, "gluon", 2, dim, "spans", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
         yield Case(architecture, "backward", size, dim, kernel, row)
     for (size, dim, kernel), row in BACKWARD_SPANS_CONFIGS.get(architecture, {}).items():
@@ -138,6 +141,16 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
         query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
     )  # fmt: skip
+
+
+def _gluon(case: Case) -> tuple[Any, dict[str, Any]]:
+    from ..hopper import gluon_forward, launching
+
+    query, key, value, output = tensors(case.dtype, case.dim)
+    spans, row = extras(case.dtype)["spans"], torch.empty(2, 4, QUERY_LEN)
+    return gluon_forward.forward_kernel, launching.kernel_arguments(
+        query, key, value, output, output, row, spans, torch.zeros(4), 0.1
+    )
 
 
 def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -197,6 +210,7 @@ def _statistics(case: Case) -> tuple[Any, dict[str, Any]]:
 
 _BUILDERS = {
     "forward": _forward,
+    "gluon": _gluon,
     "backward": _backward,
     "decode": _decode,
     "merge": _merge,
