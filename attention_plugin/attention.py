@@ -89,7 +89,8 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
         if attention_mask is None and is_causal:
             is_causal = is_causal_without_mask(type(module).__module__)
-    scores = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
+    (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
+    scores = (batch if batch > key_batch else key_batch, num_heads, query_len, key_len)
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
@@ -102,7 +103,7 @@ def attention_forward(
     wanted = weights_wanted(module, output_attentions)
     if not wanted and sinks is None:
         output = attention(query, key, value, spans, sinks=s_aux, **options)
-        return output.transpose(1, 2).contiguous(), absent_weights(module, output_attentions)
+        return output.transpose(1, 2), absent_weights(module, output_attentions)  # contiguous, says `attention`
     if sinks is not None and s_aux is not None:
         refuse_two_sinks()
     options["dropout_seed"] = draw_seed(query.device) if dropout else None
@@ -143,9 +144,10 @@ def resolve_mask(
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):
         attention_mask = attention_mask.fitted(query_len, key_len)
-        if tuple(attention_mask.shape[2:]) != (query_len, key_len):
+        spans = attention_mask.spans
+        if spans.query_len != query_len or spans.key_len != key_len:
             refuse_mask(attention_mask, scores)
-        spans = attention_mask.spans if packed is None else attention_mask.spans_within_documents(packed)
+        spans = spans if packed is None else attention_mask.spans_within_documents(packed)
         return spans, attention_mask.holes, None
     fits = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
     if not fits or any(size not in (1, full) for size, full in zip(attention_mask.shape, scores, strict=True)):

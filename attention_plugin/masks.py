@@ -107,9 +107,10 @@ class SpanMask:
 
         Some models describe padding by a mask of one query. A mask that hides nothing fits any scores.
         """
-        if self.everything and tuple(self.shape[2:]) != (query_len, key_len):
+        own = self.spans
+        if self.everything and (own.query_len != query_len or own.key_len != key_len):
             return SpanMask(Spans.full(query_len, key_len, device=self.device))
-        if self.spans.query_len != 1 or query_len == 1:
+        if own.query_len != 1 or query_len == 1:
             return self
         return replace(self, spans=replace(self.spans, query_len=query_len), _dense=None, _packed=None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,12 +20,15 @@ from attention_kernels.operators import interpreting, triton_installed
 
 from .cases import Sizes, case_named
 from .measure import Call, Effort, Result, dtype_name, interleaved
-from .problem import build_problem
+from .problem import Problem, build_problem
 from .providers import BASELINE, OURS, PROVIDERS
 
 OPERATOR = "attention"
 CALLS = 100
 """Calls in a sample; few enough that a GPU's queue never fills."""
+
+PROMPT_TOKENS = 64
+"""Of the prompt: so few that a GPU is done with them sooner than Python."""
 
 PROCESSORS = 132
 """Of the GPU that the CPU stands for (H100): they decide whether keys are split, which takes a second kernel."""
@@ -34,15 +38,27 @@ PROCESSORS = 132
 def run_host(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, effort: Effort, say: Callable[[str], None]
 ) -> list[Result]:
-    """Time a decoding call of the operator, of this project's attention function and of transformers' sdpa function."""
-    runs = calls(sizes, dtype, device)
-    description = build_problem(case_named("decode"), sizes, dtype, device).description
-    results = [Result("host", "decode", name, dtype_name(dtype), description) for name in (OPERATOR, OURS, BASELINE)]
+    """Time calls of the operator, of this project's attention function and of transformers' sdpa function.
+
+    A decoding call of these sizes, and a short prompt.
+    """
+    problems = (
+        build_problem(case_named("decode"), sizes, dtype, device),
+        build_problem(case_named("causal"), replace(sizes, tokens=PROMPT_TOKENS), dtype, device),
+    )
+    return [result for problem in problems for result in time_calls(problem, effort, say)]
+
+
+def time_calls(problem: Problem, effort: Effort, say: Callable[[str], None]) -> list[Result]:
+    """As `run_host`, of a problem."""
+    device, case, dtype = problem.query.device, problem.case.name, dtype_name(problem.query.dtype)
+    runs = calls(problem)
+    results = [Result("host", case, name, dtype, problem.description) for name in (OPERATOR, OURS, BASELINE)]
     if device.type == "cpu" and not can_launch_nothing():
         for result in results[:2]:
             result.status, result.reason = "unavailable", "Triton is not installed, or runs in its interpreter"
             del runs[result.provider]
-    say("decode: calls that launch nothing")
+    say(f"{case}: calls that launch nothing")
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(without_launching(ours=OURS in runs))
@@ -53,9 +69,8 @@ def run_host(
     return results
 
 
-def calls(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """A decoding call of the operator, of this project's attention function and of sdpa's, by name."""
-    problem = build_problem(case_named("decode"), sizes, dtype, device)
+def calls(problem: Problem) -> dict[str, Callable[[], Any]]:
+    """A call of the operator, of this project's attention function and of sdpa's, by name."""
     masks = {name: problem.mask_builder(name)() for name in (OURS, BASELINE)}
     runs: dict[str, Callable[[], Any]] = {
         provider.name: provider.bind(problem, masks[provider.name]) for provider in PROVIDERS if provider.name in masks
@@ -100,10 +115,10 @@ def without_launching(*, ours: bool) -> Iterator[None]:
     """CPU tensors take the path of GPU tensors, up to the launch of a kernel (ours) or of torch's operator."""
     with ExitStack() as stack:
         if ours:
-            from attention_kernels import configs, decode  # imports Triton
+            from attention_kernels import configs, decode, forward  # imports Triton
 
-            for name in ("decode_kernel", "merge_kernel"):
-                stack.enter_context(patch.object(decode, name, Nothing(getattr(decode, name))))
+            for module, name in ((decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")):
+                stack.enter_context(patch.object(module, name, Nothing(getattr(module, name))))
             stack.enter_context(patch.object(configs, "processors", lambda device: PROCESSORS))
             stack.enter_context(patch.object(operators, "runs_triton", lambda tensor: True))
             # What is remembered of these calls computes nothing.

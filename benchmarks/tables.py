@@ -126,13 +126,18 @@ def host_table(results: Sequence[Result]) -> Table | None:
     calls = results_of(results, "host")
     if not any(result.measured for result in calls):
         return None
-    table = Table(title="A decoding call before the device works: microseconds of Python ± spread")
+    table = Table(title="A call before the device works: microseconds of Python ± spread")
     table.add_column("call")
-    table.add_column("", justify="right")
+    for description in distinct(result.description for result in calls):
+        table.add_column(description, justify="right", overflow="fold")
     names = {OURS: f"{OURS} in a model", BASELINE: f"{BASELINE} in a model"}
-    for result in calls:
-        figures = f"{1e6 * result.median:.1f} ±{1e6 * result.spread:.1f}" if result.measured else ABSENT
-        table.add_row(names.get(result.provider, result.provider), figures)
+    for provider in distinct(result.provider for result in calls):
+        figures = [
+            f"{1e6 * result.median:.1f} ±{1e6 * result.spread:.1f}" if result.measured else ABSENT
+            for result in calls
+            if result.provider == provider
+        ]
+        table.add_row(names.get(provider, provider), *figures)
     return table
 
 

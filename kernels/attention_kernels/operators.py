@@ -149,7 +149,7 @@ def attention(
         raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
-    if simple and query_len <= SHORT and runs_triton(query):
+    if simple and runs_triton(query) and (query_len <= SHORT or not hopper.enabled()):
         first = prebound.launch_and_remember(query, key, value, spans, *asked)
         if first is not None:
             return first if return_lse else first[0]

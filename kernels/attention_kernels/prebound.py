@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding again what was decoded before: kernels already compiled, with other tensors of the same kind.
+"""Calling again what was called before: kernels already compiled, with other tensors of the same kind.
 
 The layers of a model make the same call with tensors that differ in their addresses alone. Checking arguments, choosing
 tiles and having Triton find the compiled kernel takes several times as long as handing it the addresses. So the first
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .configs import SHORT
 from .spans import Spans
 
 if TYPE_CHECKING:
@@ -33,55 +34,101 @@ _launches: dict[tuple, Launch] = {}
 _known_spans: WeakKeyDictionary[Spans, tuple[tuple, SpanOperand] | None] = WeakKeyDictionary()
 
 
-TENSORS = (0, 1, 2, 6, 7, 8)
-"""Places of query, key, value, output, log-sum-exp and spans among the arguments of `decode.decode_kernel`."""
-
-
 class Launch:
-    """Kernels compiled for one kind of call, and their arguments but for the tensors."""
+    """A kernel compiled for one kind of call, and its arguments but for the tensors."""
 
     def __init__(
-        self, output: Tensor, lse: Tensor, splits: int, arguments: list[Any], attend: Run, merge: Run | None
+        self, output: Tensor, lse: Tensor, arguments: list[Any], tensors: tuple[int, ...], attend: Run
     ) -> None:
         """Of a call that has been made.
 
         Args:
             output, lse: its results.
-            splits: in how many parts it computed its keys.
-            arguments: what its kernel took, in order.
-            attend, merge: its compiled kernels, with the grid; the latter with all arguments but the tensors.
+            arguments: what its kernel took, in order, query, key and value first.
+            tensors: the places of all tensors among them that differ from call to call.
+            attend: the compiled kernel, with its grid.
         """
         self.device_type, self.device_index = output.device.type, output.device.index
         self.output, self.lse = (output.shape, output.stride(), output.dtype), (lse.shape, lse.stride(), lse.dtype)
-        self.parts_shape, self.part_lse_shape = ((splits, *each.shape) for each in (output.transpose(1, 2), lse))
         self.operand, self.strides = type(arguments[0]), tuple(each[1:] for each in arguments[:3])
-        self.lse_strides = arguments[7][1:]
-        self.arguments = [None if place in TENSORS else each for place, each in enumerate(arguments)]
-        self.attend, self.merge = attend, merge
+        self.arguments = [None if place in tensors else each for place, each in enumerate(arguments)]
+        self.attend = attend
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
-        """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
+    def results(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for output and log-sum-exp."""
         (shape, strides, dtype), (lse_shape, lse_strides, lse_dtype) = self.output, self.lse
         output = query.new_empty_strided(shape, strides, dtype=dtype)
-        lse = query.new_empty_strided(lse_shape, lse_strides, dtype=lse_dtype)
-        parts, part_lse = output, lse
-        addresses = output.data_ptr() | lse.data_ptr()
-        if self.merge is not None:
-            parts = query.new_empty(self.parts_shape, dtype=lse_dtype)
-            part_lse = query.new_empty(self.part_lse_shape, dtype=lse_dtype)
-            addresses |= parts.data_ptr() | part_lse.data_ptr()
-        if addresses & ALIGNMENT:
-            return None
+        return output, query.new_empty_strided(lse_shape, lse_strides, dtype=lse_dtype)
+
+    def with_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
+        """The arguments, with query, key and value in their places."""
         operand, arguments = self.operand, self.arguments.copy()
         query_strides, key_strides, value_strides = self.strides
         arguments[0] = operand(query, *query_strides)
         arguments[1], arguments[2] = operand(key, *key_strides), operand(value, *value_strides)
-        arguments[6], arguments[7], arguments[8] = parts, operand(part_lse, *self.lse_strides), spans
+        return arguments
+
+    def on_device(self, run: Run, *arguments: Any) -> None:
+        """Run on the device of the call: Triton launches on the current one."""
         if self.device_index is None or torch.cuda.current_device() == self.device_index:
-            self._run(arguments, parts, part_lse, output, lse)
-        else:  # Triton launches on the current device
+            run(*arguments)
+        else:
             with torch.cuda.device(self.device_index):
-                self._run(arguments, parts, part_lse, output, lse)
+                run(*arguments)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+        """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
+        raise NotImplementedError
+
+
+class Forward(Launch):
+    """`forward.forward_kernel`, compiled for one kind of call."""
+
+    TENSORS = (0, 1, 2, 3, 5, 6)
+    """Places of query, key, value, output, log-sum-exp and spans among its arguments."""
+
+    def __init__(self, output: Tensor, lse: Tensor, arguments: list[Any], attend: Run) -> None:
+        super().__init__(output, lse, arguments, self.TENSORS, attend)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+        """As `Launch` says."""
+        output, lse = self.results(query)
+        if (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
+            return None
+        arguments = self.with_inputs(query, key, value)
+        arguments[3], arguments[5], arguments[6] = self.operand(output, *self.output[1]), lse, spans
+        self.on_device(self.attend, *arguments)
+        return output, lse
+
+
+class Decode(Launch):
+    """`decode.decode_kernel` and, where keys are split, `decode.merge_kernel`, compiled for one kind of call."""
+
+    TENSORS = (0, 1, 2, 6, 7, 8)
+    """Places of query, key, value, output, log-sum-exp and spans among the arguments of the former."""
+
+    def __init__(
+        self, output: Tensor, lse: Tensor, splits: int, arguments: list[Any], attend: Run, merge: Run | None
+    ) -> None:
+        """As `Launch`, of a call that computed its keys in so many parts; `merge` takes tensors alone."""
+        super().__init__(output, lse, arguments, self.TENSORS, attend)
+        self.parts_shape, self.part_lse_shape = ((splits, *each.shape) for each in (output.transpose(1, 2), lse))
+        self.lse_strides = arguments[7][1:]
+        self.merge = merge
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+        """As `Launch` says."""
+        output, lse = parts, part_lse = self.results(query)
+        addresses = output.data_ptr() | lse.data_ptr()
+        if self.merge is not None:
+            parts = query.new_empty(self.parts_shape, dtype=lse.dtype)
+            part_lse = query.new_empty(self.part_lse_shape, dtype=lse.dtype)
+            addresses |= parts.data_ptr() | part_lse.data_ptr()
+        if addresses & ALIGNMENT:
+            return None
+        arguments = self.with_inputs(query, key, value)
+        arguments[6], arguments[7], arguments[8] = parts, self.operand(part_lse, *self.lse_strides), spans
+        self.on_device(self._run, arguments, parts, part_lse, output, lse)
         return output, lse
 
     def _run(self, arguments: list[Any], parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
@@ -117,17 +164,46 @@ def launch_and_remember(
         return None
     if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
         return None
-    output, lse, launch = decode_first(query, key, value, known[1], scale, num_splits)
-    if not (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
+    scale_or_default = query.shape[3] ** -0.5 if scale is None else scale
+    launch: Launch | None
+    if query.shape[2] <= SHORT:
+        output, lse, launch = decode_first(query, key, value, known[1], scale_or_default, num_splits)
+    else:
+        output, lse, launch = forward_first(query, key, value, known[1], scale_or_default)
+    if launch is not None and not (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
         if len(_launches) >= MOST_LAUNCHES:
             _launches.clear()
         _launches[_kind(query, key, value, known[0], scale, num_splits)] = launch
     return output, lse
 
 
+def forward_first(
+    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float
+) -> tuple[Tensor, Tensor, Forward | None]:
+    """Launch as `forward.forward` does without gradients; also what launches again, unless descriptors were made."""
+    from . import forward
+
+    batch, num_heads, query_len, head_dim = query.shape
+    output = query.new_empty(batch, query_len, num_heads, value.shape[3]).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    config = forward.forward_config(
+        forward.architecture(query.device), query.dtype, head_dim, value.shape[3], query_len,
+        has_tiles=spans.key_mask_ptr is not None, device=query.device,
+    )  # fmt: skip
+    named = forward.kernel_arguments(
+        query, key, value, output, None, lse, spans, None, None, None, None, scale, None, config
+    )
+    grid = (-(-query_len // config.block_m) * batch * num_heads, 1, 1)
+    with forward.launching_on(query):
+        attend = forward.forward_kernel[grid](**named)[grid]
+    if named["key_descriptor"] is not None or named["value_descriptor"] is not None:
+        return output, lse, None
+    return output, lse, Forward(output, lse, [named[name] for name in forward.forward_kernel.arg_names], attend)
+
+
 def decode_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float | None, num_splits: int | None
-) -> tuple[Tensor, Tensor, Launch]:
+    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float, num_splits: int | None
+) -> tuple[Tensor, Tensor, Decode]:
     """Launch as `decode.decode` does; also what launches again."""
     from . import decode
 
@@ -145,8 +221,8 @@ def decode_first(
     if splits > 1:
         parts, part_lse = (lse.new_empty(splits, *each.shape) for each in (output, lse))
     named = decode.decode_arguments(
-        query, key, value, parts, part_lse, spans, None, None, None, head_dim**-0.5 if scale is None else scale, None,
-        None, None, None, None, key_len, config,
+        query, key, value, parts, part_lse, spans, None, None, None, scale, None, None, None, None, None, key_len,
+        config,
     )  # fmt: skip
     tokens = batch * query_len
     sizes = splits, num_heads, query_len, tokens, part_lse.stride(0), value_dim, decode.padded_dim(value_dim)
@@ -162,7 +238,7 @@ def decode_first(
                 merge_all(*tensors, *sizes)
 
     output = output.transpose(1, 2)
-    return output, lse, Launch(output, lse, splits, arguments, attend, merge)
+    return output, lse, Decode(output, lse, splits, arguments, attend, merge)
 
 
 def forget() -> None:

@@ -54,12 +54,16 @@ def forget() -> None:
 @contextmanager
 def overriding(device: torch.device, key: Key, config: Config) -> Iterator[None]:
     """Use one tile shape while this holds, as the measurement does. Not for several threads."""
+    from . import prebound  # which imports what imports this
+
     before = tuned_rows(device)
     _rows[device] = {**before, key: config}
+    prebound.forget()
     try:
         yield
     finally:
         _rows[device] = before
+        prebound.forget()
 
 
 def read_rows(file: Path) -> Mapping[Key, Config]:

@@ -243,12 +243,13 @@ def test_host_cost_is_measured_without_a_device(
     arguments = ["host", "--quick", "--device", "cpu", "--json", str(out)]
     assert runner.main([*arguments, "--plot", str(tmp_path / "run.png")]) == 0
     assert "microseconds of Python" in capsys.readouterr().out
-    rows = {row["provider"]: row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
-    assert list(rows) == ["attention", "my_triton", "sdpa"]
-    assert {row["section"] for row in rows.values()} == {"host"} and rows["sdpa"]["samples"]
-    for name in ("attention", "my_triton"):
-        available = launches and operators.triton_installed() and not operators.interpreting()
-        assert bool(rows[name]["samples"]) == available and bool(rows[name]["reason"]) != available
+    rows = {(row["case"], row["provider"]): row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
+    assert list(rows) == [(case, name) for case in ("decode", "causal") for name in ("attention", "my_triton", "sdpa")]
+    assert {row["section"] for row in rows.values()} == {"host"}
+    available = launches and operators.triton_installed() and not operators.interpreting()
+    for (_, name), row in rows.items():
+        timed = available or name == "sdpa"
+        assert bool(row["samples"]) == timed and bool(row["reason"]) != timed
     # What launched nothing is forgotten: the next call of the kind computes.
     query, key, value = (torch.ones(8, heads, 512, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
     assert (attention(query[:, :, :1], key, value, Spans.full(1, 512)) == 1).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding calls that are remembered: kernels get what `decode.decode` gives them; nothing that differs is reused."""
+"""Calls that are remembered: kernels get what their launchers give them; nothing that differs is reused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, operators, prebound
+from attention_kernels import Spans, attention, hopper, operators, prebound, tuned
 from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
 
-from attention_kernels import configs, decode
+from attention_kernels import configs, decode, forward
 
 recorded = pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="kernels that record run on CPUs")
 
@@ -42,13 +42,14 @@ class Recorder:
 @pytest.fixture
 def kernels(monkeypatch):
     prebound.forget()
-    both = [Recorder(getattr(decode, name), interpreting()) for name in ("decode_kernel", "merge_kernel")]
-    monkeypatch.setattr(decode, "decode_kernel", both[0])
-    monkeypatch.setattr(decode, "merge_kernel", both[1])
+    places = (decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")
+    recorders = [Recorder(getattr(*place), interpreting()) for place in places]
+    for place, recorder in zip(places, recorders, strict=True):
+        monkeypatch.setattr(*place, recorder)
     monkeypatch.setattr(decode, "INTERPRETED", False)
     monkeypatch.setattr(configs, "processors", lambda device: 64)
     monkeypatch.setattr(operators, "runs_triton", lambda tensor: True)
-    yield both
+    yield recorders
     prebound.forget()
 
 
@@ -61,11 +62,15 @@ def tensors(dtype=torch.float16, key_len=512, heads_first=True, dim=32):
     return draw(4, 1), draw(2, key_len), draw(2, key_len)
 
 
-def padded(key_len=512):
+def prompts(dtype=torch.float16, tokens=40, dim=32):
+    return tuple(torch.randn(2, tokens, heads, dim).to(dtype).transpose(1, 2) for heads in (4, 2, 2))
+
+
+def padded(key_len=512, query_len=1):
     """As on a GPU, where padding always keeps its mask."""
     shown = torch.arange(key_len) >= torch.tensor([[3], [90]])
     shown[0, 100:110] = False
-    return Spans.causal(1, key_len, offset=key_len - 20) & Spans.padded(shown, 1)
+    return Spans.causal(query_len, key_len, offset=key_len - 20) & Spans.padded(shown, query_len)
 
 
 def remembered():
@@ -110,6 +115,68 @@ def test_kernels_get_what_they_get_without_memory(kernels, num_splits, spans, sc
         seen = [(grid, [comparable(each) for each in arguments]) for grid, arguments in calls]
         outcomes.append((seen, [(each.shape, each.stride(), each.dtype) for each in result]))
     assert outcomes[0] == outcomes[1]
+
+
+@recorded
+@pytest.mark.parametrize("spans", [Spans.full(40, 40), Spans.sliding(40, left=9), padded(40, 40)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_prompts_kernel_gets_what_it_gets_without_memory(kernels, spans, scale):
+    attention(*prompts(), spans, scale=scale)
+    assert remembered() == 1
+    query, key, value = prompts()
+    result = attention(query, key, value, spans, scale=scale, return_lse=True)
+    operands = (query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, None, None, None, None)
+    direct = forward.forward(*operands, scale or 32**-0.5, None, 0.0, wants_rounding=False)[:2]
+    (_, _, first), (grid, again, relaunched), (other_grid, without, _) = kernels[2].calls
+    assert (first, relaunched) == (False, True)
+    assert grid == other_grid
+    for arguments, (output, lse) in ((again, result), (without, direct)):
+        assert arguments[3].ptr.data_ptr() == output.data_ptr() and arguments[3][1:] == output.stride()
+        assert arguments[5].data_ptr() == lse.data_ptr()
+    ours, theirs = (
+        [comparable(each) for place, each in enumerate(arguments) if place not in (3, 5)]
+        for arguments in (again, without)
+    )
+    assert ours == theirs
+    kinds = [[(each.shape, each.stride(), each.dtype) for each in results] for results in (result, direct)]
+    assert kinds[0] == kinds[1]
+
+
+@recorded
+def test_prompts_are_remembered_by_their_kind(kernels):
+    for _ in range(2):
+        attention(*prompts(), Spans.causal(40))
+    attention(*prompts(tokens=41), Spans.causal(41))
+    attention(*prompts(), padded(40, 40))
+    attention(*prompts(torch.bfloat16), Spans.causal(40))
+    assert remembered() == 4
+    assert [again for *_, again in kernels[2].calls] == [False, True, False, False, False]
+    query, key, value = prompts()
+    attention(query.requires_grad_(), key, value, Spans.causal(40))
+    assert remembered() == 4
+    assert not kernels[2].calls[-1][2]
+
+
+@recorded
+def test_a_change_of_kernels_is_noticed(kernels):
+    """A tile shape that is being measured, and the Gluon kernel, take the place of what is remembered."""
+    attention(*prompts(), Spans.causal(40))
+    key = ("forward", 2, 64, "spans")
+    config = forward.forward_config("interpreter", torch.float16, 32, 32, 40, has_tiles=False)
+    with tuned.overriding(torch.device("cpu"), key, config._replace(block_m=2 * config.block_m)):
+        attention(*prompts(), Spans.causal(40))
+        attention(*prompts(), Spans.causal(40))
+    attention(*prompts(), Spans.causal(40))
+    place = forward.forward_kernel.arg_names.index("BLOCK_M")
+    rows = [arguments[place] // config.block_m for _, arguments, _ in kernels[2].calls]
+    assert rows == [1, 2, 2, 1]
+    hopper.enable()
+    try:
+        assert remembered() == 0
+        attention(*prompts(), Spans.causal(40))
+        assert remembered() == 0
+    finally:
+        hopper.enable(False)
 
 
 @recorded
@@ -195,4 +262,17 @@ def test_results_are_those_without_memory(kernels, num_splits):
     assert kernels[0].calls[-1][2]
     prebound.forget()
     first, first_lse = attention(*operands, spans, num_splits=num_splits, return_lse=True)
+    assert torch.equal(output, first) and torch.equal(lse, first_lse)
+
+
+@pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
+def test_a_prompts_results_are_those_without_memory(kernels):
+    torch.manual_seed(0)
+    spans = padded(40, 40)
+    attention(*prompts(), spans)
+    operands = prompts()
+    output, lse = attention(*operands, spans, return_lse=True)
+    assert kernels[2].calls[-1][2]
+    prebound.forget()
+    first, first_lse = attention(*operands, spans, return_lse=True)
     assert torch.equal(output, first) and torch.equal(lse, first_lse)
