@@ -118,11 +118,12 @@ def attention(
             'dimension of the batch in place of vmap, or attn_implementation="eager"'
         )
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
-    simple = spans is not None and mask is bias is sinks is softcap is None and not dropout_p
-    simple = simple and (scale is None or type(scale) is float) and _is_simple(query, key, value)
-    asked = (scale, num_splits)
-    if simple and (again := prebound.relaunch(query, key, value, spans, *asked)) is not None:
+    repeatable = spans is not None and mask is bias is None and not dropout_p
+    repeatable = repeatable and _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks)
+    asked = (scale, softcap, num_splits)
+    if repeatable and (again := prebound.relaunch(query, key, value, spans, sinks, asked)) is not None:
         return again if return_lse else again[0]
+    simple = repeatable and sinks is softcap is None
     if simple and num_splits is None and (again := tokens.again(query, key, value, spans, scale)) is not None:
         return again if return_lse else again[0]
     given_scale = scale
@@ -149,8 +150,8 @@ def attention(
         raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
-    if simple and runs_triton(query) and (query_len <= SHORT or not hopper.enabled()):
-        first = prebound.launch_and_remember(query, key, value, spans, *asked)
+    if repeatable and runs_triton(query) and (query_len <= SHORT or not hopper.enabled()):
+        first = prebound.launch_and_remember(query, key, value, spans, sinks, asked)
         if first is not None:
             return first if return_lse else first[0]
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
@@ -183,11 +184,17 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _is_simple(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _are_numbers(scale: float | None, softcap: float | None) -> bool:
+    """Whether both are absent or numbers proper, and not what torch.compile traces in their place."""
+    return (scale is None or type(scale) is float) and (softcap is None or type(softcap) in (float, int))
+
+
+def _is_simple(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> bool:
     """Whether all are tensors proper that want no gradient, and nothing traces."""
     return (
         type(query) is type(key) is type(value) is Tensor
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and (sinks is None or type(sinks) in (Tensor, torch.nn.Parameter))
+        and not _wants_gradient(query, key, value, sinks)
         and not torch.compiler.is_compiling()
     )
 

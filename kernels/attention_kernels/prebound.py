@@ -4,7 +4,7 @@
 The layers of a model make the same call with tensors that differ in their addresses alone. Checking arguments, choosing
 tiles and having Triton find the compiled kernel takes several times as long as handing it the addresses. So the first
 call of a kind is remembered, by all that the checks and Triton's specialisation look at: shapes, strides, dtypes,
-devices, scale and number of parts. Addresses count by whether 16 divides them: only such calls are remembered.
+devices, scale, softcap and number of parts. Addresses count by whether 16 divides them: only such calls are remembered.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ MOST_LAUNCHES = 64
 """Kinds of calls that are remembered. A growing cache makes a new kind with every token."""
 
 Run = Callable[..., object]
+
+Asked = tuple[float | None, float | None, int | None]
+"""What a caller has asked for: scale, softcap, and in how many parts to compute."""
 
 _launches: dict[tuple, Launch] = {}
 _known_spans: WeakKeyDictionary[Spans, tuple[tuple, SpanOperand] | None] = WeakKeyDictionary()
@@ -76,7 +79,9 @@ class Launch:
             with torch.cuda.device(self.device_index):
                 run(*arguments)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
         raise NotImplementedError
 
@@ -84,19 +89,22 @@ class Launch:
 class Forward(Launch):
     """`forward.forward_kernel`, compiled for one kind of call."""
 
-    TENSORS = (0, 1, 2, 3, 5, 6)
-    """Places of query, key, value, output, log-sum-exp and spans among its arguments."""
+    TENSORS = (0, 1, 2, 3, 5, 6, 9)
+    """Places of query, key, value, output, log-sum-exp, spans and sinks among its arguments."""
 
     def __init__(self, output: Tensor, lse: Tensor, arguments: list[Any], attend: Run) -> None:
         super().__init__(output, lse, arguments, self.TENSORS, attend)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """As `Launch` says."""
         output, lse = self.results(query)
         if (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
             return None
         arguments = self.with_inputs(query, key, value)
         arguments[3], arguments[5], arguments[6] = self.operand(output, *self.output[1]), lse, spans
+        arguments[9] = sinks
         self.on_device(self.attend, *arguments)
         return output, lse
 
@@ -104,8 +112,8 @@ class Forward(Launch):
 class Decode(Launch):
     """`decode.decode_kernel` and, where keys are split, `decode.merge_kernel`, compiled for one kind of call."""
 
-    TENSORS = (0, 1, 2, 6, 7, 8)
-    """Places of query, key, value, output, log-sum-exp and spans among the arguments of the former."""
+    TENSORS = (0, 1, 2, 6, 7, 8, 11)
+    """Places of query, key, value, output, log-sum-exp, spans and sinks among the arguments of the former."""
 
     def __init__(
         self, output: Tensor, lse: Tensor, splits: int, arguments: list[Any], attend: Run, merge: Run | None
@@ -116,7 +124,9 @@ class Decode(Launch):
         self.lse_strides = arguments[7][1:]
         self.merge = merge
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand) -> tuple[Tensor, Tensor] | None:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """As `Launch` says."""
         output, lse = parts, part_lse = self.results(query)
         addresses = output.data_ptr() | lse.data_ptr()
@@ -128,6 +138,7 @@ class Decode(Launch):
             return None
         arguments = self.with_inputs(query, key, value)
         arguments[6], arguments[7], arguments[8] = parts, self.operand(part_lse, *self.lse_strides), spans
+        arguments[11] = sinks
         self.on_device(self._run, arguments, parts, part_lse, output, lse)
         return output, lse
 
@@ -138,22 +149,24 @@ class Decode(Launch):
 
 
 def relaunch(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, scale: float | None, num_splits: int | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, sinks: Tensor | None, asked: Asked
 ) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp of a call without gradients, if one of its kind is remembered."""
     if not _launches or spans is None or (known := _spans_as_operand(spans)) is None:
         return None
     if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
         return None
-    launch = _launches.get(_kind(query, key, value, known[0], scale, num_splits))
+    launch = _launches.get(_kind(query, key, value, known[0], sinks, asked))
     # Autocast changes dtypes.
     if launch is None or torch.is_autocast_enabled(launch.device_type):
         return None
-    return launch(query, key, value, known[1])
+    if sinks is not None and sinks.data_ptr() & ALIGNMENT:
+        return None
+    return launch(query, key, value, known[1], sinks)
 
 
 def launch_and_remember(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, num_splits: int | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, asked: Asked
 ) -> tuple[Tensor, Tensor] | None:
     """As `relaunch`, of a call that has been checked and that no other of its kind came before; None if not served."""
     from . import decode  # imports Triton, which takes time
@@ -164,22 +177,27 @@ def launch_and_remember(
         return None
     if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
         return None
-    scale_or_default = query.shape[3] ** -0.5 if scale is None else scale
+    if sinks is not None and (sinks.data_ptr() & ALIGNMENT or not sinks.is_contiguous()):
+        return None  # where they have gaps, kernels get a copy
+    scale, softcap, num_splits = asked
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    softcap = None if softcap is None else float(softcap)
     launch: Launch | None
     if query.shape[2] <= SHORT:
-        output, lse, launch = decode_first(query, key, value, known[1], scale_or_default, num_splits)
+        output, lse, launch = decode_first(query, key, value, known[1], sinks, scale, softcap, num_splits)
     else:
-        output, lse, launch = forward_first(query, key, value, known[1], scale_or_default)
+        output, lse, launch = forward_first(query, key, value, known[1], sinks, scale, softcap)
     if launch is not None and not (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
         if len(_launches) >= MOST_LAUNCHES:
             _launches.clear()
-        _launches[_kind(query, key, value, known[0], scale, num_splits)] = launch
+        _launches[_kind(query, key, value, known[0], sinks, asked)] = launch
     return output, lse
 
 
 def forward_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float
-) -> tuple[Tensor, Tensor, Forward | None]:
+    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None, scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Forward | None]:  # fmt: skip
     """Launch as `forward.forward` does without gradients; also what launches again, unless descriptors were made."""
     from . import forward
 
@@ -188,10 +206,10 @@ def forward_first(
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     config = forward.forward_config(
         forward.architecture(query.device), query.dtype, head_dim, value.shape[3], query_len,
-        has_tiles=spans.key_mask_ptr is not None, device=query.device,
+        has_tiles=softcap is not None or spans.key_mask_ptr is not None, device=query.device,
     )  # fmt: skip
     named = forward.kernel_arguments(
-        query, key, value, output, None, lse, spans, None, None, None, None, scale, None, config
+        query, key, value, output, None, lse, spans, None, None, sinks, None, scale, softcap, config
     )
     grid = (-(-query_len // config.block_m) * batch * num_heads, 1, 1)
     with forward.launching_on(query):
@@ -202,8 +220,9 @@ def forward_first(
 
 
 def decode_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, scale: float, num_splits: int | None
-) -> tuple[Tensor, Tensor, Decode]:
+    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None, scale: float,
+    softcap: float | None, num_splits: int | None,
+) -> tuple[Tensor, Tensor, Decode]:  # fmt: skip
     """Launch as `decode.decode` does; also what launches again."""
     from . import decode
 
@@ -221,7 +240,7 @@ def decode_first(
     if splits > 1:
         parts, part_lse = (lse.new_empty(splits, *each.shape) for each in (output, lse))
     named = decode.decode_arguments(
-        query, key, value, parts, part_lse, spans, None, None, None, scale, None, None, None, None, None, key_len,
+        query, key, value, parts, part_lse, spans, None, None, sinks, scale, softcap, None, None, None, None, key_len,
         config,
     )  # fmt: skip
     tokens = batch * query_len
@@ -246,13 +265,12 @@ def forget() -> None:
     _launches.clear()
 
 
-def _kind(
-    query: Tensor, key: Tensor, value: Tensor, spans: tuple, scale: float | None, num_splits: int | None
-) -> tuple:
+def _kind(query: Tensor, key: Tensor, value: Tensor, spans: tuple, sinks: Tensor | None, asked: Asked) -> tuple:
     """All that decides how a call is checked and which kernels serve it."""
+    own = None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device)
     return (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, key.device,
-        value.shape, value.stride(), value.dtype, value.device, spans, scale, num_splits,
+        value.shape, value.stride(), value.dtype, value.device, spans, own, asked,
     )  # fmt: skip
 
 

@@ -20,6 +20,10 @@ from attention_kernels import configs, decode, forward
 recorded = pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="kernels that record run on CPUs")
 
 
+EXTRAS = [(None, None, False), (0.3, None, True), (None, 20.0, False), (None, 5, True)]
+"""Scale, softcap, and whether there are sinks."""
+
+
 class Recorder:
     """In place of a kernel and of what it compiles to: notes each call with its grid, and may run it."""
 
@@ -87,9 +91,10 @@ def comparable(argument):
 @recorded
 @pytest.mark.parametrize("num_splits", [None, 1, 3])
 @pytest.mark.parametrize("spans", [Spans.full(1, 512), Spans.causal(1, 512, offset=300), padded()])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_kernels_get_what_they_get_without_memory(kernels, num_splits, spans, scale):
-    attention(*tensors(), spans, scale=scale, num_splits=num_splits)
+@pytest.mark.parametrize(("scale", "softcap", "has_sinks"), EXTRAS)
+def test_kernels_get_what_they_get_without_memory(kernels, num_splits, spans, scale, softcap, has_sinks):
+    sinks, other = (torch.randn(4) if has_sinks else None for _ in range(2))
+    attention(*tensors(), spans, scale=scale, softcap=softcap, sinks=other, num_splits=num_splits)
     assert remembered() == 1
     query, key, value = tensors()
     outcomes = []
@@ -98,9 +103,11 @@ def test_kernels_get_what_they_get_without_memory(kernels, num_splits, spans, sc
             kernel.calls.clear()
         if direct:
             operands = (query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count)
-            result = decode.decode(*operands, scale=32**-0.5 if scale is None else scale, num_splits=num_splits)
+            given = {"scale": scale or 32**-0.5, "softcap": softcap, "num_splits": num_splits}
+            result = decode.decode(*operands, None, None, sinks, **given)
         else:
-            result = attention(query, key, value, spans, scale=scale, num_splits=num_splits, return_lse=True)
+            given = {"scale": scale, "softcap": softcap, "num_splits": num_splits}
+            result = attention(query, key, value, spans, sinks=sinks, return_lse=True, **given)
         calls = [(grid, list(arguments)) for kernel in kernels for grid, arguments, _ in kernel.calls]
         for place, index in [(6, 0), (7, 1)]:  # memory for results: its kind, not its address
             arguments = calls[0][1]
@@ -119,14 +126,15 @@ def test_kernels_get_what_they_get_without_memory(kernels, num_splits, spans, sc
 
 @recorded
 @pytest.mark.parametrize("spans", [Spans.full(40, 40), Spans.sliding(40, left=9), padded(40, 40)])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_a_prompts_kernel_gets_what_it_gets_without_memory(kernels, spans, scale):
-    attention(*prompts(), spans, scale=scale)
+@pytest.mark.parametrize(("scale", "softcap", "has_sinks"), EXTRAS)
+def test_a_prompts_kernel_gets_what_it_gets_without_memory(kernels, spans, scale, softcap, has_sinks):
+    sinks, other = (torch.randn(4) if has_sinks else None for _ in range(2))
+    attention(*prompts(), spans, scale=scale, softcap=softcap, sinks=other)
     assert remembered() == 1
     query, key, value = prompts()
-    result = attention(query, key, value, spans, scale=scale, return_lse=True)
-    operands = (query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, None, None, None, None)
-    direct = forward.forward(*operands, scale or 32**-0.5, None, 0.0, wants_rounding=False)[:2]
+    result = attention(query, key, value, spans, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
+    operands = (query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, None, None, sinks, None)
+    direct = forward.forward(*operands, scale or 32**-0.5, softcap, 0.0, wants_rounding=False)[:2]
     (_, _, first), (grid, again, relaunched), (other_grid, without, _) = kernels[2].calls
     assert (first, relaunched) == (False, True)
     assert grid == other_grid
@@ -194,6 +202,13 @@ def test_calls_of_a_kind_share_a_launch_and_others_do_not(kernels):
     attention(*tensors(), Spans.full(1, 512))
     attention(*tensors(key_len=1), Spans.full(1, 1))
     assert remembered() == 8
+    for _ in range(2):
+        attention(*tensors(), spans, softcap=20.0)
+        attention(*tensors(), spans, softcap=30.0)
+        attention(*tensors(), spans, sinks=torch.zeros(4))
+        attention(*tensors(), spans, sinks=torch.nn.Parameter(torch.zeros(4), requires_grad=False))
+        attention(*tensors(), spans, sinks=torch.zeros(4, dtype=torch.bfloat16))
+    assert remembered() == 12
 
 
 @recorded
@@ -209,9 +224,10 @@ def test_what_is_not_plain_is_neither_remembered_nor_served_from_memory(kernels)
         return [again for *_, again in kernels[0].calls] == [False]
 
     assert not launched_anew(query, key, value, spans)
-    for named in ({"softcap": 2.0}, {"sinks": torch.zeros(4)}, {"bias": torch.zeros(512)}):
-        assert launched_anew(query, key, value, spans, **named)
+    assert launched_anew(query, key, value, spans, bias=torch.zeros(512))
     assert launched_anew(query, key, value, spans, mask=torch.ones(512, dtype=torch.bool))
+    for sinks in (torch.zeros(5)[1:], torch.zeros(4, 2)[:, 0]):  # at no multiple of 16 bytes, and with gaps
+        assert launched_anew(query, key, value, spans, sinks=sinks)
     shifted = torch.empty(key.numel() + 1, dtype=key.dtype)[1:].view(key.shape).copy_(key)
     assert shifted.data_ptr() % 16
     assert launched_anew(query, shifted, value, spans)
@@ -235,6 +251,13 @@ def test_wrong_arguments_are_found_after_right_ones(kernels):
         attention(query, key, value, Spans.full(1, 256))
     with pytest.raises(ValueError, match="num_splits"):
         attention(query, key, value, spans, num_splits=0)
+    attention(query, key, value, spans, sinks=torch.zeros(4), softcap=2.0)
+    with pytest.raises(ValueError, match="`sinks` must be floating point of shape"):
+        attention(query, key, value, spans, sinks=torch.zeros(8), softcap=2.0)
+    with pytest.raises(ValueError, match="`sinks` must be floating point of shape"):
+        attention(query, key, value, spans, sinks=torch.zeros(4, dtype=torch.int32), softcap=2.0)
+    with pytest.raises(ValueError, match="`softcap` must be a positive number"):
+        attention(query, key, value, spans, sinks=torch.zeros(4), softcap=0.0)
 
 
 @recorded
@@ -269,10 +292,11 @@ def test_results_are_those_without_memory(kernels, num_splits):
 def test_a_prompts_results_are_those_without_memory(kernels):
     torch.manual_seed(0)
     spans = padded(40, 40)
-    attention(*prompts(), spans)
+    attention(*prompts(), spans, sinks=torch.zeros(4), softcap=3.0)
     operands = prompts()
-    output, lse = attention(*operands, spans, return_lse=True)
+    given = {"sinks": torch.randn(4), "softcap": 3.0, "return_lse": True}
+    output, lse = attention(*operands, spans, **given)
     assert kernels[2].calls[-1][2]
     prebound.forget()
-    first, first_lse = attention(*operands, spans, return_lse=True)
+    first, first_lse = attention(*operands, spans, **given)
     assert torch.equal(output, first) and torch.equal(lse, first_lse)
