@@ -30,7 +30,7 @@ from . import (
     tensor_parallel,
 )
 from .options import SECTIONS, OneLineParser, Run, parse
-from .providers import OURS, PROVIDERS
+from .providers import OWN, PROVIDERS
 from .terminal import make_console, make_progress
 from .work import Limits, measure_limits
 
@@ -132,7 +132,7 @@ def measure(run: Run, console: Console) -> int:
         console.print(compare.widest(changes))
     files = {"every sample": relative(run.json), **pictures}
     console.print(summary.closing_panel(recorder.results, recorder.machine, files))
-    return int(any(r.status == "failed" and (r.section == "tp" or r.provider == OURS) for r in recorder.results))
+    return int(any(r.status == "failed" and (r.section == "tp" or r.provider in OWN) for r in recorder.results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -200,6 +200,9 @@ def _flash_provider(version: int) -> Provider:
 
 OURS = attention_plugin.NAME
 GLUON = f"{OURS}_gluon"
+OWN = (OURS, GLUON)
+"""This project's: where they raise or are wrong a run has failed."""
+
 BASELINE = "sdpa"
 FALLBACK_BASELINE = "eager"
 """What ratios are relative to where the baseline cannot run a case."""

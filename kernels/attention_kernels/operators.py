@@ -120,7 +120,7 @@ def attention(
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
     repeatable = spans is not None and mask is bias is None and not dropout_p
     repeatable = repeatable and _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks)
-    asked = (scale, softcap, num_splits)
+    asked = (scale, softcap, num_splits, hopper.enabled())
     if repeatable and (again := prebound.relaunch(query, key, value, spans, sinks, asked)) is not None:
         return again if return_lse else again[0]
     simple = repeatable and sinks is softcap is None
@@ -150,7 +150,7 @@ def attention(
         raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
-    if repeatable and runs_triton(query) and (query_len <= SHORT or not hopper.enabled()):
+    if repeatable and runs_triton(query):
         first = prebound.launch_and_remember(query, key, value, spans, sinks, asked)
         if first is not None:
             return first if return_lse else first[0]

@@ -9,6 +9,7 @@ devices, scale, softcap and number of parts. Addresses count by whether 16 divid
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -30,14 +31,14 @@ MOST_LAUNCHES = 64
 
 Run = Callable[..., object]
 
-Asked = tuple[float | None, float | None, int | None]
-"""What a caller has asked for: scale, softcap, and in how many parts to compute."""
+Asked = tuple[float | None, float | None, int | None, bool]
+"""What a caller has asked for: scale, softcap, in how many parts to compute, and whether by the Gluon kernel."""
 
 _launches: dict[tuple, Launch] = {}
 _known_spans: WeakKeyDictionary[Spans, tuple[tuple, SpanOperand] | None] = WeakKeyDictionary()
 
 
-class Launch:
+class Launch(ABC):
     """A kernel compiled for one kind of call, and its arguments but for the tensors."""
 
     def __init__(
@@ -79,11 +80,11 @@ class Launch:
             with torch.cuda.device(self.device_index):
                 run(*arguments)
 
+    @abstractmethod
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
-        raise NotImplementedError
 
 
 class Forward(Launch):
@@ -179,7 +180,9 @@ def launch_and_remember(
         return None
     if sinks is not None and (sinks.data_ptr() & ALIGNMENT or not sinks.is_contiguous()):
         return None  # where they have gaps, kernels get a copy
-    scale, softcap, num_splits = asked
+    scale, softcap, num_splits, wants_gluon = asked
+    if wants_gluon and query.shape[2] > SHORT:
+        return None
     scale = query.shape[3] ** -0.5 if scale is None else scale
     softcap = None if softcap is None else float(softcap)
     launch: Launch | None

@@ -32,7 +32,10 @@ from attention_kernels.launch import span_operand
 
 SOURCE = inspect.getsource(gluon_forward)
 
-simulated = pytest.mark.skipif(interpreting(), reason="the simulation needs no interpreter, and runs without it")
+simulated = pytest.mark.skipif(
+    interpreting() or DEVICE != "cpu",
+    reason="the simulation takes CPU tensors, and runs in the half without interpreter",
+)
 on_hopper = pytest.mark.skipif(
     DEVICE == "cpu" or architecture(torch.empty(0, device=DEVICE).device) != "sm_90",
     reason="there is no Hopper GPU here; the kernel is simulated",
@@ -56,7 +59,7 @@ def simulated_attention(problem: Problem, programs: int = 3, source: str = SOURC
     return output, lse, rounding
 
 
-def served_problem(seed: int, device: str = "cpu") -> Problem:
+def served_problem(seed: int) -> Problem:
     """A random problem of those that the kernel serves."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -75,7 +78,7 @@ def served_problem(seed: int, device: str = "cpu") -> Problem:
         key=draw_tensor(kv_heads, key_len),
         value=draw_tensor(kv_heads, key_len),
         spans=random_spans(draw, batch, query_len, key_len),
-        sinks=torch.randn(heads, device=device) if draw.random() < 0.4 else None,
+        sinks=torch.randn(heads, device=DEVICE) if draw.random() < 0.4 else None,
         scale=draw.choice([None, 0.3]),
     )
 
@@ -93,14 +96,12 @@ def check_simulated(problem: Problem, **options) -> None:
 
 
 @simulated
-@pytest.mark.skipif(DEVICE != "cpu", reason="the simulation takes CPU tensors")
 @pytest.mark.parametrize("seed", range(40))
 def test_random_problems_in_the_simulation(seed):
     check_simulated(served_problem(seed), programs=1 + seed % 4)
 
 
 @simulated
-@pytest.mark.skipif(DEVICE != "cpu", reason="the simulation takes CPU tensors")
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_hidden_nonfinite_values_never_leak_in_the_simulation(where, dim):
@@ -121,7 +122,6 @@ def test_hidden_nonfinite_values_never_leak_in_the_simulation(where, dim):
 
 
 @simulated
-@pytest.mark.skipif(DEVICE != "cpu", reason="the simulation takes CPU tensors")
 def test_a_visible_nan_stays_in_its_rows_in_the_simulation():
     torch.manual_seed(0)
     query, key, value = (tensor(1, 1, 150, 64, dtype=torch.float16) for _ in range(3))
@@ -175,7 +175,6 @@ BREAKS = {
 
 
 @simulated
-@pytest.mark.skipif(DEVICE != "cpu", reason="the simulation takes CPU tensors")
 @pytest.mark.parametrize("name", BREAKS)
 def test_the_simulation_notices(name, monkeypatch):
     """A kernel that is broken on purpose is caught: what passes above means something."""
@@ -261,14 +260,14 @@ def test_without_gluon_the_error_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize("seed", range(100))
 def test_random_problems_on_hopper(seed, gluon, caplog):
     with caplog.at_level(logging.WARNING, operators.logger.name):
-        served_problem(seed, DEVICE).check()
+        served_problem(seed).check()
     assert not caplog.records
 
 
 @on_hopper
 @pytest.mark.parametrize("seed", range(10))
 def test_gradients_on_hopper(seed, gluon):
-    assert_gradients_within_bound(served_problem(seed, DEVICE), ("query", "key", "value"))
+    assert_gradients_within_bound(served_problem(seed), ("query", "key", "value"))
 
 
 @on_hopper

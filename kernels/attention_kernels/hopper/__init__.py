@@ -8,8 +8,6 @@ with the reference.
 
 from __future__ import annotations
 
-from .. import prebound
-
 _wanted = False
 
 
@@ -29,7 +27,6 @@ def enable(wanted: bool = True) -> None:
                 "triton 3.6 or newer for NVIDIA GPUs, or do without: the Triton kernels serve every call"
             ) from error
     _wanted = wanted
-    prebound.forget()
 
 
 def enabled() -> bool:

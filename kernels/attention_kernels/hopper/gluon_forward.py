@@ -187,13 +187,19 @@ def mask_scores(s, scale, spans, b, start, end, first_key, key_len, body_first, 
 
 
 @gluon.jit
+def raise_maximum(m, largest):
+    """The running maximum with new scores, what exponents are relative to, and what earlier sums are multiplied by."""
+    m_new = gl.maximum(m, largest)
+    m_safe = gl.where(m_new == NEG_INF, 0.0, m_new)
+    return m_new, m_safe, gl.exp2(m - m_safe)
+
+
+@gluon.jit
 def softmax_weights(m, l, s, dtype: gl.constexpr):
     """`tiles.softmax_weights`, whose weights are rounded at once: until they are used they take registers."""
-    m_new = gl.maximum(m, gl.max(s, 1))
-    m_safe = gl.where(m_new == NEG_INF, 0.0, m_new)
-    alpha = gl.exp2(m - m_safe)
+    m, m_safe, alpha = raise_maximum(m, gl.max(s, 1))
     p = gl.exp2(s - m_safe[:, None])
-    return m_new, l * alpha + gl.sum(p, 1), alpha, p.to(dtype)
+    return m, l * alpha + gl.sum(p, 1), alpha, p.to(dtype)
 
 
 @gluon.jit
@@ -360,10 +366,9 @@ def attend_one_by_one(
             if spans.key_mask_ptr is not None:
                 visible = visible & (gl.load(spans.key_mask_ptr + b * spans.key_mask_stride_b + k_pos) != 0)
             s = gl.where(visible, s * (scale * LOG2E), NEG_INF)
-            m_new = gl.maximum(m, s)
-            m_safe = gl.where(m_new == NEG_INF, 0.0, m_new)
-            alpha, p = gl.exp2(m - m_safe), gl.exp2(s - m_safe)
-            m, l = m_new, l * alpha + p
+            m, m_safe, alpha = raise_maximum(m, s)
+            p = gl.exp2(s - m_safe)
+            l = l * alpha + p
             v = load_row(value, k_pos, first_column + columns)
             acc = acc * alpha[:, None] + gl.where(visible[:, None], p[:, None] * v[None, :], 0.0)
         total, lse = finish(m, l)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks gpu-report`: rehearsed on the CPU; what becomes of parts that fail, or take too long."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner
+from benchmarks import gpu_report, options, providers
+from benchmarks.gpu_report import Part
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_rehearsal_writes_each_part_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(tmp_path), "--seconds", "100"]
+    assert runner.main(arguments) == 0
+    assert "host: done" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "host.json").read_text(encoding="utf-8"))["results"]
+    assert {row["section"] for row in rows} == {"host"}
+    for name in ("host.txt", "host.png", "report.html", "report.md"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (Part("broken", ("no_such_module",), 1), Part("fine", ("pytest", "--version"), 1))
+    monkeypatch.setattr(gpu_report, "PARTS", parts)
+    assert runner.main(["gpu-report", "--device", "cpu", "--folder", str(tmp_path)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "broken: failed with status 1; its words are in broken.txt" in shown
+    assert "fine: done" in shown
+    assert "no_such_module" in (tmp_path / "broken.txt").read_text(encoding="utf-8")
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    part = Part("endless", ("http.server", "0", "--bind", "127.0.0.1"), 1)
+    assert gpu_report.run_part(part, 1.0, 60.0, tmp_path, "cpu") == "stopped after 1 s; what it had measured is kept"
+
+
+def test_parts_without_time_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(tmp_path), "--seconds", "3"]
+    assert runner.main(arguments) == 0
+    assert "host: left out: no time is left" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_one_line_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        runner.main(["gpu-report"])
+    assert error.value.code == 2
+    assert "torch finds no GPU here; `make bench` measures on the CPU" in capsys.readouterr().err
+
+
+def test_parts_name_what_there_is() -> None:
+    """Their commands are understood, and the tests of the Gluon kernel run once: apart from the others."""
+    for part in gpu_report.PARTS:
+        module, *arguments = part.command
+        if module == "benchmarks":
+            options.parse(arguments[0], [*arguments[1:], "--device", "cpu"], "", "")
+    tests = {part.name: part.command for part in gpu_report.PARTS if part.command[0] == "pytest"}
+    assert (REPOSITORY / gpu_report.GLUON_TESTS).exists()
+    assert f"--ignore={gpu_report.GLUON_TESTS}" in tests["tests"]
+    assert gpu_report.GLUON_TESTS in tests["gluon-tests"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_gluon_kernel_runs_on_request_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert providers.GLUON not in options.providers_of(options.parse("kernels", [], "", ""))
+    files = ["--json", str(tmp_path / "run.json"), "--plot", str(tmp_path / "run.png")]
+    arguments = ["kernels", "--quick", "--tokens", "64", "--against", providers.GLUON, *files]
+    assert runner.main(arguments) == 0
+    assert "my_triton_gluon: the Gluon kernel runs on Hopper GPUs only" in " ".join(capsys.readouterr().out.split())
