@@ -109,9 +109,17 @@ def padded_prompts(tokenizer: PreTrainedTokenizerBase, longest: int) -> BatchEnc
 
 @dataclass
 class Prefilled:
-    """State of greedy decoding after the prompts: next tokens `[batch, 1]`, mask `[batch, tokens]`, and the cache."""
+    """State of greedy decoding after the prompts.
+
+    Attributes:
+        token: the next tokens, int64 `[batch, 1]`.
+        margin: by how much the logit of each beats the second, `[batch, 1]`.
+        attention_mask: `[batch, tokens]`.
+        cache: the model's keys and values.
+    """
 
     token: Tensor
+    margin: Tensor
     attention_mask: Tensor
     cache: Any
 
@@ -123,12 +131,15 @@ def prefill(model: PreTrainedModel, inputs: BatchEncoding) -> Prefilled:
     output = model(
         input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
     )
-    return Prefilled(output.logits[:, -1:].argmax(-1), mask, output.past_key_values)
+    return Prefilled(*best_and_margin(output.logits), mask, output.past_key_values)
 
 
 def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor, Tensor]:
-    """Greedy tokens int64 `[batch, steps]`, and by how much the best logit beats the second, float `[batch, steps]`."""
-    tokens, margins = [], []
+    """Greedy tokens int64 `[batch, 1 + steps]`, and by how much the best logit beats the second, float of that shape.
+
+    The first is the one that the prompt gave: where it is a near tie, everything after it may differ.
+    """
+    tokens, margins = [state.token], [state.margin]
     for _ in range(steps):
         state.attention_mask = torch.nn.functional.pad(state.attention_mask, (0, 1), value=1)
         positions = state.attention_mask.sum(1, keepdim=True) - 1
@@ -139,11 +150,16 @@ def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor
             past_key_values=state.cache,
             use_cache=True,
         )
-        best = output.logits[:, -1].topk(2)
-        state.token = best.indices[:, :1]
+        state.token, state.margin = best_and_margin(output.logits)
         tokens.append(state.token)
-        margins.append(best.values[:, :1] - best.values[:, 1:])
+        margins.append(state.margin)
     return torch.cat(tokens, 1), torch.cat(margins, 1)
+
+
+def best_and_margin(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The best token after each sequence and by how much it beats the second, `[batch, 1]` each."""
+    best = logits[:, -1].topk(2)
+    return best.indices[:, :1], best.values[:, :1] - best.values[:, 1:]
 
 
 def near_tie(dtype: torch.dtype) -> float:

@@ -146,7 +146,7 @@ def finish(device: torch.device) -> float:
 
 
 def generate(model: PreTrainedModel, inputs: BatchEncoding, steps: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Greedy tokens `[batch, steps]`, their margins, and the seconds of prefill and of decoding."""
+    """Greedy tokens `[batch, 1 + steps]`, their margins, and the seconds of prefill and of decoding."""
     device = inputs["input_ids"].device
     begun = finish(device)
     state = prefill(model, inputs)

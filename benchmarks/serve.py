@@ -97,10 +97,9 @@ def build_truth(
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
         inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        best = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].topk(2)
-        more, beaten = decode(model, prefill(model, inputs), steps - 1)
-        tokens.append(torch.cat([best.indices[:, :1], more], 1))
-        margins.append(torch.cat([best.values[:, :1] - best.values[:, 1:], beaten], 1))
+        answer, beaten = decode(model, prefill(model, inputs), steps - 1)
+        tokens.append(answer)
+        margins.append(beaten)
     return Truth(torch.cat(tokens).cpu(), torch.cat(margins).float().cpu(), near_tie(dtype))
 
 

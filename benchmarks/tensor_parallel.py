@@ -119,7 +119,7 @@ def note(
     """Put into a result what the ranks found; other tokens than those of one rank are a failure, but for near ties."""
     tokens, phase = outcome["tokens"], result.case
     total = sum(map(len, tokens))
-    result.work = outcome["prompt_tokens"] if phase == "prefill" else total
+    result.work = outcome["prompt_tokens"] if phase == "prefill" else len(tokens) * sizes.new_tokens
     result.description = (
         f"{OURS}, {len(tokens)} prompts of up to {sizes.prompt_tokens:,} tokens padded left, "
         f"{sizes.new_tokens} greedy tokens each"

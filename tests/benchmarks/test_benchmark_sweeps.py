@@ -116,8 +116,9 @@ def test_the_backward_pass_is_timed_by_itself() -> None:
 
 
 def test_limits_are_what_the_machine_does() -> None:
-    limits = work.measure_limits(CPU, [torch.float32], seconds=0.01)
+    limits = work.measure_limits(CPU, [torch.float32, torch.bfloat16], seconds=0.01)
     assert limits.flops_per_second["float32"] > 1e8 and limits.bytes_per_second > 1e8
+    assert limits.flops_per_second["bfloat16"] >= limits.flops_per_second["float32"], "16 bits can be widened"
     assert limits.seconds(1.0, 1.0, "float16") is None
     rough = work.Limits({"float32": 100.0}, 10.0)
     assert rough.seconds(200.0, 10.0, "float32") == 2.0 and rough.seconds(200.0, 40.0, "float32") == 4.0

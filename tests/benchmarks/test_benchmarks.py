@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from attention_kernels import Spans, attention, operators
 from benchmarks import __main__ as runner
@@ -189,9 +190,10 @@ def test_slow_calls_get_fewer_turns() -> None:
 def test_a_sample_of_microseconds_is_the_mean_of_many_runs() -> None:
     counts = {"short": 0, "once": 0, "long": 0}
 
-    def count(name: str, seconds: float = 0.0) -> None:
+    def count(name: str, seconds: float | None = None) -> None:
         counts[name] += 1
-        time.sleep(seconds)
+        if seconds is not None:  # even a sleep of no seconds takes as long as the system likes
+            time.sleep(seconds)
 
     calls = {
         "short": measure.Call(lambda _: count("short"), repeatable=True),
@@ -216,6 +218,19 @@ def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
     result = memory.measure_peak("sdpa", 2048, torch.float32, CPU)
     assert result.status == "ok", result.reason
     assert result.samples[0] > 2048 * 2048  # the dense mask alone
+
+
+def test_the_prompt_s_own_token_is_among_those_compared(checkpoint_dir: Path) -> None:
+    model = models.load_reference(checkpoint_dir, "eager", torch.float32, CPU)
+    inputs = models.padded_prompts(PreTrainedTokenizerFast.from_pretrained(checkpoint_dir), 24)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(**inputs, position_ids=positions).logits[:, -1].sort(-1, descending=True)
+        tokens, margins = models.decode(model, models.prefill(model, inputs), 2)
+        none, _ = models.decode(model, models.prefill(model, inputs), 0)
+    assert tokens.shape == margins.shape == (len(models.PROMPT_SHARES), 3)
+    assert torch.equal(tokens[:, :1], logits.indices[:, :1]) and torch.equal(tokens[:, :1], none)
+    torch.testing.assert_close(margins[:, 0], logits.values[:, 0] - logits.values[:, 1])
 
 
 def test_greedy_tokens_may_differ_only_at_a_near_tie() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoint command: what it writes, who can load it, and what it refuses."""
 
+import contextlib
 import json
 import math
 import os
@@ -79,6 +80,23 @@ def run_elsewhere(command: list[str], folder: Path) -> str:
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def test_steps_are_the_same_where_a_cpu_does_not_multiply_bfloat16():
+    """Newton and Schulz's iteration in float32 instead: the same step, but for rounding; nothing else changes."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(2, 48, 32)
+    steps = []
+    for mode in (contextlib.nullcontext(), training.WidensBfloat16()):
+        matrix = torch.nn.Parameter(start.clone())
+        matrix.grad = gradient.clone()
+        with mode:
+            torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0).step()
+        assert torch.equal(matrix.grad, gradient)
+        steps.append(matrix.detach() - start)
+    rounded, exact = steps
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert torch.randn(2).bfloat16().dtype == torch.bfloat16, "the mode has ended"
 
 
 def test_the_directory_is_complete(checkpoint_dir: Path) -> None:
