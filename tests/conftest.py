@@ -12,6 +12,12 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Before torch is imported, and for what tests start: threads of workers that share cores wait for one another, eight
+# milliseconds at a time.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    shares = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, shares)))
+
 # Wall-clock time says nothing about these properties, and a failure must be repeatable from its output.
 settings.register_profile("project", deadline=None, print_blob=True)
 settings.load_profile("project")

@@ -6,15 +6,15 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import tiles
 from .configs import padded_dim
 from .dropout import threshold_and_scale
-from .tiles import DropoutOperand, Operand, SpanOperand, tile_pointers
+from .tiles import DropoutOperand, Operand, SpanOperand
 
-INTERPRETED = not isinstance(tile_pointers, triton.runtime.jit.JITFunction)
+INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
 
 

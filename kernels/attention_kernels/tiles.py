@@ -79,6 +79,10 @@ def at_head(operand, b, h):
     return Operand(operand.ptr + offset, operand.stride_b, operand.stride_h, operand.stride_m, operand.stride_n)
 
 
+INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunction))
+"""Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
+
+
 @triton.jit
 def tile_pointers(ptr, stride_m, stride_n, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: offsets inside a tile always fit 32."""
@@ -166,6 +170,23 @@ def tanh(x):
 
 
 @triton.jit
+def product(x, y, acc, PRECISION: tl.constexpr):
+    """`acc + x @ y^T`, without `acc` if it is None.
+
+    The backward pass computes scores in both orientations and counts on the same bits. On a GPU the place in the tile
+    does not decide in what order an element's terms are added. In the interpreter it does on some processors, whose
+    library for linear algebra NumPy calls: there float32 is added in float64 and rounded once.
+    """
+    if INTERPRETED and x.dtype == tl.float32:
+        exact = tl.dot(x.to(tl.float64), tl.trans(y.to(tl.float64)), out_dtype=tl.float64).to(tl.float32)
+        return exact if acc is None else acc + exact
+    elif acc is None:
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        return tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_rows(
     x, left, right, first_left, left_inside, first_right, right_inside, DIM: tl.constexpr, BLOCK_LEFT: tl.constexpr,
     BLOCK_RIGHT: tl.constexpr, BLOCK_DIM: tl.constexpr, CHUNK: tl.constexpr, CHECK_RIGHT: tl.constexpr,
@@ -182,7 +203,7 @@ def dot_rows(
             right.ptr, right.stride_m, right.stride_n, first_right, right_inside, DIM, BLOCK_RIGHT, BLOCK_DIM,
             CHECK_RIGHT, BLOCK_DIM > DIM,
         )  # fmt: skip
-        return tl.dot(x, tl.trans(y), input_precision=PRECISION), y
+        return product(x, y, None, PRECISION), y
     else:
         s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
         for d in tl.range(0, DIM, CHUNK, num_stages=1):
@@ -194,7 +215,7 @@ def dot_rows(
                 right.ptr + d * right.stride_n, right.stride_m, right.stride_n, first_right, right_inside, DIM - d,
                 BLOCK_RIGHT, CHUNK, CHECK_RIGHT, DIM % CHUNK != 0,
             )  # fmt: skip
-            s = tl.dot(x_piece, tl.trans(y_piece), s, input_precision=PRECISION)
+            s = product(x_piece, y_piece, s, PRECISION)
         return s, right.ptr
 
 
