@@ -58,7 +58,8 @@ def baseline(request: pytest.FixtureRequest) -> Iterator[Baseline]:
         pytest.fail(f"{SAVED} is missing; `make bench-ci-save` writes it")
     processors = json.loads(SAVED.read_text(encoding="utf-8")) if SAVED.exists() else {}
     machine = saved.describe_machine(torch.device("cpu"))
-    here = f"{machine['processor']}, {machine['threads']} threads"
+    # Two kinds of processor may have one name, and be far apart in 16 bits.
+    here = f"{machine['processor']} ({machine['capabilities']}), {machine['threads']} threads"
     held = Baseline({} if saving else processors, here)
     yield held
     if saving:

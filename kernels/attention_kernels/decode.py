@@ -27,6 +27,7 @@ from .tiles import (
     any_nan,
     finish,
     key_bounds,
+    product,
     score_tile,
     softmax_step,
     span_mask,
@@ -90,13 +91,13 @@ def decode_step(
     rows = key_rows(key, pages, b, kv_head, k_pos, inside)
     if CHUNK_D == BLOCK_D:
         k = load_columns(rows, key.stride_n, 0, HEAD_DIM, inside, BLOCK_D).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = product(q, k, None, PRECISION)
     else:
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for d in tl.range(0, HEAD_DIM, CHUNK_D, num_stages=1):
             q_piece = load_columns(query_rows, query_stride_n, d, HEAD_DIM, query_inside, CHUNK_D)
             k_piece = load_columns(rows, key.stride_n, d, HEAD_DIM, inside, CHUNK_D).to(q_piece.dtype)
-            s = tl.dot(q_piece, tl.trans(k_piece), s, input_precision=PRECISION)
+            s = product(q_piece, k_piece, s, PRECISION)
     if key_scales is not None:
         s = s * row_scales(key_scales, pages, b, kv_head, k_pos, inside)[None, :]
     s = score_tile(s, scale, softcap)

@@ -39,6 +39,7 @@ from .tiles import (
     left_tile,
     load_spans,
     load_tile,
+    product,
     score_tile,
     softmax_step,
     softmax_weights,
@@ -144,7 +145,7 @@ def attend_overlapped(
             key, key_descriptor, b, kv_head, first_key, first_key + tl.arange(0, BLOCK_N) < key_len, HEAD_DIM, BLOCK_N,
             BLOCK_D,
         )  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = product(q, k, None, PRECISION)
         previous = tl.maximum(first_key - BLOCK_N, first)
         v = right_tile(
             value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM,
