@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-engines test-exhaustive test-models models lint clean
+.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -46,9 +46,12 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and not exhaustive and not families'
 
-# What would take `make test` beyond ten minutes on two cores.
-test-exhaustive: $(STAMP)
+# What would take `make test` beyond ten minutes on two cores: every tile shape for every chip, ...
+test-chips: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m exhaustive
+
+# ... and more random problems in the interpreter, which would take `.ci/run` beyond an hour on a slow machine.
+test-exhaustive: test-chips
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
 
 # Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
