@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Before torch is imported, and for what tests start: threads of workers that share cores wait for one another, eight
 # milliseconds at a time.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    shares = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, shares)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 # Wall-clock time says nothing about these properties, and a failure must be repeatable from its output.
 settings.register_profile("project", deadline=None, print_blob=True)
