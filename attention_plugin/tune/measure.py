@@ -74,11 +74,12 @@ def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> st
     try:
         kernel, arguments = case.kernel()
         compiled = compile_ahead(kernel, case.architecture, arguments)
+        spills = compiled.spills
     except Exception as error:
         return f"does not compile: {type(error).__name__}"
     if compiled.shared_memory > SHARED_MEMORY[case.architecture]:
         return "over the shared memory"
-    return "spills" if compiled.spills else None
+    return "spills" if spills else None
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:

@@ -123,7 +123,7 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     plan = problem.plan(fused=fused)
     groups = plan.groups
     if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
-        parts = tokens.parts_of(query, problem.key, problem.start, problem.end, plan)
+        parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
         return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
     if len(groups) == 1 and len(groups[0].pieces) == 1 and groups[0].pieces[0].rows == slice(0, query_len):
         # One piece is the whole answer: nothing to gather.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs ker
 KEYS = 200
 
 
-@pytest.fixture(autouse=True)
-def nothing_known():
+@pytest.fixture(autouse=True, params=[tokens.CACHED_BYTES, 0], ids=["few keys", "many keys"])
+def nothing_known(request, monkeypatch):
+    """Nothing is remembered yet; and what float32 calls do that read many keys, done for few as well."""
+    monkeypatch.setattr(tokens, "CACHED_BYTES", request.param)
     tokens._known.clear()
     yield
     tokens._known.clear()
@@ -136,6 +139,48 @@ def test_other_spans_at_the_same_place_are_not_mistaken():
         check(given, spans)
         del spans
         gc.collect()
+
+
+@pytest.fixture
+def calls_with_products(monkeypatch):
+    """Parts that were computed by two products, as a growing list."""
+    calls, two_products = [], tokens.two_products
+    monkeypatch.setattr(tokens, "two_products", lambda *given: calls.append(given) or two_products(*given))
+    return calls
+
+
+def test_many_keys_take_two_products_where_they_are_matrices(calls_with_products):
+    torch.manual_seed(0)
+    many = tokens.CACHED_BYTES == 0
+    spans, (query, key, value) = padded_spans(), operands()
+    by_token = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in (key, value)]
+    for given, expected in (
+        ((query, key, value), many),
+        ((query, key, by_token[1]), False),
+        ((query, by_token[0], value), False),
+        ([each.double() for each in (query, key, value)], False),
+        ([each[:, :, :, ::2] for each in (query, key, value)], False),  # columns that are not side by side
+        ((query, key.repeat(1, 1, 2, 1)[:, :, :KEYS], value), many),  # a cache with room for more
+        ((query[:, :2], by_token[0][:, :1], by_token[1][:, :1]), many),  # one head of keys
+    ):
+        calls_with_products.clear()
+        check(given, spans)
+        check(given, spans)
+        assert bool(calls_with_products) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_calls(seed):
+    """Groups, odd sizes, scores of any size, whole caches and padded ones; the second time from memory."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, num_kv_heads, keys, dim = (draw.randint(1, most) for most in (5, 3, 700, 80))
+    query = torch.randn(batch, num_kv_heads * draw.randint(1, 9), 1, dim) * draw.choice([0.01, 1.0, 30.0])
+    key, value = (torch.randn(batch, num_kv_heads, keys, dim) for _ in range(2))
+    shown = torch.arange(keys) >= torch.tensor([draw.choice([0, draw.randrange(keys)]) for _ in range(batch)])[:, None]
+    spans = Spans.causal(1, keys) & Spans.padded(shown, 1) if draw.random() < 0.7 else Spans.full(1, keys)
+    for _ in range(2):
+        check((query, key, value), spans)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,14 +25,19 @@ class Compiled:
     Attributes:
         shared_memory: bytes per program.
         threads: per program.
-        code: registers, spills and instructions.
+        binary: the machine code, by Triton's names of its stages: "cubin" or "amdgcn".
         seconds: what Triton took for it; next to nothing where its cache had it.
     """
 
     shared_memory: int
     threads: int
-    code: MachineCode
+    binary: Mapping[str, Any]
     seconds: float
+
+    @cached_property
+    def code(self) -> MachineCode:
+        """Registers, spills and instructions; read when first asked for, which takes a third of a second."""
+        return read_cubin(self.binary["cubin"]) if "cubin" in self.binary else read_amd(self.binary["amdgcn"])
 
     @property
     def registers(self) -> int:
@@ -94,7 +100,7 @@ def compile_only(kernel: Any, architecture: str, arguments: Mapping[str, Any]) -
 
 
 def compile_ahead(kernel: Any, architecture: str, arguments: Mapping[str, Any]) -> Compiled:
-    """The same, with its machine code read.
+    """The same, with what it takes of the chip.
 
     Args:
         kernel: a function decorated with `triton.jit`; in the interpreter there is nothing to compile.
@@ -106,10 +112,9 @@ def compile_ahead(kernel: Any, architecture: str, arguments: Mapping[str, Any]) 
     """
     compiled, seconds = compile_only(kernel, architecture, arguments)
     target = gpu_target(architecture)
-    code = read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else read_amd(compiled.asm["amdgcn"])
     # Warp specialisation adds warps to those that were asked for.
     warps = getattr(compiled.metadata, "num_warps", arguments.get("num_warps", 4))
-    return Compiled(compiled.metadata.shared, warps * target.warp_size, code, seconds)
+    return Compiled(compiled.metadata.shared, warps * target.warp_size, compiled.asm, seconds)
 
 
 def triton_version() -> str:
