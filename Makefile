@@ -59,7 +59,7 @@ test-exhaustive: test-chips
 test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/tokenizer.json
 	$(BIN)/python tests/engines/environment.py vllm .venv-vllm & \
 	$(BIN)/python tests/engines/environment.py sglang .venv-sglang && wait $$!
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m engines --durations 5 tests/engines
+	$(BIN)/python -m pytest -n 2 -q -m engines --durations 5 tests/engines
 	$(BIN)/python tests/engines/engine_table.py check
 
 # Every model family of transformers against eager; a quarter of them with the Triton kernels in the interpreter.

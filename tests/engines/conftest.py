@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from engine_table import FOUND, Cell, table_of
 from greedy import Greedy
@@ -43,6 +45,19 @@ def record(request: pytest.FixtureRequest) -> Callable[[Cell], None]:
         request.node.user_properties.append(("engine cell", tuple(cell)))
 
     return add
+
+
+class OneServerEach(LoadScopeScheduling):
+    """Workers of a test run are handed tests one by one, but all tests of a server together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, test = nodeid.partition("::")
+        return module + test[test.index("[") :] if module.endswith("test_servers.py") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneServerEach:
+    """In place of `--dist loadgroup`, which pytest 9.2 and pytest-xdist 3.8 together ignore."""
+    return OneServerEach(config, log)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:

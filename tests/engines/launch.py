@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cores import cores
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 400.0
@@ -147,7 +149,7 @@ def ask(
     job.write_text(json.dumps({"engine": engine.options(model, backend, dtype, tp, pp, **options), "rounds": work}))
     command = [engine.python, HERE / f"drive_{engine.name}.py", job, result]
     variables = environment_of(engine, folder, tp * pp, interpreted)
-    with log.open("w") as output, _process(command, variables, output) as process:
+    with cores(tp * pp), log.open("w") as output, _process(command, variables, output) as process:
         try:
             process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -196,14 +198,16 @@ class Server:
         windows = [
             part for name, value in set_right(engine, model).items() for part in ("--" + name.replace("_", "-"), value)
         ]
+        self.ranks = ranks
         self.command = ["bash", script, model, *options[engine.name], *windows, *arguments]
         self.variables = environment_of(engine, folder, ranks, interpreted=False) | {"PORT": str(self.port)}
         self.variables["PATH"] = f"{engine.python.parent}:{self.variables['PATH']}"
 
     def __enter__(self) -> Server:
-        self._output = self.log.open("w")
-        self._session = _process(self.command, self.variables, self._output)
-        self.process = self._session.__enter__()
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(cores(self.ranks))
+        output = self._held.enter_context(self.log.open("w"))
+        self.process = self._held.enter_context(_process(self.command, self.variables, output))
         try:
             self._wait_until_it_answers()
         except BaseException:
@@ -212,8 +216,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._session.__exit__()
-        self._output.close()
+        self._held.close()
 
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + TIMEOUT
