@@ -247,7 +247,6 @@ def key_value_arguments(
     return arguments | pieces | dict(
         grad_key=operand(grad_key), grad_value=operand(grad_value), bounds_ptr=bounds,
         bounds_stride_b=0 if bounds.shape[0] == 1 else bounds.stride(0), num_kv_heads=call.key.shape[1],
-        MASKED_M=max(16, config.block_m // 2),
     )  # fmt: skip
 
 

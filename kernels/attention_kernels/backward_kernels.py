@@ -325,12 +325,15 @@ def query_kernel(
 @triton.jit
 def key_value_step(
     grads, k, v, query, grad_output, key, value, lse2_ptr, delta_ptr, spans, mask, bias, dropout, scale, softcap, b, h,
-    num_heads, first_row, first_key, piece, query_len, key_len, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr,
-    PIECE_D: tl.constexpr, PIECE_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    num_heads, first_row, first_key, body_first, body_last, piece, query_len, key_len, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr,
+    CHUNK_DV: tl.constexpr, PIECE_D: tl.constexpr, PIECE_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of tiles of keys `[N, PIECE_D]` and values `[N, PIECE_DV]` after BLOCK_M rows from `first_row` on."""
+    """Gradients of tiles of keys `[N, PIECE_D]` and values `[N, PIECE_DV]` after BLOCK_M rows from `first_row` on.
+
+    The rows from `body_first` to `body_last`, both multiples of BLOCK_M, see all of the keys.
+    """
     grad_key, grad_value = grads
     query, grad_output = at_head(query, b, h), at_head(grad_output, b, h)
     if mask is not None:
@@ -339,6 +342,7 @@ def key_value_step(
         bias = at_head(bias, b, h)
     batch_head = b * num_heads + h
     q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
+    partial = (first_row < body_first) | (first_row >= body_last)
     lse, delta = load_statistics(lse2_ptr, delta_ptr, batch_head, q_pos, query_len)
     start, end = load_spans(spans, b, q_pos, query_len)
     # Rows that see nothing, or are beyond the last, are not read: what they hold must not reach a key (0 x NaN).
@@ -346,17 +350,17 @@ def key_value_step(
     end = tl.where(row_inside, end, 0)
     _, weights, _, ds, q, g = score_gradients(
         k, v, key, value, query, grad_output, first_key, k_pos < key_len, key_len, first_row, row_inside, query_len,
-        MASKED, q_pos[None, :], k_pos[:, None], start[None, :], end[None, :], lse[None, :], delta[None, :], spans,
+        partial, q_pos[None, :], k_pos[:, None], start[None, :], end[None, :], lse[None, :], delta[None, :], spans,
         mask, bias, dropout, scale, softcap, b, batch_head, query_len, key_len, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-        CHUNK_D, CHUNK_DV, BLOCK_N, BLOCK_M, MASKED, PRECISION,
+        CHUNK_D, CHUNK_DV, BLOCK_N, BLOCK_M, True, PRECISION,
     )  # fmt: skip
     grad_value = add_product(
         grad_value, weights, g, grad_output, first_row, row_inside, piece * PIECE_DV, VALUE_DIM, BLOCK_M, BLOCK_DV,
-        CHUNK_DV, PIECE_DV, MASKED, False, PRECISION,
+        CHUNK_DV, PIECE_DV, True, False, PRECISION,
     )  # fmt: skip
     grad_key = add_product(
         grad_key, ds, q, query, first_row, row_inside, piece * PIECE_D, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D, PIECE_D,
-        MASKED, False, PRECISION,
+        True, False, PRECISION,
     )  # fmt: skip
     return grad_key, grad_value
 
@@ -367,9 +371,7 @@ def key_value_kernel(
     bias, dropout, scale, softcap, num_kv_heads, group_size, query_len, key_len, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr,
     CHUNK_DV: tl.constexpr, PIECE_D: tl.constexpr, PIECE_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED_M: tl.constexpr,  # constexpr: rows per step where masks take registers
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a piece of the columns of a tile of keys and values, summed over the heads of their group.
 
@@ -394,29 +396,14 @@ def key_value_kernel(
     v = left_tile(value, first_key, inside, VALUE_DIM, BLOCK_N, BLOCK_DV, CHUNK_DV)
     grads = (tl.zeros([BLOCK_N, PIECE_D], tl.float32), tl.zeros([BLOCK_N, PIECE_DV], tl.float32))
     num_heads = num_kv_heads * group_size
-    tiles_of_head = tl.cdiv(body_first - first, MASKED_M)
+    tiles_of_head = tl.cdiv(last - first, BLOCK_M)
+    # One loop, over the rows of all heads: each loop more costs the compiler registers, and as long again.
     for index in tl.range(0, group_size * tiles_of_head):
         grads = key_value_step(
             grads, k, v, query, grad_output, key, value, lse2_ptr, delta_ptr, spans, mask, bias, dropout, scale,
             softcap, b, kv_head * group_size + index // tiles_of_head, num_heads,
-            first + index % tiles_of_head * MASKED_M, first_key, piece, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, PIECE_DV, MASKED_M, BLOCK_N, PRECISION, MASKED=True,
-        )  # fmt: skip
-    tiles_of_head = tl.cdiv(body_last - body_first, BLOCK_M)
-    for index in tl.range(0, group_size * tiles_of_head):
-        grads = key_value_step(
-            grads, k, v, query, grad_output, key, value, lse2_ptr, delta_ptr, spans, mask, bias, dropout, scale,
-            softcap, b, kv_head * group_size + index // tiles_of_head, num_heads,
-            body_first + index % tiles_of_head * BLOCK_M, first_key, piece, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, PIECE_DV, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
-        )  # fmt: skip
-    tiles_of_head = tl.cdiv(last - body_last, MASKED_M)
-    for index in tl.range(0, group_size * tiles_of_head):
-        grads = key_value_step(
-            grads, k, v, query, grad_output, key, value, lse2_ptr, delta_ptr, spans, mask, bias, dropout, scale,
-            softcap, b, kv_head * group_size + index // tiles_of_head, num_heads,
-            body_last + index % tiles_of_head * MASKED_M, first_key, piece, query_len, key_len, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, PIECE_DV, MASKED_M, BLOCK_N, PRECISION, MASKED=True,
+            first + index % tiles_of_head * BLOCK_M, first_key, body_first, body_last, piece, query_len, key_len,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, PIECE_D, PIECE_DV, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     store_tile(grad_key, grads[0] * scale, first_key, inside, piece * PIECE_D, HEAD_DIM, BLOCK_N, PIECE_D)
     store_tile(grad_value, grads[1], first_key, inside, piece * PIECE_DV, VALUE_DIM, BLOCK_N, PIECE_DV)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,18 +212,30 @@ class Spans:
                 f"Spans.padded: `key_mask` must be bool [batch, key_len], got {key_mask.dtype} {list(key_mask.shape)}"
             )
         key_len = key_mask.shape[1]
+        if values_at_hand(key_mask):
+            return cls._padded_at_hand(key_mask, query_len)
         index = torch.arange(key_len, device=key_mask.device, dtype=torch.int32)
         first = torch.where(key_mask, index, key_len).amin(1) if key_len else index.new_zeros(key_mask.shape[0])
         last = torch.where(key_mask, index + 1, 0).amax(1) if key_len else first
         gap_count = ((last - first).clamp_(min=0) - key_mask.sum(1)).to(torch.int32)
-        start, end = first[:, None], last[:, None]
-        if not values_at_hand(key_mask):
-            return cls(start, end, query_len, key_len, key_mask, gap_count)
+        return cls(first[:, None], last[:, None], query_len, key_len, key_mask, gap_count)
+
+    @classmethod
+    def _padded_at_hand(cls, key_mask: Tensor, query_len: int) -> Spans:
+        """`padded` where the mask can be looked at; by NumPy, since each token that is decoded brings a new mask."""
+        batch, key_len = key_mask.shape
+        shown = key_mask.numpy()
+        count = shown.sum(1, dtype=np.int32)
+        first = last = np.zeros(batch, np.int32)
+        if key_len:
+            first = np.where(count > 0, shown.argmax(1), key_len).astype(np.int32)
+            last = np.where(count > 0, key_len - shown[:, ::-1].argmax(1), 0).astype(np.int32)
+        gap_count = np.maximum(last - first, 0) - count
         # What is constant stays one number.
-        start = _constant(0, key_mask.device) if not start.any() else start
-        end = _constant(key_len, key_mask.device) if bool((end == key_len).all()) else end
+        start = torch.from_numpy(first)[:, None] if first.any() else _constant(0, key_mask.device)
+        end = _constant(key_len, key_mask.device) if (last == key_len).all() else torch.from_numpy(last)[:, None]
         if gap_count.any():
-            return cls(start, end, query_len, key_len, key_mask, gap_count)
+            return cls(start, end, query_len, key_len, key_mask, torch.from_numpy(gap_count))
         return cls(start, end, query_len, key_len)
 
     @classmethod
