@@ -102,6 +102,18 @@ def test_overlapping_costs_no_exponentials(dim):
 
 
 @compiles
+@pytest.mark.parametrize("work", ["query", "key_value"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gradients_use_the_matrix_instructions_of_warp_groups(dim, work):
+    """With every extra there is: masks, a bias, a softcap and dropout take registers."""
+    wanted = ("backward", 2, dim, work)
+    (case,) = (c for c in shipped_cases("sm_90") if (c.part, c.element_size, c.dim, c.work) == wanted)
+    kernel, arguments = case.kernel()
+    matrix = compile_ahead(kernel, "sm_90", arguments).code.matrix
+    assert matrix and all(name.startswith("HGMMA.64x") for name in matrix)
+
+
+@compiles
 def test_limits_are_noticed():
     """A tile too large for the registers spills, and one too large for the chip is over its shared memory."""
     case = next(
