@@ -111,7 +111,7 @@ def test_building_masks(benchmark: Any, baseline: Any, name: str) -> None:
 @torch.no_grad()
 def test_host_cost(benchmark: Any, baseline: Any) -> None:
     sizes = cases.Sizes(tokens=512, num_heads=32, num_kv_heads=8, head_dim=128)
-    runs = host.calls(sizes, torch.bfloat16, CPU)
+    runs = host.calls(problem.build_problem(cases.case_named("decode"), sizes, torch.bfloat16, CPU))
     pair = Pair(*(lambda run=runs[name]: host.repeat(run) for name in (providers.OURS, providers.BASELINE)))
     with host.without_launching(ours=True):
         judge(benchmark, baseline, "host decode", pair, rounds=40)

@@ -25,9 +25,9 @@ FEWEST_ROWS = {torch.bfloat16: 2}
 whose products go another way."""
 
 CACHED_BYTES = 20 << 20
-"""Keys and values of a call, in bytes, from which on two products are faster in float32 than torch's fused attention:
-by a tenth to two fifths. It multiplies scores keys first, which takes twice as long, but has less to do beside
-products; that counts for more as long as keys stay in a processor's last cache from one call to the next."""
+"""Keys and values of a call, in bytes, from which on two products are faster in float32 than torch's fused attention,
+by up to two fifths. It multiplies scores keys first, which reads them from memory half as fast, but has less to do
+besides; that counts for more as long as keys stay in a processor's last cache from one call to the next."""
 
 MOST_SPANS = 4
 """Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
