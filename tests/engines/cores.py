@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import getpass
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-FOLDER = Path(tempfile.gettempdir()) / f"engine-cores-{os.getuid()}"
+from filelock import FileLock, Timeout
+
+FOLDER = Path(tempfile.gettempdir()) / f"engine-cores-{getpass.getuser()}"
 
 
 @contextlib.contextmanager
@@ -23,21 +24,22 @@ def cores(number: int, folder: Path = FOLDER) -> Iterator[None]:
     as long. Whoever comes first is served first. A process that ends holds nothing.
     """
     folder.mkdir(exist_ok=True)
-    there_are = len(os.sched_getaffinity(0))
+    there_are = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.ExitStack() as held:
-        with (folder / "turn").open("ab") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            untaken = [held.enter_context((folder / str(core)).open("ab")) for core in range(there_are)]
+        with FileLock(folder / "turn"):
+            untaken = [FileLock(folder / str(core)) for core in range(there_are)]
             for _ in range(min(number, there_are)):
-                while (core := next(filter(_lock, untaken), None)) is None:
+                while (core := next(filter(_taken, untaken), None)) is None:
                     time.sleep(0.1)
                 untaken.remove(core)
+                held.callback(core.release)
         yield
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _taken(core: FileLock) -> bool:
+    """Take a core if nobody holds it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        core.acquire(timeout=0)
+    except Timeout:
         return False
     return True
