@@ -224,12 +224,12 @@ def span_mask(
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
     wide = mask_function is masking_utils.bidirectional_mask_function or kv_length < (kwargs.get("local_size") or 0)
     everything = allow_is_bidirectional_skip and attention_mask is None and wide
-    mask = replace(mask, batch_size=batch_size, everything=everything)
+    mask.batch_size, mask.everything = batch_size, everything
     if config is None or not may_compute_with_masks(config):
         return mask
     if everything and measures_masks(config):
         return None
-    mask = replace(mask, dense_dtype=torch.bool if negates_masks(config) else dtype)
+    mask.dense_dtype = torch.bool if negates_masks(config) else dtype
     if not needs_tensor(config):
         return mask
     return mask.computed_with("columns of its own")

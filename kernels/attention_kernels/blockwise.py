@@ -24,7 +24,7 @@ from .spans import Spans
 TILE_SCORES = 1 << 21
 """Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
 
-CALL_BYTES = 1 << 18
+CALL_BYTES = 1 << 19
 """Keys and values, in bytes, that take as long to read as one more call of fused attention takes."""
 
 LARGE_STEP_ROWS = 768
@@ -74,15 +74,16 @@ class Problem:
         tiles_only = self.has_tiles or not fused
         # A bias is there already; a mask is made for each tile, and small ones keep memory small.
         joins = fused and self.bias is not None and self.key_mask is self.mask is None
-        sharing = None if self.trains else self._sharing(fused=fused)
+        sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
         return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
 
-    def _sharing(self, *, fused: bool) -> Sharing:
-        """What decides which sequences are decoded in one call."""
-        num_kv_heads, value_dim = self.value.shape[1], self.value.shape[3]
-        bytes_per_key = num_kv_heads * (self.key.shape[3] + value_dim) * self.key.element_size()
-        call_bytes = CALL_BYTES * (1 if fused else WRITTEN_OUT_CALLS)
-        return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_bytes // bytes_per_key)
+
+def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
+    """What decides which sequences are decoded in one call."""
+    num_kv_heads, value_dim = value.shape[1], value.shape[3]
+    bytes_per_key = num_kv_heads * (key.shape[3] + value_dim) * key.element_size()
+    call_bytes = CALL_BYTES * (1 if fused else WRITTEN_OUT_CALLS)
+    return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_bytes // bytes_per_key)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -108,12 +109,19 @@ def head_by_head(problem: Problem) -> Problem:
     return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def remember_tokens(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> None:
-    """Have `tokens.again` serve further calls of the layers that follow, if it can: this one has been checked."""
-    if query.device.type == "cpu" and spans.key_mask is None:
-        nothing = (None,) * 5
-        problem = Problem(query, key, value, spans.start, spans.end, *nothing, scale=1.0, softcap=None, dropout_p=0.0)
-        tokens.remember(query, key, value, spans, scale, problem.plan(fused=True))
+def one_token(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of a checked call without gradients and masks, which `tokens.again` then repeats.
+
+    None if it is no step of decoding on the CPU, or needs the careful loop.
+    """
+    if query.shape[2] != 1 or query.device.type != "cpu" or spans.key_mask is not None:
+        return None
+    sharing = how_to_share(key, value, fused=True)
+    plan = plan_batch(spans.start, spans.end, query.shape[0], 1, tiles_only=False, sharing=sharing)
+    first = tokens.first(query, key, value, spans, sinks, scale, plan)
+    return None if first is None else with_sinks(*first, sinks)
 
 
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:

@@ -123,9 +123,10 @@ def attention(
     asked = (scale, softcap, num_splits, hopper.enabled())
     if repeatable and (again := prebound.relaunch(query, key, value, spans, sinks, asked)) is not None:
         return again if return_lse else again[0]
-    simple = repeatable and sinks is softcap is None
-    if simple and num_splits is None and (again := tokens.again(query, key, value, spans, scale)) is not None:
-        return again if return_lse else again[0]
+    plain = repeatable and softcap is num_splits is None
+    if plain and (again := tokens.again(query, key, value, spans, sinks, scale)) is not None:
+        output, lse = blockwise.with_sinks(*again, sinks)
+        return (output, lse) if return_lse else output
     given_scale = scale
     query, key, value = _validated(*cast_for_autocast(query, key, value))
     batch, num_heads, query_len, head_dim = query.shape
@@ -152,8 +153,10 @@ def attention(
         raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
     if repeatable and runs_triton(query):
         first = prebound.launch_and_remember(query, key, value, spans, sinks, asked)
-        if first is not None:
-            return first if return_lse else first[0]
+    else:
+        first = blockwise.one_token(query, key, value, spans, sinks, given_scale) if plain else None
+    if first is not None:
+        return first if return_lse else first[0]
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     operands = (
         query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, seed, scale,
@@ -164,8 +167,6 @@ def attention(
     direct = not wants_gradient and _is_plain(query, key, value, bias, sinks) and not torch.compiler.is_compiling()
     forward = _forward if direct else torch.ops.attention_kernels.forward
     output, lse, _ = forward(*operands, wants_gradient, num_splits)
-    if simple and query_len == 1 and not runs_triton(query):
-        blockwise.remember_tokens(query, key, value, spans, given_scale)
     return (output, lse) if return_lse else output
 
 

@@ -112,8 +112,8 @@ def _groups(
     shared = max(start.shape[0], end.shape[0]) == 1
     start = start.cpu().expand(1 if shared else batch, query_len)
     end = end.cpu().expand(start.shape)
-    if sharing is not None and not shared and 0 < query_len <= FEW_ROWS:
-        yield from plan_neighbours(start, end, sharing)
+    if 0 < query_len <= FEW_ROWS and (shared or sharing is not None):
+        yield from plan_few_rows(start, end, batch, sharing)
         return
     seen = (end - start).clamp(min=0).float()
     for index in range(start.shape[0]):
@@ -147,17 +147,21 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
     return [*pieces, *_tiles(start, end, planned, query_len)]
 
 
-def plan_neighbours(start: Tensor, end: Tensor, sharing: Sharing) -> Iterator[Group]:
+def plan_few_rows(start: Tensor, end: Tensor, batch: int, sharing: Sharing | None) -> Iterator[Group]:
     """Groups of neighbours with few rows (decoding), one piece each, cut where that spares keys that are padding.
 
     Args:
-        start, end: int32 `[batch, query_len]` on the CPU.
+        start, end: int32 `[batch, query_len]` on the CPU, or `[1, query_len]` if all elements share them; then nothing
+            is cut, and `sharing` not needed.
     """
     # Few numbers, one by one: each step of decoding brings new spans, and calls of torch take longer.
     rows = [list(zip(*pair, strict=True)) for pair in zip(start.tolist(), end.tolist(), strict=True)]
     seen = [[bounds for bounds in own if bounds[0] < bounds[1]] for own in rows]
     firsts = [min((first for first, _ in own), default=UNSEEN) for own in seen]
     lasts = [max((last for _, last in own), default=0) for own in seen]
+    if len(rows) == 1:
+        yield _whole_group(rows[0], start.shape[1], slice(0, batch), slice(firsts[0], lasts[0]))
+        return
     for elements in cut_batch(firsts, lasts, slice(0, len(rows)), sharing):
         keys = slice(min(firsts[elements]), max(lasts[elements]))
         yield _whole_group([bounds for own in rows[elements] for bounds in own], start.shape[1], elements, keys)

@@ -107,6 +107,10 @@ class Spans:
             if size is not None and size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}")
         key_len = query_len if key_len is None else key_len
+        if query_len == 1 and isinstance(offset, int) and not torch.compiler.is_compiling():  # each step of decoding
+            first = 0 if left is None else min(max(0, offset - left), key_len)
+            last = key_len if right is None else min(max(0, offset + right + 1), key_len)
+            return cls(_constant(first, device), _constant(last, device), query_len, key_len)
         position = _positions(query_len, key_len, offset, device)
         start = _constant(0, device) if left is None else (position - left).clamp_(0, key_len)
         end = _constant(key_len, device) if right is None else (position + (right + 1)).clamp_(0, key_len)

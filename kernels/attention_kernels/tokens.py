@@ -5,7 +5,7 @@ Many keys in float32 take two products and a softmax between them instead, which
 
 After each layer's keys and values have passed through the caches, a step of Python costs as much as reading a hundred
 keys does. So the layers of a model, which make the same call with other numbers in their tensors, are checked and
-planned once: `remember` keeps what `again` needs.
+planned once: `first` keeps what `again` needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import weakref
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,17 +64,18 @@ _known: dict[int, Known] = {}
 
 
 def again(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, sinks: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of a call without gradients as one that is remembered; None if there is none.
+    """Output and log-sum-exp, before `sinks`, of a call without gradients as one that is remembered; None if none is.
 
     None as well if the output has a NaN: whose it is takes care to find out.
     """
     known = _known.get(id(spans))
     if known is None or spans is None or known.spans() is not spans:
         return None
-    changed = known.versions != versions(spans.start, spans.end) or known.kind != kind_of(query, key, value, scale)
-    if changed or torch.is_autocast_enabled("cpu"):
+    if known.versions != versions(spans.start, spans.end) or known.kind != kind_of(query, key, value, sinks, scale):
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, known.parts)
     # Without masks every row sees all keys of its part, and a NaN is its own.
@@ -81,25 +83,38 @@ def again(
     return None if masked and math.isnan(output.sum()) else (output, lse)
 
 
-def remember(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, plan: Plan
-) -> None:  # fmt: skip
-    """Keep what the next calls need, if the call is one that `again` can repeat; it has been checked and made."""
-    same_batch = query.shape[0] == key.shape[0] == value.shape[0]
-    if not same_batch or not serves(query, key, value, plan):
-        return
+def first(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    sinks: Tensor | None,
+    scale: float | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp, before `sinks`, of a checked call without gradients; `again` then serves its repeats.
+
+    None if it is no call for `attend`, or if the output has a NaN.
+    """
+    if not serves(query, key, value, plan):
+        return None
+    parts = parts_of(query, key, value, spans.start, spans.end, plan)
+    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, parts)
+    if math.isnan(output.sum()):
+        return None
     while len(_known) >= MOST_SPANS:
         del _known[next(iter(_known))]
-    parts = parts_of(query, key, value, spans.start, spans.end, plan)
     state = versions(spans.start, spans.end)
-    _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, scale), parts)
+    _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, sinks, scale), parts)
+    return output, lse
 
 
-def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple:
+def kind_of(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float | None) -> tuple:
     """All that decides whether a call is allowed and how it is computed, besides its spans."""
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
         value.dtype, query.device, key.device, value.device, scale,
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
     )  # fmt: skip
 
 
@@ -126,13 +141,23 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
         for elements, (piece,), _ in plan.groups:
             mask = None
             if piece.kind == "masked":
-                keys = torch.arange(piece.keys.start, piece.keys.stop, dtype=torch.int32)
-                first, last = (bound if bound.shape[0] == 1 else bound[elements] for bound in (start, end))
-                hidden = ((keys < first) | (keys >= last))[:, None, None]
-                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf).expand(-1, -1, rows, -1)
+                mask = additive_mask(start.expand(batch, 1)[elements], end.expand(batch, 1)[elements], piece.keys, dtype)
+                mask = mask[:, None, None].expand(-1, -1, rows, -1)
             whole = len(range(*elements.indices(batch))) == batch and piece.keys == slice(0, key_len)
             parts.append(Part(elements, piece.keys, whole, mask, products))
     return parts
+
+
+def additive_mask(start: Tensor, end: Tensor, keys: slice, dtype: torch.dtype) -> Tensor:
+    """`[sequences, keys]`, -inf where a key is hidden, for spans `[sequences, 1]`.
+
+    By NumPy, as few numbers take torch longer, and each token that is decoded brings new spans.
+    """
+    mask = np.zeros((start.shape[0], keys.stop - keys.start), np.float64 if dtype == torch.float64 else np.float32)
+    for own, (first,), (last,) in zip(mask, start.tolist(), end.tolist(), strict=True):
+        own[: max(0, first - keys.start)] = -math.inf
+        own[max(0, last - keys.start) :] = -math.inf
+    return torch.from_numpy(mask)
 
 
 def streams(key: Tensor, value: Tensor, batch: int, plan: Plan) -> bool:

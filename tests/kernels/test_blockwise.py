@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
-from attention_kernels.pieces import Sharing, plan_neighbours, plan_rows
+from attention_kernels.pieces import Sharing, plan_few_rows, plan_rows
 
 from helpers import DTYPES, Problem, assert_gradients_within_bound, random_spans, tensor
 
@@ -71,7 +71,7 @@ def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
     end = start + torch.randint(-20, key_len, start.shape, dtype=torch.int32)
     end = end.clamp(max=key_len)
     sharing = Sharing(least=draw.choice([1, 2, 4]), worth=draw.choice([0, 50, 10_000]))
-    groups = list(plan_neighbours(start, end, sharing))
+    groups = list(plan_few_rows(start, end, batch, sharing))
     assert [index for group in groups for index in range(group.elements.start, group.elements.stop)] == [*range(batch)]
     computed = 0
     for elements, pieces, _ in groups:
@@ -85,7 +85,7 @@ def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
         assert not (visible & ~area).any()
         assert elements.start % sharing.least == 0
     if groups[1:]:
-        ((whole,),) = [group.pieces for group in plan_neighbours(start, end, Sharing(batch, 0))]
+        ((whole,),) = [group.pieces for group in plan_few_rows(start, end, batch, Sharing(batch, 0))]
         assert computed + sharing.worth < batch * (whole.keys.stop - whole.keys.start)
 
 

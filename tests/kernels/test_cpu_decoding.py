@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, attention_reference, blockwise, tokens
+from attention_kernels import Spans, attention, attention_reference, blockwise, operators, tokens
 from attention_kernels.operators import interpreting
 
 from helpers import DTYPES, assert_within_bound
@@ -32,8 +32,8 @@ def nothing_known(request, monkeypatch):
 @pytest.fixture
 def checked_calls(monkeypatch):
     """Calls that went through all checks, as a growing list."""
-    calls, forward = [], blockwise.forward
-    monkeypatch.setattr(blockwise, "forward", lambda problem: calls.append(problem) or forward(problem))
+    calls, validated = [], operators._validated
+    monkeypatch.setattr(operators, "_validated", lambda *given: calls.append(given) or validated(*given))
     return calls
 
 
@@ -78,6 +78,17 @@ def test_full_and_windowed_layers_take_turns(checked_calls):
         for spans in kinds:
             check(operands(), spans)
     assert len(checked_calls) == len(kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_with_sinks_are_checked_once(dtype, checked_calls):
+    torch.manual_seed(0)
+    spans = padded_spans()
+    for _ in range(3):
+        check(operands(dtype), spans, sinks=torch.randn(4).to(dtype))
+    assert len(checked_calls) == 1
+    with pytest.raises(ValueError, match="num_heads"):
+        attention(*operands(dtype), spans, sinks=torch.randn(1).to(dtype))
 
 
 def test_what_differs_is_checked_anew(checked_calls):
