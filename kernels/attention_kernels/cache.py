@@ -7,13 +7,15 @@ are those of PagedAttention (Kwon et al., 2023).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import gathered
 from .configs import unsupported_dtype
-from .operators import MAX_HEAD_DIM, attention, log_once, runs_triton
+from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
 from .spans import Spans
 
@@ -108,19 +110,29 @@ class PagedCache:
                 f"{self.seq_lens.tolist()}; widen the block table"
             )
 
+    def take(self, pages: Tensor, dtype: torch.dtype, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """A copy of some pages, dequantised: keys and values `[len(pages), page_size, num_kv_heads, dim]` of `dtype`.
+
+        Args:
+            pages: int64 `[n]`, their numbers.
+            out: where to copy keys and values to, of the cache's dtype.
+        """
+
+        def taken(tensor: Tensor, scale: Tensor | None, out: Tensor | None) -> Tensor:
+            copy = torch.index_select(tensor, 0, pages, out=out)
+            if scale is not None:
+                copy = copy.float() * scale.expand(tensor.shape[:3]).index_select(0, pages)[..., None].float()
+            return copy.to(dtype)
+
+        key, value = (None, None) if out is None else out
+        return taken(self.key, self.key_scale, key), taken(self.value, self.value_scale, value)
+
     def gather(self, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, dequantised: `[1, num_kv_heads, seq_len, dim]` of `dtype`."""
         length = int(self.seq_lens[sequence])
         pages = self.block_table[sequence, : -(-length // self.page_size)].long()
-
-        def rows(tensor: Tensor, scale: Tensor | None) -> Tensor:
-            taken = tensor[pages].flatten(0, 1)[:length]
-            if scale is not None:
-                scale = scale.expand(tensor.shape[:3])[pages].flatten(0, 1)[:length]
-                taken = taken.float() * scale[..., None].float()
-            return taken.to(dtype).transpose(0, 1)[None]
-
-        return rows(self.key, self.key_scale), rows(self.value, self.value_scale)
+        key, value = (taken.flatten(0, 1)[:length].transpose(0, 1)[None] for taken in self.take(pages, dtype))
+        return key, value
 
 
 def paged_attention(
@@ -170,18 +182,14 @@ def paged_attention(
     if check:
         cache.check()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if spans is None:
-        spans = causal_spans(cache, query.shape[2], query_offsets)
-    if spans.query_len != query.shape[2] or spans.key_len != cache.key_len or spans.key_mask is not None:
-        raise ValueError(
-            f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, "
-            f"without hidden keys, got {spans!r}; leave it out for causal attention"
-        )
+    if spans is not None:
+        _check_spans(spans, query, cache)
     if runs_triton(query):
         if (reason := unsupported_dtype(query.device, cache.key.dtype)) is not None:
             raise TypeError(f"paged_attention: {reason}")
         from .decode import decode  # not before it is needed: importing Triton takes time
 
+        spans = causal_spans(cache, query.shape[2], query_offsets) if spans is None else spans
         output, lse = decode(
             query, cache.key.transpose(1, 2), cache.value.transpose(1, 2), spans.start, spans.end, sinks=sinks,
             scale=scale, softcap=softcap, block_table=cache.block_table, query_offsets=query_offsets,
@@ -193,7 +201,8 @@ def paged_attention(
         options = {"sinks": sinks, "scale": scale, "softcap": softcap}
         # Quantised numbers times their scales fit float32, not 16 bits.
         wide = query.detach().to(torch.promote_types(query.dtype, torch.float32) if cache.quantised else query.dtype)
-        output, lse = _gathered(wide, cache, spans, query_offsets, options)
+        alone = num_splits is not None
+        output, lse = gathered.forward(wide, cache, spans, query_offsets, options, alone=alone)
         output = output.to(query.dtype) if out is None else out.copy_(output)
     return (output, lse) if return_lse else output
 
@@ -250,31 +259,12 @@ def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.expand(tensor.shape[:3]).transpose(1, 2)
 
 
-def _gathered(
-    query: Tensor, cache: PagedCache, spans: Spans, query_offsets: Tensor | None, options: dict
-) -> tuple[Tensor, Tensor]:
-    """The same in torch, one sequence after the other over its gathered keys."""
-    log_once(f"{query.device.type} tensors run paged attention in torch, over keys gathered for each sequence")
-    num_heads, query_len = query.shape[1:3]
-    output = query.new_zeros(query.shape[0], query_len, num_heads, cache.value.shape[3]).transpose(1, 2)
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    shape = (spans.batch, query_len)
-    start, end = spans.start.expand(shape), spans.end.expand(shape)
-    for sequence in range(cache.seq_lens.shape[0]):
-        row, rows = (sequence, slice(None))
-        if query_offsets is not None:
-            row, rows = 0, slice(int(query_offsets[sequence]), int(query_offsets[sequence + 1]))
-        if rows.start == rows.stop and rows.start is not None:
-            continue
-        key, value = cache.gather(sequence, query.dtype)
-        index = min(row, spans.batch - 1)
-        first, last = (bound[index : index + 1, rows].clamp(max=key.shape[2]).contiguous() for bound in (start, end))
-        part = query[row : row + 1, :, rows]
-        own = Spans(first, last, part.shape[2], key.shape[2])
-        output[row : row + 1, :, rows], lse[row : row + 1, :, rows] = attention(
-            part, key, value, own, return_lse=True, **options
+def _check_spans(spans: Spans, query: Tensor, cache: PagedCache) -> None:
+    if spans.query_len != query.shape[2] or spans.key_len != cache.key_len or spans.key_mask is not None:
+        raise ValueError(
+            f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, "
+            f"without hidden keys, got {spans!r}; leave it out for causal attention"
         )
-    return output, lse
 
 
 def _check_out(out: Tensor, query: Tensor, cache: PagedCache) -> None:

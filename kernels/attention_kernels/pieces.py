@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -159,10 +159,11 @@ def plan_few_rows(start: Tensor, end: Tensor, batch: int, sharing: Sharing | Non
     seen = [[bounds for bounds in own if bounds[0] < bounds[1]] for own in rows]
     firsts = [min((first for first, _ in own), default=UNSEEN) for own in seen]
     lasts = [max((last for _, last in own), default=0) for own in seen]
-    if len(rows) == 1:
-        yield _whole_group(rows[0], start.shape[1], slice(0, batch), slice(firsts[0], lasts[0]))
-        return
-    for elements in cut_batch(firsts, lasts, slice(0, len(rows)), sharing):
+    everything = slice(0, batch)
+    parts: Iterable[slice] = [everything]
+    if sharing is not None and len(rows) > 1:
+        parts = cut_batch(firsts, lasts, everything, sharing)
+    for elements in parts:
         keys = slice(min(firsts[elements]), max(lasts[elements]))
         yield _whole_group([bounds for own in rows[elements] for bounds in own], start.shape[1], elements, keys)
 

@@ -141,7 +141,9 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
         for elements, (piece,), _ in plan.groups:
             mask = None
             if piece.kind == "masked":
-                mask = additive_mask(start.expand(batch, 1)[elements], end.expand(batch, 1)[elements], piece.keys, dtype)
+                mask = additive_mask(
+                    start.expand(batch, 1)[elements], end.expand(batch, 1)[elements], piece.keys, dtype
+                )
                 mask = mask[:, None, None].expand(-1, -1, rows, -1)
             whole = len(range(*elements.indices(batch))) == batch and piece.keys == slice(0, key_len)
             parts.append(Part(elements, piece.keys, whole, mask, products))

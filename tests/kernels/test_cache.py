@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from attention_kernels import PagedCache, Spans, attention, attention_reference, paged_attention, write_cache
+from attention_kernels import PagedCache, Spans, attention, attention_reference, gathered, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
 from attention_kernels.configs import unsupported_dtype
 from attention_kernels.operators import interpreting
@@ -20,8 +21,8 @@ from helpers import DEVICE, DTYPES, SLOW_IN_INTERPRETER, assert_within_bound, te
 
 pytestmark = pytest.mark.interpreter
 
-on_a_gpu_or_interpreted = pytest.mark.skipif(
-    DEVICE == "cpu" and not interpreting(), reason="the torch path does not split keys"
+on_the_torch_path = pytest.mark.skipif(
+    DEVICE != "cpu" or interpreting(), reason="keys are gathered on the CPU, outside of the interpreter"
 )
 
 
@@ -166,7 +167,6 @@ def test_contiguous_keys_are_split(num_splits, dtype):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
 
 
-@on_a_gpu_or_interpreted
 def test_with_fixed_splits_a_sequence_does_not_depend_on_its_neighbours():
     problem = random_paged_problem(3, packed=False, num_splits=4, stored=None)
     together, _ = problem.run()
@@ -176,6 +176,78 @@ def test_with_fixed_splits_a_sequence_does_not_depend_on_its_neighbours():
         own = PagedCache(cache.key, cache.value, cache.block_table[one], cache.seq_lens[one])
         alone = PagedProblem(problem.query[one], own, None, [problem.query_lens[0]], problem.window, problem.options)
         assert torch.equal(alone.run()[0], together[one])
+
+
+@pytest.fixture
+def calls_of_attention(monkeypatch):
+    """Shapes of the queries of each call that the torch path makes, as a growing list."""
+    calls, attend = [], gathered.attention
+
+    def noted(query, *given, **named):
+        calls.append(query.shape)
+        return attend(query, *given, **named)
+
+    monkeypatch.setattr(gathered, "attention", noted)
+    return calls
+
+
+def batch_of(seq_lens, *, query_len=1, window=None, page_size=16, num_splits=None, dtype=torch.float32):
+    """Sequences of these lengths, with as many queries each, in a cache with NaN in all other places."""
+    torch.manual_seed(0)
+    cache = random_cache(random.Random(0), seq_lens, page_size, 2, (32, 32), dtype, None)
+    query = tensor(len(seq_lens), 4, query_len, 32, dtype=dtype)
+    options = {"sinks": None, "scale": None, "softcap": None, "num_splits": num_splits}
+    return PagedProblem(query, cache, None, [query_len] * len(seq_lens), window, options)
+
+
+@on_the_torch_path
+@pytest.mark.parametrize(
+    ("problem", "sequences_per_call"),
+    [
+        ({"seq_lens": [100, 3, 64, 90]}, [4]),
+        ({"seq_lens": [3000, 20, 3000, 30]}, [2, 2]),  # cut where it spares much
+        ({"seq_lens": [3000, 20, 3000, 30], "window": 10}, [4]),  # of a window's pages there are equally many
+        ({"seq_lens": [40, 50, 60], "query_len": 3}, [3]),
+        ({"seq_lens": [40, 50, 60], "query_len": 30}, [1, 1, 1]),  # no decoding
+        ({"seq_lens": [40, 50, 60], "num_splits": 1}, [1, 1, 1]),  # each for itself
+    ],
+    ids=str,
+)
+def test_sequences_of_like_lengths_are_computed_together(problem, sequences_per_call, calls_of_attention):
+    batch_of(**problem).check()
+    assert [shape[0] for shape in calls_of_attention] == sequences_per_call
+
+
+@on_the_torch_path
+def test_few_sequences_are_gathered_at_a_time(calls_of_attention, monkeypatch):
+    monkeypatch.setattr(gathered, "GATHERED_BYTES", 2 * 64 * 2 * 2 * 32 * 4)  # keys and values of 2 x 64 tokens
+    batch_of([64, 60, 50, 64, 64]).check()
+    assert [shape[0] for shape in calls_of_attention] == [2, 2, 1]
+
+
+@on_the_torch_path
+def test_entries_of_sequences_without_keys_are_not_read():
+    problem = batch_of([100, 0, 90, 0])
+    problem.cache.block_table[[1, 3]] = 10**6
+    output, lse = problem.run()
+    expected, expected_lse = batch_of([100, 0, 90, 0]).run()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert not output[[1, 3]].any() and (lse[[1, 3]] == -math.inf).all()
+
+
+@on_the_torch_path
+def test_memory_that_is_kept_serves_every_mode_and_thread():
+    problems = [batch_of([100 - number, 77, 3]) for number in range(8)]
+    expected = [problem.run()[0] for problem in problems]
+    gathered._scratch.memory.clear()
+    with torch.inference_mode():
+        problems[0].run()
+    problems[0].run()
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for output, right in zip(threads.map(lambda problem: problem.run()[0], problems), expected, strict=True):
+                torch.testing.assert_close(output, right)
 
 
 @pytest.mark.parametrize("stored", [None, *QUANTISED])
