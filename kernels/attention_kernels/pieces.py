@@ -112,7 +112,7 @@ def _groups(
     shared = max(start.shape[0], end.shape[0]) == 1
     start = start.cpu().expand(1 if shared else batch, query_len)
     end = end.cpu().expand(start.shape)
-    if 0 < query_len <= FEW_ROWS and (shared or sharing is not None):
+    if batch and 0 < query_len <= FEW_ROWS and (shared or sharing is not None):
         yield from plan_few_rows(start, end, batch, sharing)
         return
     seen = (end - start).clamp(min=0).float()
