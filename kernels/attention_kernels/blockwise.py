@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ LARGE_STEP_ROWS = 768
 ROWS_WORTH_COPIES = 512
 """Rows from which on 16-bit operands are laid out head by head first. Torch's fused attention reads and packs keys and
 values anew for every block of rows, which takes 3 to 15 % longer where other heads lie between the tokens of one."""
+
+STRIP_ROWS = 64
+"""Rows of a strip of a causal triangle: few, to hug its diagonal, but as many as products are fast for."""
+
+FEWEST_STRIPS = 4
+"""Strips from which on they are worth their calls."""
+
+MOST_STRIP_ROWS = 1152
+"""Rows of a causal triangle up to which they are, where it was not halved before."""
 
 WRITTEN_OUT_CALLS = 8
 """As many calls of fused attention take as long as one tile written out."""
@@ -76,6 +86,12 @@ class Problem:
         joins = fused and self.bias is not None and self.key_mask is self.mask is None
         sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
         return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
+
+    @property
+    def halves_triangles(self) -> bool:
+        """Whether large causal triangles are faster in halves: results are merged, which would round 16-bit ones."""
+        exact = self.query.dtype == accumulator(self.query.dtype)
+        return self.fused and exact and fill_threads(self.query.shape[1])
 
 
 def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
@@ -129,7 +145,7 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
     plan = problem.plan(fused=fused)
-    groups = plan.groups
+    groups = plan.halved if fused and problem.halves_triangles else plan.groups
     if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
         parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
         return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
@@ -146,8 +162,9 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
             part, part_lse = attend(problem, elements, piece)
             place = (elements, slice(None), piece.rows)
             if piece.follows:
-                part, part_lse = merge(output[place], lse[place], part, part_lse)
-            output[place], lse[place] = part, part_lse
+                merge_into(output[place], lse[place], part, part_lse)
+            else:
+                output[place], lse[place] = part, part_lse
     return with_sinks(output, lse, problem.sinks)
 
 
@@ -160,12 +177,16 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tenso
     return output.mul_(share[..., None]), torch.logaddexp(lse, sinks)
 
 
-def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from attention over each."""
+def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make of attention over one set of keys attention over the union with another, in place."""
     total = torch.logaddexp(lse, other_lse)
     safe = total.masked_fill(total == -math.inf, 0.0)
     weight, other_weight = torch.exp(lse - safe)[..., None], torch.exp(other_lse - safe)[..., None]
-    return (output * weight + other * other_weight).to(output.dtype), total
+    if output.dtype == lse.dtype:
+        output.mul_(weight).addcmul_(other, other_weight)
+    else:
+        output.copy_(output * weight + other * other_weight)  # rounded once
+    lse.copy_(total)
 
 
 def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:
@@ -226,6 +247,10 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     """Output and log-sum-exp of a piece by torch's fused CPU attention."""
     query, key, value = equal_dims(*piece_operands(problem, elements, piece))
     batch, num_heads, rows, dim = query.shape
+    in_strips = piece.kind == "causal" and FEWEST_STRIPS * STRIP_ROWS <= rows <= MOST_STRIP_ROWS
+    if in_strips and fill_threads(num_heads):
+        output, lse = attend_strips(query, key, value, problem.scale)
+        return output[..., : problem.value.shape[-1]], lse
     group_size = num_heads // key.shape[1] if folds_groups(problem, query, key, piece) else 1
     added = None
     if piece.kind != "causal":
@@ -250,6 +275,44 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     if added is not None and (piece.blind or problem.has_tiles):
         output, lse = without_blind_rows(output, lse, added)
     return output, lse
+
+
+def fill_threads(num_heads: int) -> bool:
+    """Whether strips of few rows, which torch's fused attention takes 32 at a time, keep all threads equally busy.
+
+    Whatever the batch: a sequence's bits must not depend on its neighbours.
+    """
+    steps, threads = num_heads * (STRIP_ROWS // 32), torch.get_num_threads()
+    return steps >= 8 * threads or steps % threads == 0
+
+
+def attend_strips(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a causal triangle, a strip of few rows at a time, with no more keys than it sees.
+
+    Torch's fused attention computes 512 keys at a time, whether any row sees them or not.
+    """
+    batch, num_heads, tokens, dim = query.shape
+    output = query.new_empty(batch, tokens, num_heads, dim).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, tokens, dtype=accumulator(query.dtype))
+    for first in range(0, tokens, STRIP_ROWS):
+        rows, keys = slice(first, first + STRIP_ROWS), slice(0, min(first + STRIP_ROWS, tokens))
+        diagonal = None if first == 0 else diagonal_mask(first, keys.stop, query.dtype)
+        output[:, :, rows], lse[:, :, rows] = torch._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal=first == 0, attn_mask=diagonal, scale=scale
+        )
+    return output, lse
+
+
+def diagonal_mask(first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[1, 1, last - first, last]` of the rows `[first, last)` of a causal triangle."""
+    return _widest_diagonal_mask(dtype)[:, :, : last - first, MOST_STRIP_ROWS - first : MOST_STRIP_ROWS - first + last]
+
+
+@lru_cache
+def _widest_diagonal_mask(dtype: torch.dtype) -> Tensor:
+    """Zeros `[1, 1, STRIP_ROWS, MOST_STRIP_ROWS]`, and a causal triangle to the right of them."""
+    shape = (1, 1, STRIP_ROWS, MOST_STRIP_ROWS + STRIP_ROWS)
+    return torch.full(shape, -math.inf, dtype=dtype).triu_(MOST_STRIP_ROWS + 1)
 
 
 def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> bool:

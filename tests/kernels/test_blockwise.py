@@ -15,9 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
-from attention_kernels.pieces import Sharing, plan_few_rows, plan_rows
+from attention_kernels.operators import interpreting
+from attention_kernels.pieces import (
+    HUGE_TRIANGLE,
+    LARGE_TRIANGLE,
+    TILE_ROWS,
+    Sharing,
+    plan_batch,
+    plan_few_rows,
+    plan_rows,
+)
 
-from helpers import DTYPES, Problem, assert_gradients_within_bound, random_spans, tensor
+from helpers import DTYPES, Problem, assert_gradients_within_bound, assert_within_bound, random_spans, tensor
 
 
 def drawn_area(pieces, query_len, key_len):
@@ -44,6 +53,75 @@ def test_pieces_cover_what_is_visible(seed):
     assert not (visible & ~area).any()
     unmasked = drawn_area([piece for piece in pieces if piece.kind != "masked"], query_len, key_len)
     assert not (unmasked & ~visible).any()
+
+
+@pytest.mark.parametrize("rows", [100, 767, 768, 1025, 3000, 6143, 6144])
+def test_large_triangles_are_halved(rows):
+    plan = plan_batch(*bounds_of(Spans.causal(rows, rows + 10)), 1, rows, tiles_only=False)
+    ((whole,), (halved,)) = ([group.pieces for group in groups] for groups in (plan.groups, plan.halved))
+    assert torch.equal(drawn_area(whole, rows, rows + 10), drawn_area(halved, rows, rows + 10))
+    largest = max(piece.rows.stop - piece.rows.start for piece in halved if piece.kind == "causal")
+    assert largest < LARGE_TRIANGLE if rows < HUGE_TRIANGLE else largest == rows
+    seen: list[range] = []
+    for piece in halved:  # what follows finds all of its rows there
+        own = range(piece.rows.start, piece.rows.stop)
+        assert piece.follows == any(row in earlier for earlier in seen for row in (own[0], own[-1]))
+        seen.append(own)
+
+
+def bounds_of(spans):
+    return spans.start, spans.end
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [255, 256, 500, 767, 768, 1000, 1152, 1153])
+@pytest.mark.parametrize("kind", ["causal", "cached", "padded", "packed", "windowed"])
+def test_triangles_of_all_sizes(dtype, tokens, kind, monkeypatch):
+    """In strips, halved, or whole: beside other keys, of fewer key heads, with values of fewer columns, with sinks."""
+    torch.manual_seed(tokens)
+    key_len = tokens + 70 if kind == "cached" else tokens
+    spans = Spans.causal(tokens, key_len)
+    if kind == "padded":
+        spans = spans & Spans.padded(torch.arange(tokens) >= torch.tensor([[30], [0]]), tokens)
+    if kind == "packed":
+        spans = spans & Spans.packed_lengths([tokens - 90, 90])
+    if kind == "windowed":
+        spans = Spans.sliding(tokens, left=300)
+    query, key = torch.randn(2, tokens, 4, 24).transpose(1, 2).to(dtype), torch.randn(2, 2, key_len, 24).to(dtype)
+    value, sinks = torch.randn(2, 2, key_len, 16).to(dtype), torch.randn(4)
+    strips, attend = [], blockwise.attend_strips
+    monkeypatch.setattr(blockwise, "attend_strips", lambda *given: strips.append(given) or attend(*given))
+    output, lse = attention(query, key, value, spans, sinks=sinks, return_lse=True)
+    mask = spans.to_dense()[:, None]
+    exact, exact_lse = attention_reference(query, key, value, mask=mask, sinks=sinks)
+    if dtype == torch.float64:
+        torch.testing.assert_close(output, exact)
+    else:
+        eager, _ = attention_reference(query, key, value, mask=mask, sinks=sinks, dtype=dtype)
+        assert_within_bound(output, eager, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+    if kind in ("causal", "cached") and not interpreting():
+        assert bool(strips) == (tokens >= 256 and (tokens <= 1152 or dtype.itemsize > 2))
+
+
+@pytest.mark.parametrize("tokens", [500, 1000])
+def test_hidden_values_do_not_leak_from_triangles(tokens):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, tokens, 16) for _ in range(3))
+    expected = attention(query, key, value, Spans.causal(tokens))
+    for poison in (float("nan"), float("inf")):
+        for place in (70, tokens // 2, tokens - 1):
+            poisoned = value.clone()
+            poisoned[:, :, place] = poison
+            output = attention(query, key, poisoned, Spans.causal(tokens))
+            torch.testing.assert_close(output[:, :, :place], expected[:, :, :place])
+            assert not output[:, :, place:].isfinite().any()
+
+
+@pytest.mark.parametrize(("threads", "heads", "expected"), [(1, 1, True), (2, 1, True), (4, 1, False), (4, 17, True)])
+def test_strips_are_for_heads_that_keep_all_threads_busy(threads, heads, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert blockwise.fill_threads(heads) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,7 +222,7 @@ def test_heads_of_a_group_as_rows_of_one(dtype, mask, monkeypatch):
     )
     problem.check()
     by_head = mask is not None and mask[1] > 1
-    assert max(rows) == 256 if by_head else max(rows) >= blockwise.LARGE_STEP_ROWS
+    assert max(rows) == TILE_ROWS if by_head else max(rows) >= blockwise.LARGE_STEP_ROWS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
