@@ -111,6 +111,7 @@ def rasterize(mask: Mask, element: int, target: Target) -> np.ndarray:
     row_scale, key_scale = height / spans.query_len, width / spans.key_len
     rows = (np.arange(height) + 0.5) / row_scale  # what lies in the middle of each pixel
     keys = (np.arange(width) + 0.5) / key_scale
+    tiled = mask.call.dense is not None or spans.key_mask is not None  # every tile has a mask
     if target.architecture is None:
         for piece in pieces_of(mask.call, element):
             down = (rows >= piece.rows.start) & (rows < piece.rows.stop)
@@ -118,7 +119,7 @@ def rasterize(mask: Mask, element: int, target: Target) -> np.ndarray:
             place = down[:, None] & across
             if piece.kind == "causal":
                 place &= keys - piece.keys.start <= rows[:, None] - piece.rows.start + 0.5
-            raster[place] = MASKED if piece.kind == "masked" or mask.call.dense is not None else WHOLE
+            raster[place] = MASKED if piece.kind == "masked" or tiled else WHOLE
         return raster
     block_m, block_n = tile_of(mask.call, target)
     bounds = spans.tile_bounds(block_m)
@@ -130,6 +131,6 @@ def rasterize(mask: Mask, element: int, target: Target) -> np.ndarray:
     body_last = bounds.body_last[0][tile].numpy() // block_n * block_n
     body = inside & (column >= body_first[:, None]) & (column < body_last[:, None])
     raster[inside] = MASKED
-    if mask.call.dense is None and spans.key_mask is None:
+    if not tiled:
         raster[body] = WHOLE
     return raster
