@@ -180,12 +180,11 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tenso
 def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Make of attention over one set of keys attention over the union with another, in place."""
     total = torch.logaddexp(lse, other_lse)
-    safe = total.masked_fill(total == -math.inf, 0.0)
-    weight, other_weight = torch.exp(lse - safe)[..., None], torch.exp(other_lse - safe)[..., None]
+    other_weight = torch.exp(other_lse - total.masked_fill(total == -math.inf, 0.0))[..., None]
     if output.dtype == lse.dtype:
-        output.mul_(weight).addcmul_(other, other_weight)
+        output.lerp_(other, other_weight)
     else:
-        output.copy_(output * weight + other * other_weight)  # rounded once
+        output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
     lse.copy_(total)
 
 
