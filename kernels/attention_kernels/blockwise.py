@@ -228,13 +228,14 @@ def additive_mask(
     relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
     pattern = (dtype, repeats, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
     tile_masks = problem.plan(fused=problem.fused).tile_masks
-    if pattern not in tile_masks:
+    mask = tile_masks.get(pattern)
+    if mask is None:
         visible = visible_keys(problem, elements, piece).repeat(1, 1, repeats, 1)
-        if sum(tile.numel() for tile in tile_masks.values()) + visible.numel() > TILE_SCORES:
+        if sum(tile.numel() for tile in tuple(tile_masks.values())) + visible.numel() > TILE_SCORES:
             tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
-        tile_masks[pattern] = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        tile_masks[pattern].masked_fill_(~visible, -math.inf)
-    return tile_masks[pattern]
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+        tile_masks[pattern] = mask
+    return mask
 
 
 def shows_all(problem: Problem, piece: Piece) -> bool:

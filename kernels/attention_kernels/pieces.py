@@ -107,7 +107,7 @@ def plan_batch(
     spans, so the last few plans are remembered, by the identity of the tensors.
     """
     request = (batch, query_len, tiles_only, joins, sharing, versions(start, end))
-    for known_start, known_end, known_request, plan in _recent_plans:
+    for known_start, known_end, known_request, plan in tuple(_recent_plans):  # other threads add theirs
         if known_start() is start and known_end() is end and known_request == request:
             return plan
     groups = _groups(start, end, batch, query_len, tiles_only, sharing)

@@ -102,8 +102,8 @@ def first(
     output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, parts)
     if math.isnan(output.sum()):
         return None
-    while len(_known) >= MOST_SPANS:
-        del _known[next(iter(_known))]
+    for oldest in list(_known)[: max(0, len(_known) - MOST_SPANS + 1)]:
+        _known.pop(oldest, None)  # another thread may have been faster
     state = versions(spans.start, spans.end)
     _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, sinks, scale), parts)
     return output, lse
@@ -137,7 +137,7 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
     if parts is None:
         batch, key_len = query.shape[0], key.shape[2]
         products = streams(key, value, batch, plan)
-        parts = plan.token_parts[kind] = []
+        parts = []
         for elements, (piece,), _ in plan.groups:
             mask = None
             if piece.kind == "masked":
@@ -147,6 +147,7 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
                 mask = mask[:, None, None].expand(-1, -1, rows, -1)
             whole = len(range(*elements.indices(batch))) == batch and piece.keys == slice(0, key_len)
             parts.append(Part(elements, piece.keys, whole, mask, products))
+        plan.token_parts[kind] = parts
     return parts
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from attention_kernels.pieces import (
     LARGE_TRIANGLE,
     TILE_ROWS,
     Sharing,
+    _recent_plans,
     plan_batch,
     plan_few_rows,
     plan_rows,
@@ -316,6 +318,38 @@ def test_gradcheck(softcap):
         return attention(query, key, value, spans, bias=bias, sinks=sinks, softcap=softcap, return_lse=True)
 
     assert torch.autograd.gradcheck(both, (query, key, value, bias, sinks))
+
+
+def test_threads_share_what_is_remembered():
+    """Plans, masks of tiles and decoding calls, while threads take turns as often as Python lets them."""
+    torch.manual_seed(0)
+    shown = torch.arange(300) >= torch.tensor([[0], [20], [100], [250]])
+    kinds = [
+        lambda: Spans.causal(1, 300) & Spans.padded(shown, 1),
+        lambda: Spans.sliding(300, left=60),
+        lambda: Spans.causal(300) & Spans.padded(shown, 300),
+    ]
+    shared = [kind() for kind in kinds]
+    query, key, value = torch.randn(4, 4, 300, 16), torch.randn(4, 2, 300, 16), torch.randn(4, 2, 300, 16)
+    expected = [attention(query[:, :, -spans.query_len :], key, value, spans) for spans in shared]
+
+    def work(seed):
+        draw = random.Random(seed)
+        for _ in range(40):
+            which = draw.randrange(len(kinds))
+            spans = shared[which] if draw.random() < 0.5 else kinds[which]()
+            if draw.random() < 0.1:
+                _recent_plans.clear()
+            output = attention(query[:, :, -spans.query_len :], key, value, spans)
+            torch.testing.assert_close(output, expected[which])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_spans_are_reused_between_dtypes():
