@@ -81,6 +81,7 @@ def bounds_of(spans):
 def test_triangles_of_all_sizes(dtype, tokens, kind, monkeypatch):
     """In strips, halved, or whole: beside other keys, of fewer key heads, with values of fewer columns, with sinks."""
     torch.manual_seed(tokens)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which decides whether there are strips
     key_len = tokens + 70 if kind == "cached" else tokens
     spans = Spans.causal(tokens, key_len)
     if kind == "padded":
