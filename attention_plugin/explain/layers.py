@@ -203,8 +203,8 @@ def pieces_of(call: Call, element: int) -> list[Piece]:
     spans = element_of(call, element)
     tiles_only = call.softcap is not None or call.dense is not None or call.bias is not None
     tiles_only = tiles_only or spans.key_mask is not None
-    groups = plan_batch(spans.start, spans.end, 1, spans.query_len, tiles_only=tiles_only).groups
-    return [piece for group in groups for piece in group.pieces]
+    groups = plan_batch(spans.start, spans.end, 1, spans.query_len, tiles_only=tiles_only).in_tiles
+    return [each for group in groups for piece in group.pieces for each in piece.each()]
 
 
 def _area(piece: Piece) -> int:

@@ -119,7 +119,7 @@ def rasterize(mask: Mask, element: int, target: Target) -> np.ndarray:
             place = down[:, None] & across
             if piece.kind == "causal":
                 place &= keys - piece.keys.start <= rows[:, None] - piece.rows.start + 0.5
-            raster[place] = MASKED if piece.kind == "masked" or tiled else WHOLE
+            raster[place] = MASKED if piece.kind in ("masked", "band") or tiled else WHOLE
         return raster
     block_m, block_n = tile_of(mask.call, target)
     bounds = spans.tile_bounds(block_m)

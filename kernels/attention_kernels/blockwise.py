@@ -10,7 +10,8 @@ results over disjoint keys are merged by their log-sum-exp. Memory grows with to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import tokens
 from .dropout import keep_mask, threshold_and_scale
-from .pieces import Piece, Plan, Sharing, plan_batch, uncovered
+from .pieces import Group, Piece, Plan, Sharing, plan_batch, uncovered
 from .spans import Spans
 
 TILE_SCORES = 1 << 21
@@ -32,8 +33,7 @@ LARGE_STEP_ROWS = 768
 """Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
 
 ROWS_WORTH_COPIES = 512
-"""Rows from which on 16-bit operands are laid out head by head first. Torch's fused attention reads and packs keys and
-values anew for every block of rows, which takes 3 to 15 % longer where other heads lie between the tokens of one."""
+"""Rows from which on 16-bit operands are copied first, as `laid_out` says."""
 
 STRIP_ROWS = 64
 """Rows of a strip of a causal triangle: few, to hug its diagonal, but as many as products are fast for."""
@@ -42,7 +42,7 @@ FEWEST_STRIPS = 4
 """Strips from which on they are worth their calls."""
 
 MOST_STRIP_ROWS = 1152
-"""Rows of a causal triangle up to which they are, where it was not halved before."""
+"""Rows of a causal triangle up to which they are."""
 
 WRITTEN_OUT_CALLS = 8
 """As many calls of fused attention take as long as one tile written out."""
@@ -87,11 +87,14 @@ class Problem:
         sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
         return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
 
-    @property
-    def halves_triangles(self) -> bool:
-        """Whether large causal triangles are faster in halves: results are merged, which would round 16-bit ones."""
-        exact = self.query.dtype == accumulator(self.query.dtype)
-        return self.fused and exact and fill_threads(self.query.shape[1])
+    def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
+        """The groups of its plan, with pieces as the forward pass computes them.
+
+        Halves of a triangle are merged, which would round results of 16 bits.
+        """
+        if not fused:
+            return plan.groups
+        return plan.halved if self.query.dtype == accumulator(self.query.dtype) else plan.in_tiles
 
 
 def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
@@ -108,21 +111,39 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for
     float64).
     """
-    output, lse = _forward(head_by_head(problem) if problem.fused else problem, fused=problem.fused)
+    output, lse = _forward(laid_out(problem) if problem.fused else problem, fused=problem.fused)
     if problem.fused and has_nan(output):
         # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. The careful loop tells whose NaN it is.
         output, lse = _forward(problem, fused=False)
-    return output, lse
+    return output.to(problem.query.dtype), lse
 
 
-def head_by_head(problem: Problem) -> Problem:
-    """The problem, with long 16-bit operands copied to where each head's tokens lie one after the other."""
+def laid_out(problem: Problem) -> Problem:
+    """The problem, with long 16-bit operands copied: each head's tokens together, in float32 where that is faster.
+
+    Torch's fused attention reads and packs 16-bit keys and values anew for every block of rows, which takes 3 to 15 %
+    longer where other heads lie between the tokens of one. Where a processor's products of 16 bits are not faster than
+    those of float32, all of it is faster in float32, and triangles can be halved.
+    """
     tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
     if problem.query.element_size() != 2 or problem.query.shape[2] < ROWS_WORTH_COPIES:
         return problem
     if any(tensor.stride(0) == 0 for tensor in tensors.values()):
         return problem  # a batch that shares its keys need not have a copy for each element
-    return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
+    if problem.bias is not None or multiplies_16_bits():  # a bias of 16 bits would have to be widened for every tile
+        return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
+    wide = {name: tensor.to(torch.float32, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return replace(problem, **wide)
+
+
+@lru_cache
+def multiplies_16_bits() -> bool:
+    """Whether this processor has instructions for products of 16 bits that are faster than those of float32.
+
+    On x86 those are AMX. AVX-512 has some for bfloat16, with which torch's fused attention is no faster. Others are not
+    known: they are taken to have them.
+    """
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
 def one_token(
@@ -141,31 +162,94 @@ def one_token(
 
 
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
-    attend = attend_fused if fused else attend_written_out
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
     plan = problem.plan(fused=fused)
-    groups = plan.halved if fused and problem.halves_triangles else plan.groups
     if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
         parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
         return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
-    if len(groups) == 1 and len(groups[0].pieces) == 1 and groups[0].pieces[0].rows == slice(0, query_len):
-        # One piece is the whole answer: nothing to gather.
+    groups = problem.pieces(plan, fused=fused)
+    attend = attend_fused if fused else attend_written_out
+    if is_one_call(groups, problem, fused=fused):
+        # Its result is the whole answer: nothing to gather.
         output, lse = attend(problem, groups[0].elements, groups[0].pieces[0])
         return with_sinks(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), problem.sinks)
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, query_len, dtype=accumulator(query.dtype))
-    for elements, pieces, _ in groups:
-        for rows in uncovered(pieces, query_len):
+    for whole, (elements, pieces, _) in zip(plan.groups, groups, strict=True):
+        for rows in uncovered(whole.pieces, query_len):
             output[elements, :, rows], lse[elements, :, rows] = 0, -math.inf
         for piece in pieces:
-            part, part_lse = attend(problem, elements, piece)
-            place = (elements, slice(None), piece.rows)
-            if piece.follows:
-                merge_into(output[place], lse[place], part, part_lse)
-            else:
-                output[place], lse[place] = part, part_lse
+            for place, place_lse, part, part_lse in results_of(problem, elements, piece, output, lse, attend):
+                if piece.follows:
+                    merge_into(place, place_lse, part, part_lse)
+                else:
+                    place.copy_(part)
+                    place_lse.copy_(part_lse)
     return with_sinks(output, lse, problem.sinks)
+
+
+def is_one_call(groups: list[Group], problem: Problem, *, fused: bool) -> bool:
+    """Whether there is a single piece, computed at once, that has all rows."""
+    pieces = groups[0].pieces if len(groups) == 1 else []
+    if len(pieces) != 1 or pieces[0].rows != slice(0, problem.query.shape[2]):
+        return False
+    return not (fused and takes_strips(pieces[0], problem.query.shape[1]))
+
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Views of an output and a log-sum-exp, and what belongs there."""
+
+
+def results_of(
+    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, attend: Callable
+) -> Iterator[Result]:
+    """Results of a piece, as often as it is there, by `attend` or in strips.
+
+    Either all elements of the batch share a call or all repetitions of the piece do: whichever are more.
+    """
+    batch = range(*elements.indices(output.shape[0]))
+    in_strips = attend is attend_fused and takes_strips(piece, output.shape[1])
+    if piece.times > 1 and piece.times >= len(batch):
+        for element in batch:
+            place, place_lse = (spread(each[element], piece.rows, piece) for each in (output, lse))
+            operands = spread_operands(problem, element, piece)
+            if in_strips:
+                yield from strips(*operands, place, place_lse, problem.scale)
+                continue
+            added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
+            part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
+                *operands, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
+            )
+            yield place, place_lse, part[..., : output.shape[-1]], part_lse
+        return
+    for each in piece.each():
+        place, place_lse = output[elements, :, each.rows], lse[elements, :, each.rows]
+        if in_strips:
+            query, key, value = equal_dims(*piece_operands(problem, elements, each))
+            yield from strips(query, key, value, place, place_lse, problem.scale)
+        else:
+            yield place, place_lse, *attend(problem, elements, each)
+
+
+def spread(tensor: Tensor, part: slice, piece: Piece) -> Tensor:
+    """Where a piece and its repetitions have `part` of `[heads, tokens, ...]`: a view `[times, heads, part, ...]`."""
+    windows = tensor[:, reach_of(part, piece)].unfold(1, part.stop - part.start, piece.step)
+    return windows.movedim(-1, 2).transpose(0, 1)  # what was [heads, times, ..., part]
+
+
+def reach_of(part: slice, piece: Piece) -> slice:
+    """From the beginning of `part` of a piece to its end in the last repetition."""
+    return slice(part.start, part.stop + (piece.times - 1) * piece.step)
+
+
+def spread_operands(problem: Problem, element: int, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """Query rows, keys and values of a piece and its repetitions, `[times, heads, rows or keys, dim]`."""
+    reach = piece._replace(rows=reach_of(piece.rows, piece), keys=reach_of(piece.keys, piece))
+    # Padded before they are spread, as the keys of repetitions overlap.
+    query, key, value = equal_dims(*piece_operands(problem, slice(element, element + 1), reach))
+    rows, keys = (slice(0, extent) for extent in piece.shape)
+    return spread(query[0], rows, piece), spread(key[0], keys, piece), spread(value[0], keys, piece)
 
 
 def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,14 +262,16 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tenso
 
 
 def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Make of attention over one set of keys attention over the union with another, in place."""
-    total = torch.logaddexp(lse, other_lse)
-    other_weight = torch.exp(other_lse - total.masked_fill(total == -math.inf, 0.0))[..., None]
+    """Make of attention over one set of keys attention over the union with another, in place.
+
+    Where a row has no weight in either, the result is NaN: pieces that are merged leave no row without keys.
+    """
+    other_weight = torch.sigmoid(other_lse - lse)[..., None]
     if output.dtype == lse.dtype:
         output.lerp_(other, other_weight)
     else:
         output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
-    lse.copy_(total)
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:
@@ -220,22 +306,38 @@ def additive_mask(
         # A sum is much faster than a choice for each element.
         added = bias + torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
         return torch.where(visible, bias, -math.inf) if problem.bias is not None and has_nan(added) else added
-    if piece.kind == "all":
+    if piece.kind == "all" or is_square(piece):
         return None
-    start, end = torch.broadcast_tensors(
-        *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
-    )
-    relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
-    pattern = (dtype, repeats, piece.keys.stop - piece.keys.start, relative.shape, relative.tobytes())
+    pattern: tuple = (dtype, repeats, piece.kind, piece.shape)
+    if piece.kind == "masked":
+        start, end = torch.broadcast_tensors(
+            *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
+        )
+        relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
+        pattern += (relative.shape, relative.tobytes())
     tile_masks = problem.plan(fused=problem.fused).tile_masks
     mask = tile_masks.get(pattern)
     if mask is None:
-        visible = visible_keys(problem, elements, piece).repeat(1, 1, repeats, 1)
+        visible = visible_keys(problem, elements, piece) if piece.kind == "masked" else visible_by_kind(piece)
+        visible = visible.repeat(1, 1, repeats, 1)
         if sum(tile.numel() for tile in tuple(tile_masks.values())) + visible.numel() > TILE_SCORES:
             tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
         tile_masks[pattern] = mask
     return mask
+
+
+def visible_by_kind(piece: Piece) -> Tensor:
+    """Boolean mask `[1, 1, rows, keys]` of a causal piece or a band."""
+    rows, keys = piece.shape
+    visible = torch.ones(1, 1, rows, keys, dtype=torch.bool).tril_(keys - rows)
+    return visible.triu_() if piece.kind == "band" else visible
+
+
+def is_square(piece: Piece) -> bool:
+    """Whether a piece is a causal triangle that torch's fused attention computes without a mask."""
+    rows, keys = piece.shape
+    return piece.kind == "causal" and rows == keys
 
 
 def shows_all(problem: Problem, piece: Piece) -> bool:
@@ -247,13 +349,9 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     """Output and log-sum-exp of a piece by torch's fused CPU attention."""
     query, key, value = equal_dims(*piece_operands(problem, elements, piece))
     batch, num_heads, rows, dim = query.shape
-    in_strips = piece.kind == "causal" and FEWEST_STRIPS * STRIP_ROWS <= rows <= MOST_STRIP_ROWS
-    if in_strips and fill_threads(num_heads):
-        output, lse = attend_strips(query, key, value, problem.scale)
-        return output[..., : problem.value.shape[-1]], lse
     group_size = num_heads // key.shape[1] if folds_groups(problem, query, key, piece) else 1
     added = None
-    if piece.kind != "causal":
+    if not is_square(piece):
         # Beside 16-bit queries a mask may be of 16 bits as well: a bias that is need not be widened.
         own = problem.bias is not None and problem.bias.dtype == query.dtype and shows_all(problem, piece)
         dtype = query.dtype if own else accumulator(query.dtype)
@@ -264,7 +362,7 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
         key,
         value,
         0.0,
-        piece.kind == "causal" and group_size == 1,  # the one row of a triangle sees its one key
+        is_square(piece) and group_size == 1,  # the one row of a triangle sees its one key
         attn_mask=added,
         scale=problem.scale,
     )
@@ -277,30 +375,36 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
     return output, lse
 
 
-def fill_threads(num_heads: int) -> bool:
-    """Whether strips of few rows, which torch's fused attention takes 32 at a time, keep all threads equally busy.
+def takes_strips(piece: Piece, num_heads: int) -> bool:
+    """Whether a piece is a causal triangle, or some, that is computed in strips.
 
     Whatever the batch: a sequence's bits must not depend on its neighbours.
     """
+    rows = piece.shape[0]
+    if not is_square(piece) or not STRIP_ROWS < rows <= MOST_STRIP_ROWS:
+        return False
+    return piece.times * rows >= FEWEST_STRIPS * STRIP_ROWS and fill_threads(piece.times * num_heads)
+
+
+def fill_threads(num_heads: int) -> bool:
+    """Whether strips of few rows, which torch's fused attention takes 32 at a time, keep all threads equally busy."""
     steps, threads = num_heads * (STRIP_ROWS // 32), torch.get_num_threads()
     return steps >= 8 * threads or steps % threads == 0
 
 
-def attend_strips(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a causal triangle, a strip of few rows at a time, with no more keys than it sees.
+def strips(query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float) -> Iterator[Result]:
+    """Results of a causal triangle, a strip of few rows at a time, with no more keys than it sees.
 
     Torch's fused attention computes 512 keys at a time, whether any row sees them or not.
     """
-    batch, num_heads, tokens, dim = query.shape
-    output = query.new_empty(batch, tokens, num_heads, dim).transpose(1, 2)
-    lse = query.new_empty(batch, num_heads, tokens, dtype=accumulator(query.dtype))
+    tokens = query.shape[2]
     for first in range(0, tokens, STRIP_ROWS):
         rows, keys = slice(first, first + STRIP_ROWS), slice(0, min(first + STRIP_ROWS, tokens))
-        diagonal = None if first == 0 else diagonal_mask(first, keys.stop, query.dtype)
-        output[:, :, rows], lse[:, :, rows] = torch._scaled_dot_product_flash_attention_for_cpu(
+        diagonal = None if first == 0 else diagonal_mask(first, keys.stop, accumulator(query.dtype))
+        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
             query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal=first == 0, attn_mask=diagonal, scale=scale
         )
-    return output, lse
+        yield output[:, :, rows], lse[:, :, rows], part[..., : output.shape[-1]], part_lse
 
 
 def diagonal_mask(first: int, last: int, dtype: torch.dtype) -> Tensor:

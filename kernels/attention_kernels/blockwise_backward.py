@@ -112,7 +112,7 @@ def backward(
     """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given)."""
     gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
     call = Call(problem, output, lse, grad_output, grad_lse, gradients)
-    plain, tiled = (problem.plan(fused=fused).groups for fused in (True, False))
+    plain, tiled = problem.plan(fused=True).masked, problem.plan(fused=False).groups
     for group, tiles in zip(plain, tiled, strict=True):
         if call.fuses(group):
             add_fused(call, group)

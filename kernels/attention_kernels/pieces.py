@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 192
-"""Rows of a masked tile: as few as torch's fused attention still takes 64 at a time of, to hug a sliding window."""
+"""Rows of a masked tile: as few as torch's fused attention still takes 64 at a time of, to hug what its rows see."""
 
-LARGE_TRIANGLE = 768
-"""Rows from which on two triangles and a square are faster than a causal triangle; `Plan.halved` says why."""
+BAND_ROWS = 32
+"""Rows of a band's tiles. They share calls, so there may be many: as few as torch's fused attention takes at a time."""
 
-HUGE_TRIANGLE = 6144
-"""Rows from which on they are not, as what is merged no longer stays in a processor's cache."""
+WIDE_BAND = 3072
+"""Keys from which on a row of a band sees so many that `TILE_ROWS` hug it as well, and products are larger."""
+
+SMALLEST_HALF = 192
+"""Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are."""
 
 SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
@@ -34,15 +37,37 @@ UNSEEN = 1 << 30
 
 
 class Piece(NamedTuple):
-    """Rows and the keys they see: all of them, a causal triangle whose last row sees all, or what a mask says."""
+    """Rows and the keys they see.
+
+    Its kind says which: "all" of them; "causal": the last row sees all, each one before it one key less; "band": the
+    first row sees the first of them, the last row the last, and each as many as the others, one key further on than the
+    row before; "masked": what a mask says.
+    """
 
     rows: slice
     keys: slice
-    kind: Literal["all", "causal", "masked"]
+    kind: Literal["all", "causal", "band", "masked"]
     follows: bool = False
     """Whether an earlier piece has the same rows, whose result this one's is merged into."""
     blind: bool = False
     """Whether some of its rows see nothing."""
+    times: int = 1
+    """How many of it there are, to be computed at once; `rows` and `keys` are those of the first."""
+    step: int = 0
+    """Rows, and keys, from the beginning of one to that of the next."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and keys it has."""
+        return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
+
+    def each(self) -> Iterator[Piece]:
+        """The pieces that it stands for, one by one."""
+        for index in range(self.times):
+            rows, keys = (
+                slice(part.start + index * self.step, part.stop + index * self.step) for part in (self.rows, self.keys)
+            )
+            yield self._replace(rows=rows, keys=keys, times=1, step=0)
 
 
 class Sharing(NamedTuple):
@@ -78,16 +103,27 @@ class Plan:
     token_parts: dict[tuple, list] = field(default_factory=dict)
 
     @cached_property
+    def in_tiles(self) -> list[Group]:
+        """The groups, with bands in tiles that share a call."""
+        return self._cut(tiles_of_band)
+
+    @cached_property
     def halved(self) -> list[Group]:
-        """The groups, with large causal triangles as two triangles and a square, again and again.
+        """The same, with causal triangles as two triangles and a square, again and again.
 
         Torch's fused attention computes 512 keys at a time, seen or not: of a triangle of 1,024 rows half as much again
         as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own.
+        Squares of one size share a call, and so do the small triangles.
         """
-        return [
-            group._replace(pieces=[part for piece in group.pieces for part in halves_of(piece)])
-            for group in self.groups
-        ]
+        return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece))
+
+    @cached_property
+    def masked(self) -> list[Group]:
+        """The groups, with bands as masked tiles, each by itself."""
+        return self._cut(lambda piece: masked_tiles(piece) if piece.kind == "band" else [piece])
+
+    def _cut(self, cut: Callable[[Piece], Iterable[Piece]]) -> list[Group]:
+        return [group._replace(pieces=[part for piece in group.pieces for part in cut(piece)]) for group in self.groups]
 
 
 def plan_batch(
@@ -144,8 +180,8 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
     """Pieces that cover the visible keys of rows with the given spans, each int32 `[query_len]` on the CPU.
 
     Rows whose spans are constant see a rectangle; rows whose end grows by one from row to row see a rectangle and a
-    causal triangle. Other rows are cut into masked tiles. Rows that see nothing are in no piece, unless their
-    neighbours' tile has them.
+    causal triangle, or a band where the start grows as well. Other rows are cut into masked tiles. Rows that see
+    nothing are in no piece, unless their neighbours' tile has them.
     """
     empty = end <= start
     start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
@@ -157,10 +193,13 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
             first = max(first, planned)
             if end[first] <= start[first] and slopes == (0, 1):
                 first += 1  # the row before the one that sees the first key
-            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1)):
+            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1), (1, 1)):
                 continue
             pieces += _tiles(start, end, planned, first)
-            pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
+            if slopes == (1, 1):
+                pieces.append(Piece(slice(first, last), slice(int(start[first]), int(end[last - 1])), "band"))
+            else:
+                pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
             planned = last
     return [*pieces, *_tiles(start, end, planned, query_len)]
 
@@ -274,18 +313,52 @@ def joined(pieces: list[Piece]) -> list[Piece]:
     return whole
 
 
-def halves_of(piece: Piece) -> Iterator[Piece]:
-    """A large causal triangle as small ones and squares; any other piece as it is."""
-    rows, keys = piece.rows, piece.keys
-    half = (rows.stop - rows.start) // 2
-    if piece.kind != "causal" or not LARGE_TRIANGLE <= rows.stop - rows.start < HUGE_TRIANGLE:
+def tiles_of_band(piece: Piece) -> Iterator[Piece]:
+    """A band as equal tiles that share a call, and one of the rows that are left; any other piece as it is."""
+    if piece.kind != "band":
         yield piece
         return
-    first, last = slice(rows.start, rows.start + half), slice(rows.start + half, rows.stop)
-    first_keys, last_keys = slice(keys.start, keys.start + half), slice(keys.start + half, keys.stop)
-    yield from halves_of(piece._replace(rows=first, keys=first_keys))
-    yield piece._replace(rows=last, keys=first_keys, kind="all")
-    yield from halves_of(piece._replace(rows=last, keys=last_keys, follows=True))
+    rows, keys = piece.shape
+    tile = BAND_ROWS if keys - rows < WIDE_BAND else TILE_ROWS
+    count, rest = divmod(rows, tile)
+    if count:
+        yield _part_of_band(piece, 0, tile)._replace(times=count, step=tile)
+    if rest:
+        yield _part_of_band(piece, rows - rest, rows)
+
+
+def masked_tiles(piece: Piece) -> Iterator[Piece]:
+    """A band as tiles with masks."""
+    rows = piece.shape[0]
+    for row in range(0, rows, TILE_ROWS):
+        yield _part_of_band(piece, row, min(row + TILE_ROWS, rows))._replace(kind="masked")
+
+
+def _part_of_band(piece: Piece, first: int, last: int) -> Piece:
+    """The rows `[first, last)` of a band, counted from its own first."""
+    rows, keys = piece.shape
+    row, key = piece.rows.start, piece.keys.start
+    return Piece(slice(row + first, row + last), slice(key + first, key + last + keys - rows), "band")
+
+
+def halves_of(piece: Piece) -> Iterator[Piece]:
+    """A large causal triangle as small ones of equal size, squares, and a strip of the few rows that are left."""
+    rows, first, first_key = piece.shape[0], piece.rows.start, piece.keys.start
+    halvings = max(0, (rows // SMALLEST_HALF).bit_length() - 1)
+    if not halvings:
+        yield piece
+        return
+    smallest, count = rows >> halvings, 1 << halvings
+
+    def part(row: int, last_row: int, last_key: int) -> tuple[slice, slice]:
+        return slice(first + row, first + last_row), slice(first_key, first_key + last_key)
+
+    yield Piece(*part(0, smallest, smallest), "causal", piece.follows, times=count, step=smallest)
+    for level in range(halvings):
+        half = smallest << level
+        yield Piece(*part(half, 2 * half, half), "all", True, times=count >> (level + 1), step=2 * half)
+    if count * smallest < rows:
+        yield Piece(*part(count * smallest, rows, rows), "causal", piece.follows)
 
 
 def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
 from attention_kernels.operators import interpreting
 from attention_kernels.pieces import (
-    HUGE_TRIANGLE,
-    LARGE_TRIANGLE,
+    SMALLEST_HALF,
     TILE_ROWS,
     Sharing,
     _recent_plans,
@@ -34,10 +33,13 @@ from helpers import DTYPES, Problem, assert_gradients_within_bound, assert_withi
 def drawn_area(pieces, query_len, key_len):
     """Which (row, key) pairs the pieces compute, and that no pair is computed twice."""
     area = torch.zeros(query_len, key_len, dtype=torch.int32)
-    for piece in pieces:
-        part = area[piece.rows, piece.keys]
-        part += torch.ones_like(part).tril() if piece.kind == "causal" else 1
-    assert int(area.max()) <= 1
+    for piece in [each for repeated in pieces for each in repeated.each()]:
+        part, (rows, keys) = area[piece.rows, piece.keys], piece.shape
+        assert part.shape == piece.shape
+        whole = torch.ones_like(part)
+        shapes = {"causal": whole.tril(keys - rows), "band": whole.tril(keys - rows).triu()}
+        part += shapes.get(piece.kind, whole)
+    assert area.numel() == 0 or int(area.max()) <= 1
     return area.bool()
 
 
@@ -57,30 +59,51 @@ def test_pieces_cover_what_is_visible(seed):
     assert not (unmasked & ~visible).any()
 
 
-@pytest.mark.parametrize("rows", [100, 767, 768, 1025, 3000, 6143, 6144])
+@pytest.mark.parametrize("rows", [100, 383, 384, 767, 1025, 3000, 6144])
 def test_large_triangles_are_halved(rows):
     plan = plan_batch(*bounds_of(Spans.causal(rows, rows + 10)), 1, rows, tiles_only=False)
     ((whole,), (halved,)) = ([group.pieces for group in groups] for groups in (plan.groups, plan.halved))
     assert torch.equal(drawn_area(whole, rows, rows + 10), drawn_area(halved, rows, rows + 10))
-    largest = max(piece.rows.stop - piece.rows.start for piece in halved if piece.kind == "causal")
-    assert largest < LARGE_TRIANGLE if rows < HUGE_TRIANGLE else largest == rows
+    single = [each for piece in halved for each in piece.each()]
+    triangles = [piece.shape[0] for piece in single if piece.kind == "causal" and piece.shape[0] == piece.shape[1]]
+    assert max(triangles) < 2 * SMALLEST_HALF
+    assert len(triangles) == 1 or min(triangles) >= SMALLEST_HALF
     seen: list[range] = []
-    for piece in halved:  # what follows finds all of its rows there
+    for piece in single:  # what follows finds all of its rows there
         own = range(piece.rows.start, piece.rows.stop)
         assert piece.follows == any(row in earlier for earlier in seen for row in (own[0], own[-1]))
         seen.append(own)
+
+
+@pytest.mark.parametrize(("rows", "window"), [(96, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])
+def test_bands_are_cut_into_tiles_that_share_a_call(rows, window):
+    spans = Spans.sliding(rows, rows + window - 1, left=window - 1, offset=window - 1)
+    plan = plan_batch(*bounds_of(spans), 1, rows, tiles_only=False)
+    ((whole,), (tiles,), (masked,)) = (
+        [group.pieces for group in groups] for groups in (plan.groups, plan.in_tiles, plan.masked)
+    )
+    assert [piece.kind for piece in whole] == ["band"]
+    assert len(tiles) <= 2 and tiles[0].times > 1
+    size = (spans.query_len, spans.key_len)
+    for pieces in (whole, tiles):
+        assert torch.equal(drawn_area(pieces, *size), spans.to_dense()[0])
+    assert not (spans.to_dense()[0] & ~drawn_area(masked, *size)).any()
 
 
 def bounds_of(spans):
     return spans.start, spans.end
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(dtype, wide) for dtype in [*DTYPES, torch.float64] for wide in (False, True) if dtype.itemsize == 2 or not wide],
+)
 @pytest.mark.parametrize("tokens", [255, 256, 500, 767, 768, 1000, 1152, 1153])
 @pytest.mark.parametrize("kind", ["causal", "cached", "padded", "packed", "windowed"])
-def test_triangles_of_all_sizes(dtype, tokens, kind, monkeypatch):
+def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
     """In strips, halved, or whole: beside other keys, of fewer key heads, with values of fewer columns, with sinks."""
     torch.manual_seed(tokens)
+    monkeypatch.setattr(blockwise, "multiplies_16_bits", lambda: not wide)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which decides whether there are strips
     key_len = tokens + 70 if kind == "cached" else tokens
     spans = Spans.causal(tokens, key_len)
@@ -92,8 +115,8 @@ def test_triangles_of_all_sizes(dtype, tokens, kind, monkeypatch):
         spans = Spans.sliding(tokens, left=300)
     query, key = torch.randn(2, tokens, 4, 24).transpose(1, 2).to(dtype), torch.randn(2, 2, key_len, 24).to(dtype)
     value, sinks = torch.randn(2, 2, key_len, 16).to(dtype), torch.randn(4)
-    strips, attend = [], blockwise.attend_strips
-    monkeypatch.setattr(blockwise, "attend_strips", lambda *given: strips.append(given) or attend(*given))
+    strips, attend = [], blockwise.strips
+    monkeypatch.setattr(blockwise, "strips", lambda *given: strips.append(given) or attend(*given))
     output, lse = attention(query, key, value, spans, sinks=sinks, return_lse=True)
     mask = spans.to_dense()[:, None]
     exact, exact_lse = attention_reference(query, key, value, mask=mask, sinks=sinks)
@@ -104,7 +127,22 @@ def test_triangles_of_all_sizes(dtype, tokens, kind, monkeypatch):
         assert_within_bound(output, eager, exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
     if kind in ("causal", "cached") and not interpreting():
-        assert bool(strips) == (tokens >= 256 and (tokens <= 1152 or dtype.itemsize > 2))
+        assert bool(strips) == (tokens >= 256 and (tokens <= 1152 or wide or dtype.itemsize > 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spans", [Spans.causal(800), Spans.sliding(800, left=99)], ids=["causal", "sliding"])
+def test_a_sequence_has_the_same_bits_in_any_batch(dtype, spans, monkeypatch):
+    """Whether its own tiles share calls or those of all sequences do."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    query, key, value = (
+        torch.randn(40, 800, heads, dim).transpose(1, 2).to(dtype) for heads, dim in ((4, 24), (2, 24), (2, 16))
+    )
+    alone, alone_lse = attention(query[:1], key[:1], value[:1], spans, return_lse=True)
+    for batch in (3, 40):
+        output, lse = attention(query[:batch], key[:batch], value[:batch], spans, return_lse=True)
+        assert torch.equal(output[:1], alone) and torch.equal(lse[:1], alone_lse)
 
 
 @pytest.mark.parametrize("tokens", [500, 1000])
@@ -219,8 +257,7 @@ def test_heads_of_a_group_as_rows_of_one(dtype, mask, monkeypatch):
         query=tensor(2, 8, 600, 32, dtype=dtype),
         key=tensor(2, 2, 700, 32, dtype=dtype),
         value=tensor(2, 2, 700, 48, dtype=dtype),
-        spans=Spans.sliding(600, 700, left=99, offset=100)
-        & Spans.packed_offsets(torch.tensor([0, 250, 600]), torch.tensor([0, 350, 700]), 600, 700),
+        spans=Spans.chunked(600, 700, chunk_size=30, offset=100),  # too small for pieces without masks
         mask=None if mask is None else torch.rand(mask) < 0.7,
     )
     problem.check()
@@ -449,7 +486,9 @@ def test_other_paths_are_logged_once(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_16_bit_operands_are_laid_out_head_by_head(dtype):
+@pytest.mark.parametrize("wide", [False, True], ids=["as it is", "wide"])
+def test_long_16_bit_operands_are_laid_out_head_by_head(dtype, wide, monkeypatch):
+    monkeypatch.setattr(blockwise, "multiplies_16_bits", lambda: not wide)
     torch.manual_seed(0)
     query, key, value = (tensor(2, heads, 600, 24, dtype=dtype, layout="tokens") for heads in (4, 2, 2))
     spans = Spans.causal(600)
@@ -461,7 +500,9 @@ def test_long_16_bit_operands_are_laid_out_head_by_head(dtype):
             *(each[:1].expand(batch, -1, -1, -1) if batch > 2 else each for each in (key, value)),
         )
         problem = blockwise.Problem(*given, spans.start, spans.end, *(None,) * 5, 1.0, None, 0.0)
-        return blockwise.head_by_head(problem).key.is_contiguous()
+        changed = blockwise.laid_out(problem)
+        assert changed.key.dtype == (torch.float32 if wide and changed is not problem else dtype)
+        return changed.key.is_contiguous()
 
     assert laid_out(600) == (dtype != torch.float32)
     assert not laid_out(500), "few rows read keys few times"
