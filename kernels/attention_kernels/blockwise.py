@@ -13,7 +13,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -87,6 +87,18 @@ class Problem:
         sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
         return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
 
+    @cached_property
+    def widened(self) -> Problem:
+        """The problem as what is written out takes it: in the accumulator's dtype, each head's keys together."""
+        wide = accumulator(self.query.dtype)
+        key, value = (tensor.to(wide).contiguous() for tensor in (self.key, self.value))
+        return replace(self, query=self.query.to(wide), key=key, value=value)
+
+    @cached_property
+    def has_finite_values(self) -> bool:
+        """Whether all values are finite, as far as their sum tells."""
+        return math.isfinite(self.value.sum())
+
     def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
         """The groups of its plan, with pieces as the forward pass computes them.
 
@@ -111,10 +123,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for
     float64).
     """
-    output, lse = _forward(laid_out(problem) if problem.fused else problem, fused=problem.fused)
+    output, lse = _forward(laid_out(problem) if problem.fused else problem.widened, fused=problem.fused)
     if problem.fused and has_nan(output):
         # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. The careful loop tells whose NaN it is.
-        output, lse = _forward(problem, fused=False)
+        output, lse = _forward(problem.widened, fused=False)
     return output.to(problem.query.dtype), lse
 
 
@@ -468,14 +480,13 @@ def attend_written_out(problem: Problem, elements: slice, piece: Piece) -> tuple
 
 
 def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
-    query, key, value = (tensor.to(accumulator(tensor.dtype)) for tensor in piece_operands(problem, elements, piece))
+    query, key, value = piece_operands(problem, elements, piece)
     scores, largest, _ = score_tile(problem, elements, piece, query, key)
     weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)).exp_()
     total = weights.sum(-1, keepdim=True)
     if (factor := dropout_factor(problem, elements, piece)) is not None:
         weights.mul_(factor)
-    finite = value.isfinite()
-    if finite.all():
+    if problem.has_finite_values or (finite := value.isfinite()).all():
         output = per_group(weights, value)
     else:
         output = per_group(weights, value.masked_fill(~finite, 0.0))
@@ -484,18 +495,20 @@ def _attend_rows(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
         sees_nonfinite = per_group(visible.to(value.dtype), (~finite).to(value.dtype)) > 0
         output = output.masked_fill(sees_nonfinite, math.nan)
     output /= total.masked_fill(total == 0, 1.0)
-    return output.to(problem.query.dtype), total.log_().add_(largest)[..., 0]
+    return output, total.log_().add_(largest)[..., 0]
 
 
 def score_tile(
-    problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor
+    problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor, *, wants_slope: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores `[batch, num_heads, rows, keys]`, -inf where hidden; each row's largest; the softcap's slope, if any."""
-    scores, slope = per_group(query * problem.scale, key.transpose(-1, -2)), None
-    if problem.softcap is not None:
-        scores.div_(problem.softcap).tanh_()
-        slope = 1 - scores * scores
-        scores.mul_(problem.softcap)
+    """Scores `[batch, num_heads, rows, keys]`, -inf where hidden; each row's largest; the softcap's slope if wanted."""
+    softcap, slope = problem.softcap, None
+    scores = per_group(query * (problem.scale if softcap is None else problem.scale / softcap), key.transpose(-1, -2))
+    if softcap is not None:
+        scores.tanh_()
+        if wants_slope:
+            slope = torch.addcmul(scores.new_ones(()), scores, scores, value=-1)
+        scores.mul_(softcap)
     added = additive_mask(problem, elements, piece, scores.dtype)
     if added is not None:
         scores.add_(added)

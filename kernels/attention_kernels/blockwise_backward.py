@@ -170,9 +170,8 @@ class Call:
 
         A weight of 0 times a hidden NaN must be 0. The scores see to NaN themselves, so keys keep it.
         """
-        wide = accumulator(self.problem.query.dtype)
-        key, value = (tensor.to(wide).contiguous() for tensor in (self.problem.key, self.problem.value))
-        return replace(self.problem, key=key, value=finite_or_zero(value))
+        problem = self.problem.widened
+        return replace(problem, value=finite_or_zero(problem.value))
 
 
 def add_fused(call: Call, group: Group) -> None:
@@ -249,7 +248,7 @@ def _add_rows(
     query, key, value = piece_operands(problem, elements, piece)
     query, place = query.to(key.dtype), (elements, slice(None), piece.rows)
     grad = grad_output[place].to(key.dtype)
-    scores, largest, slope = score_tile(problem, elements, piece, query, key)
+    scores, largest, slope = score_tile(problem, elements, piece, query, key, wants_slope=True)
     if has_nan(query) or has_nan(grad):
         # What a row that sees nothing holds, or gets back, must not reach the keys: 0 x NaN is NaN.
         blind = largest == -math.inf
