@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
+from attention_kernels.spans import is_traced
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
@@ -163,7 +164,32 @@ def resolve_mask(
 def _spans_without_mask(
     query_len: int, key_len: int, is_causal: bool, sliding_window: int | None, device: torch.device
 ) -> Spans:
-    """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys."""
+    """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys.
+
+    On the CPU those of single queries are remembered: all layers of a model share them, and what is known of their
+    calls (`attention_kernels.tokens`).
+    """
+    kind = (key_len, is_causal, sliding_window, torch.is_inference_mode_enabled())
+    remembers = query_len == 1 and device.type == "cpu" and not torch.compiler.is_compiling()
+    if remembers and (known := _known_spans.get(kind)) is not None:
+        return known
+    spans = _build_spans_without_mask(query_len, key_len, is_causal, sliding_window, device)
+    if remembers and not is_traced(spans.start):
+        for oldest in list(_known_spans)[: max(0, len(_known_spans) - MOST_KNOWN_SPANS + 1)]:
+            _known_spans.pop(oldest, None)  # another thread may have been faster
+        _known_spans[kind] = spans
+    return spans
+
+
+_known_spans: dict[tuple, Spans] = {}
+
+MOST_KNOWN_SPANS = 8
+"""Spans of calls without masks that are remembered."""
+
+
+def _build_spans_without_mask(
+    query_len: int, key_len: int, is_causal: bool, sliding_window: int | None, device: torch.device
+) -> Spans:
     if not is_causal or (query_len == 1 and sliding_window is None):
         return Spans.full(query_len, key_len, device=device)
     if query_len not in (1, key_len):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding on the CPU: one query token per sequence, by torch's fused attention, in as few steps as possible.
 
-Many keys in float32 take two products and a softmax between them instead, which read keys and values faster.
+Many keys in float32 may take two products and a softmax between them instead, where those read keys and values faster.
 
 After each layer's keys and values have passed through the caches, a step of Python costs as much as reading a hundred
 keys does. So the layers of a model, which make the same call with other numbers in their tensors, are checked and
@@ -11,6 +11,7 @@ planned once: `first` keeps what `again` needs.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from typing import NamedTuple
 
@@ -25,10 +26,11 @@ FEWEST_ROWS = {torch.bfloat16: 2}
 """Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
 whose products go another way."""
 
-CACHED_BYTES = 20 << 20
+CACHED_BYTES = 20 << 20 if "AVX512" in torch.backends.cpu.get_cpu_capability() else sys.maxsize
 """Keys and values of a call, in bytes, from which on two products are faster in float32 than torch's fused attention,
 by up to two fifths. It multiplies scores keys first, which reads them from memory half as fast, but has less to do
-besides; that counts for more as long as keys stay in a processor's last cache from one call to the next."""
+besides; that counts for more as long as keys stay in a processor's last cache from one call to the next. With AVX2 the
+product of keys and queries is the slower one, however many there are."""
 
 MOST_SPANS = 4
 """Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
