@@ -89,9 +89,12 @@ class Problem:
 
     @cached_property
     def widened(self) -> Problem:
-        """The problem as what is written out takes it: in the accumulator's dtype, each head's keys together."""
+        """The problem in the accumulator's dtype, each head's keys together."""
         wide = accumulator(self.query.dtype)
-        key, value = (tensor.to(wide).contiguous() for tensor in (self.key, self.value))
+        key, value = (
+            tensor.contiguous() if tensor.dtype == wide else tensor.to(wide, memory_format=torch.contiguous_format)
+            for tensor in (self.key, self.value)
+        )
         return replace(self, query=self.query.to(wide), key=key, value=value)
 
     @cached_property
@@ -117,35 +120,42 @@ def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
     return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_bytes // bytes_per_key)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[batch, num_heads, query_len, value_dim]` and log-sum-exp `[batch, num_heads, query_len]`.
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[batch, num_heads, query_len, value_dim]`, log-sum-exp `[batch, num_heads, query_len]`, and rounding.
 
     The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for
-    float64).
+    float64). The third is what the output lost when it was rounded to 16 bits, stored in the same way, or empty where
+    that was not or no gradients follow.
     """
     output, lse = _forward(laid_out(problem) if problem.fused else problem.widened, fused=problem.fused)
     if problem.fused and has_nan(output):
         # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. The careful loop tells whose NaN it is.
         output, lse = _forward(problem.widened, fused=False)
-    return output.to(problem.query.dtype), lse
+    dtype = problem.query.dtype
+    rounded = output.to(dtype)
+    if dtype.itemsize > 2 or not problem.trains:
+        return rounded, lse, output.new_empty(0, dtype=dtype)
+    return rounded, lse, (output - rounded).to(dtype)
 
 
 def laid_out(problem: Problem) -> Problem:
-    """The problem, with long 16-bit operands copied: each head's tokens together, in float32 where that is faster.
+    """The problem, with long 16-bit operands copied: each head's tokens together, or in float32 where that is faster.
 
     Torch's fused attention reads and packs 16-bit keys and values anew for every block of rows, which takes 3 to 15 %
     longer where other heads lie between the tokens of one. Where a processor's products of 16 bits are not faster than
-    those of float32, all of it is faster in float32, and triangles can be halved.
+    those of float32, all of it is faster in float32, and triangles can be halved. Gradients need an output that was not
+    rounded.
     """
-    tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
-    if problem.query.element_size() != 2 or problem.query.shape[2] < ROWS_WORTH_COPIES:
+    if problem.query.element_size() != 2:
         return problem
-    if any(tensor.stride(0) == 0 for tensor in tensors.values()):
+    if problem.trains:
+        return problem.widened
+    tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
+    if problem.query.shape[2] < ROWS_WORTH_COPIES or any(tensor.stride(0) == 0 for tensor in tensors.values()):
         return problem  # a batch that shares its keys need not have a copy for each element
     if problem.bias is not None or multiplies_16_bits():  # a bias of 16 bits would have to be widened for every tile
         return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
-    wide = {name: tensor.to(torch.float32, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return replace(problem, **wide)
+    return problem.widened
 
 
 @lru_cache

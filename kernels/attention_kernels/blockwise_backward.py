@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import blockwise
 from .blockwise import (
     Problem,
     accumulator,
@@ -103,15 +102,19 @@ def backward(
     problem: Problem,
     output: Tensor,
     lse: Tensor,
+    rounding: Tensor,
     grad_output: Tensor,
     grad_lse: Tensor | None,
     wants_query: bool,
     wants_key_value: bool,
     wants_bias: bool,
 ) -> Five:
-    """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given)."""
+    """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given).
+
+    `output`, `lse` and `rounding` are what `blockwise.forward` returned.
+    """
     gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
-    call = Call(problem, output, lse, grad_output, grad_lse, gradients)
+    call = Call(problem, output, lse, rounding, grad_output, grad_lse, gradients)
     plain, tiled = problem.plan(fused=True).masked, problem.plan(fused=False).groups
     for group, tiles in zip(plain, tiled, strict=True):
         if call.fuses(group):
@@ -132,6 +135,7 @@ class Call:
     problem: Problem
     output: Tensor
     lse: Tensor
+    rounding: Tensor
     grad_output: Tensor
     grad_lse: Tensor | None
     gradients: Gradients
@@ -152,14 +156,12 @@ class Call:
         """The call with all tensors in float32 or wider, for the fused gradient.
 
         That takes a row's sum of weight times gradient from the output, whose rounding to 16 bits would be the sum's
-        error. So the output is computed again.
+        error. So what the output lost is added again.
         """
         lse, output, problem = self.lse, self.output, self.problem
         wide = accumulator(problem.query.dtype)
         if problem.query.dtype != wide:
-            query, key, value = (tensor.to(wide) for tensor in (problem.query, problem.key, problem.value))
-            problem = replace(problem, query=query, key=key, value=value)
-            output, lse = blockwise.forward(problem)
+            problem, output = problem.widened, output.to(wide) + self.rounding
         # A row that saw nothing has no weights: exp(score - inf) is 0, where exp(score + inf) is not.
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         return replace(self, problem=problem, output=output, lse=lse, grad_output=self.grad_output.to(wide))

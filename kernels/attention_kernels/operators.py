@@ -370,7 +370,7 @@ def _forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, wants_gradient, num_splits = inputs
     query = arguments[0]
     if not runs_triton(query):
-        return *blockwise.forward(_problem(*arguments, trains=wants_gradient)), query.new_empty(0)
+        return blockwise.forward(_problem(*arguments, trains=wants_gradient))
     # The kernels are not imported before they are needed: importing Triton takes time.
     *tensors, dropout_seed, scale, softcap, _ = arguments
     if query.shape[2] <= SHORT and not wants_gradient and dropout_seed is None:
@@ -394,7 +394,7 @@ def _forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _has_rounding(query: Tensor, wants_gradient: bool) -> bool:
-    return wants_gradient and query.dtype.itemsize == 2 and runs_triton(query)
+    return wants_gradient and query.dtype.itemsize == 2
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,7 +414,8 @@ def _backward(output, lse, rounding, grad_output, grad_lse, *arguments) -> tuple
         gradients = backward(output, lse, rounding, grad_output, grad_lse, *arguments)
     else:
         problem = _problem(*arguments[_FLAGS:], trains=True)
-        gradients = blockwise_backward.backward(problem, output, lse, grad_output, grad_lse, *arguments[:_FLAGS])
+        flags = arguments[:_FLAGS]
+        gradients = blockwise_backward.backward(problem, output, lse, rounding, grad_output, grad_lse, *flags)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

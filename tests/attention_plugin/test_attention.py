@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import masking_utils
 
-from attention_kernels import attention_reference
+from attention_kernels import Spans, attention_reference
 from attention_plugin import attention_forward, span_mask
+from attention_plugin.attention import MOST_KNOWN_SPANS, _known_spans, _spans_without_mask
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 4, 2, 8, 12
 IMPLEMENTATION = "my_triton"
@@ -177,6 +178,28 @@ def test_no_mask_and_a_sliding_window(query_len: int):
     query, key, value = tensors(query_len, 9)
     result = attention_forward(layer(is_causal=True), query, key, value, None, sliding_window=4)
     assert_equals_reference(result, query, key, value, mask=causal(query_len, 9).triu(9 - query_len - 3))
+
+
+def test_steps_without_a_mask_share_their_spans():
+    """Layer by layer, not from one number of keys, window or kind of tensor to the next, and few of them."""
+
+    def spans(key_len: int = 9, window: int | None = None, query_len: int = 1) -> Spans:
+        return _spans_without_mask(query_len, key_len, True, window, torch.device("cpu"))
+
+    assert spans() is spans() and spans(window=4) is spans(window=4)
+    assert spans(query_len=9) is not spans(query_len=9), "a prompt may be long"
+    assert spans(10).key_len == 10 and int(spans(window=4).start) == 5 and int(spans().start) == 0
+    with torch.inference_mode():
+        inside = spans()
+        assert inside is spans()
+    assert inside is not spans()
+    query, key, value = (each.requires_grad_() for each in tensors(1, 9))
+    attention_forward(layer(is_causal=True), query, key, value, None)[0].sum().backward()
+    assert query.grad is not None and key.grad is not None
+    before = spans()
+    for key_len in range(20, 20 + MOST_KNOWN_SPANS):
+        spans(key_len)
+    assert spans() is not before and len(_known_spans) == MOST_KNOWN_SPANS
 
 
 def test_no_mask_and_another_number_of_keys_is_cross_attention():

@@ -145,6 +145,25 @@ def test_a_sequence_has_the_same_bits_in_any_batch(dtype, spans, monkeypatch):
         assert torch.equal(output[:1], alone) and torch.equal(lse[:1], alone_lse)
 
 
+@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on CPU tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=["fused", "written out"])
+def test_what_rounding_took_is_kept_for_gradients(dtype, options):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 300, 32).to(dtype).requires_grad_() for _ in range(3))
+    output = attention(query, key, value, Spans.causal(300), **options)
+    exact, _ = attention_reference(query, key, value, mask=Spans.causal(300).to_dense()[:, None], **options)
+    rounding = output.grad_fn.saved_tensors[2]
+    if dtype == torch.float32:
+        assert rounding.numel() == 0
+        return
+    assert rounding.dtype == dtype and rounding.stride() == output.stride()
+    lost = (output.double() - exact).norm()
+    assert (output.double() + rounding.double() - exact).norm() < lost / 100
+    with torch.no_grad():
+        assert attention(query, key, value, Spans.causal(300), **options).dtype == dtype
+
+
 @pytest.mark.parametrize("tokens", [500, 1000])
 def test_hidden_values_do_not_leak_from_triangles(tokens):
     torch.manual_seed(0)
