@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -191,10 +191,9 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
         parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
         return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
     groups = problem.pieces(plan, fused=fused)
-    attend = attend_fused if fused else attend_written_out
     if is_one_call(groups, problem, fused=fused):
         # Its result is the whole answer: nothing to gather.
-        output, lse = attend(problem, groups[0].elements, groups[0].pieces[0])
+        output, lse = (attend_fused if fused else attend_written_out)(problem, groups[0].elements, groups[0].pieces[0])
         return with_sinks(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), problem.sinks)
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, query_len, dtype=accumulator(query.dtype))
@@ -202,7 +201,7 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
         for rows in uncovered(whole.pieces, query_len):
             output[elements, :, rows], lse[elements, :, rows] = 0, -math.inf
         for piece in pieces:
-            for place, place_lse, part, part_lse in results_of(problem, elements, piece, output, lse, attend):
+            for place, place_lse, part, part_lse in results_of(problem, elements, piece, output, lse, fused=fused):
                 if piece.follows:
                     merge_into(place, place_lse, part, part_lse)
                 else:
@@ -224,14 +223,14 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def results_of(
-    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, attend: Callable
+    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, *, fused: bool
 ) -> Iterator[Result]:
-    """Results of a piece, as often as it is there, by `attend` or in strips.
+    """Results of a piece, as often as it is there, by torch's fused attention or written out.
 
     Either all elements of the batch share a call or all repetitions of the piece do: whichever are more.
     """
     batch = range(*elements.indices(output.shape[0]))
-    in_strips = attend is attend_fused and takes_strips(piece, output.shape[1])
+    in_strips = fused and takes_strips(piece, output.shape[1])
     if piece.times > 1 and piece.times >= len(batch):
         for element in batch:
             place, place_lse = (spread(each[element], piece.rows, piece) for each in (output, lse))
@@ -251,7 +250,7 @@ def results_of(
             query, key, value = equal_dims(*piece_operands(problem, elements, each))
             yield from strips(query, key, value, place, place_lse, problem.scale)
         else:
-            yield place, place_lse, *attend(problem, elements, each)
+            yield place, place_lse, *(attend_fused if fused else attend_written_out)(problem, elements, each)
 
 
 def spread(tensor: Tensor, part: slice, piece: Piece) -> Tensor:

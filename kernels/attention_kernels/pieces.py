@@ -29,6 +29,10 @@ SMALLEST_HALF = 192
 SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
 
+SHORTEST_RUNS = {(0, 0): SHORTEST_RUN, (0, 1): SHORTEST_RUN, (1, 1): TILE_ROWS}
+"""The same by what `start` and `end` grow by from row to row: of rectangles, triangles, and bands, of which few rows
+are better a part of a masked tile."""
+
 FEW_ROWS = 16
 """Rows of an element up to which neighbours may be computed together, in the time of reading their keys."""
 
@@ -193,7 +197,7 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
             first = max(first, planned)
             if end[first] <= start[first] and slopes == (0, 1):
                 first += 1  # the row before the one that sees the first key
-            if last - first < SHORTEST_RUN or slopes not in ((0, 0), (0, 1), (1, 1)):
+            if slopes not in SHORTEST_RUNS or last - first < SHORTEST_RUNS[slopes]:
                 continue
             pieces += _tiles(start, end, planned, first)
             if slopes == (1, 1):

@@ -75,7 +75,7 @@ def test_large_triangles_are_halved(rows):
         seen.append(own)
 
 
-@pytest.mark.parametrize(("rows", "window"), [(96, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])
+@pytest.mark.parametrize(("rows", "window"), [(192, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])
 def test_bands_are_cut_into_tiles_that_share_a_call(rows, window):
     spans = Spans.sliding(rows, rows + window - 1, left=window - 1, offset=window - 1)
     plan = plan_batch(*bounds_of(spans), 1, rows, tiles_only=False)
@@ -88,6 +88,11 @@ def test_bands_are_cut_into_tiles_that_share_a_call(rows, window):
     for pieces in (whole, tiles):
         assert torch.equal(drawn_area(pieces, *size), spans.to_dense()[0])
     assert not (spans.to_dense()[0] & ~drawn_area(masked, *size)).any()
+
+
+def test_few_rows_of_a_band_are_one_masked_tile():
+    (group,) = plan_batch(*bounds_of(Spans.sliding(190, left=5)), 1, 190, tiles_only=False).groups
+    assert [piece.kind for piece in group.pieces] == ["masked"]
 
 
 def bounds_of(spans):
