@@ -225,32 +225,40 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 def results_of(
     problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, *, fused: bool
 ) -> Iterator[Result]:
-    """Results of a piece, as often as it is there, by torch's fused attention or written out.
+    """Results of a piece, as often as it is there, by torch's fused attention or written out."""
+    in_strips = fused and takes_strips(piece, output.shape[1])
+    if piece.times == 1 and not in_strips:
+        attend = attend_fused if fused else attend_written_out
+        yield output[elements, :, piece.rows], lse[elements, :, piece.rows], *attend(problem, elements, piece)
+        return
+    added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
+    for (query, key, value), place, place_lse in shared_calls(problem, elements, piece, output, lse):
+        if in_strips:
+            yield from strips(query, key, value, place, place_lse, problem.scale)
+            continue
+        # The same call whatever shares it, or a sequence's bits would depend on its neighbours.
+        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
+        )
+        yield place, place_lse, part[..., : output.shape[-1]], part_lse
+
+
+def shared_calls(
+    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+    """Operands of a piece, as often as it is there, and views of output and log-sum-exp for what they make.
 
     Either all elements of the batch share a call or all repetitions of the piece do: whichever are more.
     """
     batch = range(*elements.indices(output.shape[0]))
-    in_strips = fused and takes_strips(piece, output.shape[1])
     if piece.times > 1 and piece.times >= len(batch):
         for element in batch:
             place, place_lse = (spread(each[element], piece.rows, piece) for each in (output, lse))
-            operands = spread_operands(problem, element, piece)
-            if in_strips:
-                yield from strips(*operands, place, place_lse, problem.scale)
-                continue
-            added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
-            part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
-                *operands, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
-            )
-            yield place, place_lse, part[..., : output.shape[-1]], part_lse
+            yield spread_operands(problem, element, piece), place, place_lse
         return
     for each in piece.each():
-        place, place_lse = output[elements, :, each.rows], lse[elements, :, each.rows]
-        if in_strips:
-            query, key, value = equal_dims(*piece_operands(problem, elements, each))
-            yield from strips(query, key, value, place, place_lse, problem.scale)
-        else:
-            yield place, place_lse, *(attend_fused if fused else attend_written_out)(problem, elements, each)
+        operands = equal_dims(*piece_operands(problem, elements, each))
+        yield operands, output[elements, :, each.rows], lse[elements, :, each.rows]
 
 
 def spread(tensor: Tensor, part: slice, piece: Piece) -> Tensor:
@@ -446,14 +454,14 @@ def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> 
     Always for a single row; for more where that makes as many rows as fused attention takes large steps for, and leaves
     each thread heads to work on.
     """
-    batch, num_heads, rows, _ = query.shape
+    _, num_heads, rows, _ = query.shape
     num_kv_heads = key.shape[1]
     if num_heads == num_kv_heads or any(
         each is not None and each.shape[1] != 1 for each in (problem.bias, problem.mask)
     ):
         return False
     folded = num_heads // num_kv_heads * rows
-    steps = batch * num_kv_heads * (folded // LARGE_STEP_ROWS)
+    steps = num_kv_heads * (folded // LARGE_STEP_ROWS)  # whatever the batch, as for strips
     worth = rows < LARGE_STEP_ROWS <= folded and steps >= torch.get_num_threads()
     return rows == 1 or (worth and piece.kind != "causal")
 

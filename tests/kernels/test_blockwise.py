@@ -136,16 +136,27 @@ def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spans", [Spans.causal(800), Spans.sliding(800, left=99)], ids=["causal", "sliding"])
-def test_a_sequence_has_the_same_bits_in_any_batch(dtype, spans, monkeypatch):
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (8, 2), (8, 1)])
+@pytest.mark.parametrize(
+    "spans",
+    [Spans.causal(800), Spans.sliding(800, left=99), Spans.chunked(600, 700, chunk_size=30, offset=100)],
+    ids=["halves", "band", "tiles"],
+)
+def test_a_sequence_has_the_same_bits_in_any_batch(dtype, threads, num_heads, num_kv_heads, spans, monkeypatch):
     """Whether its own tiles share calls or those of all sequences do."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     query, key, value = (
-        torch.randn(40, 800, heads, dim).transpose(1, 2).to(dtype) for heads, dim in ((4, 24), (2, 24), (2, 16))
+        torch.randn(20, tokens, heads, dim).transpose(1, 2).to(dtype)
+        for tokens, heads, dim in (
+            (spans.query_len, num_heads, 24),
+            (spans.key_len, num_kv_heads, 24),
+            (spans.key_len, num_kv_heads, 16),
+        )
     )
     alone, alone_lse = attention(query[:1], key[:1], value[:1], spans, return_lse=True)
-    for batch in (3, 40):
+    for batch in (3, 20):
         output, lse = attention(query[:batch], key[:batch], value[:batch], spans, return_lse=True)
         assert torch.equal(output[:1], alone) and torch.equal(lse[:1], alone_lse)
 
