@@ -166,22 +166,23 @@ def imports() -> list[dict[str, Any]]:
     """What importing the package did in each of several new processes, beyond the import of transformers."""
     code = f"""
 import json, sys, time
+start = time.perf_counter()
 {BEFORE}
 before = set(sys.modules)
 begin = time.perf_counter()
 import attention_plugin
-seconds = time.perf_counter() - begin
+share = (time.perf_counter() - begin) / (begin - start)
 import torch
 new = sorted(set(sys.modules) - before)
-print(json.dumps({{"seconds": seconds, "new": new, "cuda": torch.cuda.is_initialized()}}))
+print(json.dumps({{"share": share, "new": new, "cuda": torch.cuda.is_initialized()}}))
 """
     return [in_new_process(code) for _ in range(3)]
 
 
 def test_import_cost(imports: list[dict[str, Any]]):
-    """Beyond what every user of transformers' attention has paid already."""
-    # The fastest of several: tests beside this one take the processor away, and that is no cost of the import.
-    assert min(run["seconds"] for run in imports) < 0.2
+    """At most a tenth of what every user of transformers' attention has paid already: slow machines are slow in both."""
+    # The least of several: tests beside this one take the processor away, and that is no cost of the import.
+    assert min(run["share"] for run in imports) < 0.1
 
 
 def test_what_import_leaves_alone(imports: list[dict[str, Any]]):
