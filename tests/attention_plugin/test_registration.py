@@ -180,7 +180,7 @@ print(json.dumps({{"share": share, "new": new, "cuda": torch.cuda.is_initialized
 
 
 def test_import_cost(imports: list[dict[str, Any]]):
-    """At most a tenth of what every user of transformers' attention has paid already: slow machines are slow in both."""
+    """At most a tenth of what every user of transformers has paid already: slow machines are slow in both."""
     # The least of several: tests beside this one take the processor away, and that is no cost of the import.
     assert min(run["share"] for run in imports) < 0.1
 
