@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
-from attention_kernels.spans import is_traced
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
@@ -170,11 +170,13 @@ def _spans_without_mask(
     calls (`attention_kernels.tokens`).
     """
     kind = (key_len, is_causal, sliding_window, torch.is_inference_mode_enabled())
-    remembers = query_len == 1 and device.type == "cpu" and not torch.compiler.is_compiling()
+    # A mode (of fake tensors, say) has tensors of its own, and so has a compiler.
+    plain = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    remembers = plain and query_len == 1 and device.type == "cpu"
     if remembers and (known := _known_spans.get(kind)) is not None:
         return known
     spans = _build_spans_without_mask(query_len, key_len, is_causal, sliding_window, device)
-    if remembers and not is_traced(spans.start):
+    if remembers:
         for oldest in list(_known_spans)[: max(0, len(_known_spans) - MOST_KNOWN_SPANS + 1)]:
             _known_spans.pop(oldest, None)  # another thread may have been faster
         _known_spans[kind] = spans

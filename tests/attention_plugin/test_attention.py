@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import masking_utils
 
 from attention_kernels import Spans, attention_reference
@@ -193,6 +194,9 @@ def test_steps_without_a_mask_share_their_spans():
         inside = spans()
         assert inside is spans()
     assert inside is not spans()
+    with FakeTensorMode():
+        assert spans() is not spans() and type(spans().start) is FakeTensor
+        assert attention_forward(layer(is_causal=True), *tensors(1, 9), None)[0].shape == (BATCH, 1, HEADS, VALUE_DIM)
     query, key, value = (each.requires_grad_() for each in tensors(1, 9))
     attention_forward(layer(is_causal=True), query, key, value, None)[0].sum().backward()
     assert query.grad is not None and key.grad is not None
