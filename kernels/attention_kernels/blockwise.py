@@ -26,14 +26,14 @@ from .spans import Spans
 TILE_SCORES = 1 << 21
 """Scores that the written-out softmax holds at once, over all heads of a tile: few enough to stay in a core's cache."""
 
-CALL_BYTES = 1 << 19
-"""Keys and values, in bytes, that take as long to read as one more call of fused attention takes."""
+CALL_NUMBERS = 1 << 17
+"""Numbers of keys and values, of whatever dtype, that take as long as one more call of fused attention takes."""
 
 LARGE_STEP_ROWS = 768
 """Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
 
 ROWS_WORTH_COPIES = 512
-"""Rows from which on 16-bit operands are copied first, as `laid_out` says."""
+"""Rows from which on 16-bit operands are copied first, as `as_multiplied` says."""
 
 STRIP_ROWS = 64
 """Rows of a strip of a causal triangle: few, to hug its diagonal, but as many as products are fast for."""
@@ -99,8 +99,8 @@ class Problem:
 
     @cached_property
     def has_finite_values(self) -> bool:
-        """Whether all values are finite, as far as their sum tells."""
-        return math.isfinite(self.value.sum())
+        """Whether all values are finite. A sum tells that soonest, but that of finite ones may be infinite."""
+        return math.isfinite(self.value.sum()) or bool(self.value.isfinite().all())
 
     def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
         """The groups of its plan, with pieces as the forward pass computes them.
@@ -115,9 +115,9 @@ class Problem:
 def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
     """What decides which sequences are decoded in one call."""
     num_kv_heads, value_dim = value.shape[1], value.shape[3]
-    bytes_per_key = num_kv_heads * (key.shape[3] + value_dim) * key.element_size()
-    call_bytes = CALL_BYTES * (1 if fused else WRITTEN_OUT_CALLS)
-    return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_bytes // bytes_per_key)
+    numbers_per_key = num_kv_heads * (key.shape[3] + value_dim)
+    call_numbers = CALL_NUMBERS * (1 if fused else WRITTEN_OUT_CALLS)
+    return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_numbers // numbers_per_key)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,9 +127,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     float64). The third is what the output lost when it was rounded to 16 bits, stored in the same way, or empty where
     that was not or no gradients follow.
     """
-    output, lse = _forward(laid_out(problem) if problem.fused else problem.widened, fused=problem.fused)
-    if problem.fused and has_nan(output):
-        # Fused attention multiplies masked values by 0, and 0 x NaN is NaN. The careful loop tells whose NaN it is.
+    output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
+    if problem.fused and may_have_wrong_nan(problem, output, lse):
+        # The careful loop tells whose NaN it is.
         output, lse = _forward(problem.widened, fused=False)
     dtype = problem.query.dtype
     rounded = output.to(dtype)
@@ -138,24 +138,37 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, lse, (output - rounded).to(dtype)
 
 
-def laid_out(problem: Problem) -> Problem:
-    """The problem, with long 16-bit operands copied: each head's tokens together, or in float32 where that is faster.
+def may_have_wrong_nan(problem: Problem, output: Tensor, lse: Tensor) -> bool:
+    """Whether a row of a fused result may be NaN for a key that it does not see.
 
-    Torch's fused attention reads and packs 16-bit keys and values anew for every block of rows, which takes 3 to 15 %
-    longer where other heads lie between the tokens of one. Where a processor's products of 16 bits are not faster than
-    those of float32, all of it is faster in float32, and triangles can be halved. Gradients need an output that was not
-    rounded.
+    Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN. A score that
+    is NaN makes the log-sum-exp NaN.
+    """
+    if output.numel() <= problem.value.numel():
+        return has_nan(output)
+    return has_nan(lse) or not problem.has_finite_values
+
+
+def as_multiplied(problem: Problem) -> Problem:
+    """The problem with its operands as torch's fused attention multiplies them fastest.
+
+    Where a processor's products of 16 bits are not faster than those of float32, all of it is faster in float32, and
+    triangles can be halved. Gradients need an output that was not rounded. A bias of 16 bits would have to be widened
+    for every tile, so it stays; then there each head's tokens are laid together, as keys and values are packed anew for
+    every block of rows, which takes 3 to 15 % longer where other heads lie between.
     """
     if problem.query.element_size() != 2:
         return problem
     if problem.trains:
         return problem.widened
     tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
-    if problem.query.shape[2] < ROWS_WORTH_COPIES or any(tensor.stride(0) == 0 for tensor in tensors.values()):
+    if multiplies_16_bits() or problem.query.shape[2] < ROWS_WORTH_COPIES:
+        return problem
+    if any(tensor.stride(0) == 0 for tensor in tensors.values()):
         return problem  # a batch that shares its keys need not have a copy for each element
-    if problem.bias is not None or multiplies_16_bits():  # a bias of 16 bits would have to be widened for every tile
-        return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
-    return problem.widened
+    if problem.bias is None:
+        return problem.widened
+    return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 @lru_cache
@@ -295,12 +308,16 @@ def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) ->
 
     Where a row has no weight in either, the result is NaN: pieces that are merged leave no row without keys.
     """
-    other_weight = torch.sigmoid(other_lse - lse)[..., None]
+    other_share = torch.sigmoid(other_lse - lse)
+    other_weight = other_share[..., None]
     if output.dtype == lse.dtype:
         output.lerp_(other, other_weight)
     else:
         output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
-    torch.logaddexp(lse, other_lse, out=lse)
+    # As `torch.logaddexp`, in a sixth of its time: the greater one has at least half of the weight.
+    greater_share = torch.maximum(other_share, 1 - other_share)
+    torch.maximum(lse, other_lse, out=lse)
+    lse.sub_(greater_share.log_())
 
 
 def visible_keys(problem: Problem, elements: slice, piece: Piece) -> Tensor:

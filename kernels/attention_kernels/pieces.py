@@ -20,11 +20,15 @@ TILE_ROWS = 192
 BAND_ROWS = 32
 """Rows of a band's tiles. They share calls, so there may be many: as few as torch's fused attention takes at a time."""
 
+BAND_ROWS_16_BITS = 96
+"""The same in 16 bits, where keys are packed for each tile anew before they are multiplied."""
+
 WIDE_BAND = 3072
 """Keys from which on a row of a band sees so many that `TILE_ROWS` hug it as well, and products are larger."""
 
-SMALLEST_HALF = 192
-"""Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are."""
+SMALLEST_HALF = 384 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 192
+"""Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are. The wider a
+processor's instructions, the larger a product must be to be worth its call."""
 
 SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
@@ -108,18 +112,18 @@ class Plan:
 
     @cached_property
     def in_tiles(self) -> list[Group]:
-        """The groups, with bands in tiles that share a call."""
-        return self._cut(tiles_of_band)
+        """The groups, with bands in tiles that share a call, as they are computed in 16 bits."""
+        return self._cut(lambda piece: tiles_of_band(piece, BAND_ROWS_16_BITS))
 
     @cached_property
     def halved(self) -> list[Group]:
-        """The same, with causal triangles as two triangles and a square, again and again.
+        """The groups, with bands likewise, and with causal triangles as two triangles and a square, again and again.
 
         Torch's fused attention computes 512 keys at a time, seen or not: of a triangle of 1,024 rows half as much again
         as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own.
         Squares of one size share a call, and so do the small triangles.
         """
-        return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece))
+        return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece, BAND_ROWS))
 
     @cached_property
     def masked(self) -> list[Group]:
@@ -317,13 +321,13 @@ def joined(pieces: list[Piece]) -> list[Piece]:
     return whole
 
 
-def tiles_of_band(piece: Piece) -> Iterator[Piece]:
+def tiles_of_band(piece: Piece, tile_rows: int) -> Iterator[Piece]:
     """A band as equal tiles that share a call, and one of the rows that are left; any other piece as it is."""
     if piece.kind != "band":
         yield piece
         return
     rows, keys = piece.shape
-    tile = BAND_ROWS if keys - rows < WIDE_BAND else TILE_ROWS
+    tile = tile_rows if keys - rows < WIDE_BAND else TILE_ROWS
     count, rest = divmod(rows, tile)
     if count:
         yield _part_of_band(piece, 0, tile)._replace(times=count, step=tile)

@@ -26,11 +26,15 @@ FEWEST_ROWS = {torch.bfloat16: 2}
 """Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
 whose products go another way."""
 
-CACHED_BYTES = 20 << 20 if "AVX512" in torch.backends.cpu.get_cpu_capability() else sys.maxsize
+CACHED_BYTES = (
+    20 << 20
+    if "AVX512" in torch.backends.cpu.get_cpu_capability() and not torch.cpu._is_amx_tile_supported()
+    else sys.maxsize
+)
 """Keys and values of a call, in bytes, from which on two products are faster in float32 than torch's fused attention,
 by up to two fifths. It multiplies scores keys first, which reads them from memory half as fast, but has less to do
 besides; that counts for more as long as keys stay in a processor's last cache from one call to the next. With AVX2 the
-product of keys and queries is the slower one, however many there are."""
+product of keys and queries is the slower one, however many there are, and so it is on the processors with AMX."""
 
 MOST_SPANS = 4
 """Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
@@ -134,7 +138,7 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
     """The parts of a plan, with their masks; kept with the plan, which all layers share."""
     rows = rows_of(query, key)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    kind = (dtype, rows, key.shape, key.stride(), value.shape, value.stride())
+    kind = (key.dtype, rows, key.shape, key.stride(), value.shape, value.stride())
     parts = plan.token_parts.get(kind)
     if parts is None:
         batch, key_len = query.shape[0], key.shape[2]

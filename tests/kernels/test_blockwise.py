@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import subprocess
@@ -16,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
+from attention_kernels import pieces as cutting
 from attention_kernels.operators import interpreting
 from attention_kernels.pieces import (
-    SMALLEST_HALF,
     TILE_ROWS,
     Sharing,
     _recent_plans,
@@ -59,15 +60,17 @@ def test_pieces_cover_what_is_visible(seed):
     assert not (unmasked & ~visible).any()
 
 
+@pytest.mark.parametrize("smallest", [192, 384])
 @pytest.mark.parametrize("rows", [100, 383, 384, 767, 1025, 3000, 6144])
-def test_large_triangles_are_halved(rows):
+def test_large_triangles_are_halved(rows, smallest, monkeypatch):
+    monkeypatch.setattr(cutting, "SMALLEST_HALF", smallest)
     plan = plan_batch(*bounds_of(Spans.causal(rows, rows + 10)), 1, rows, tiles_only=False)
     ((whole,), (halved,)) = ([group.pieces for group in groups] for groups in (plan.groups, plan.halved))
     assert torch.equal(drawn_area(whole, rows, rows + 10), drawn_area(halved, rows, rows + 10))
     single = [each for piece in halved for each in piece.each()]
     triangles = [piece.shape[0] for piece in single if piece.kind == "causal" and piece.shape[0] == piece.shape[1]]
-    assert max(triangles) < 2 * SMALLEST_HALF
-    assert len(triangles) == 1 or min(triangles) >= SMALLEST_HALF
+    assert max(triangles) < 2 * smallest
+    assert len(triangles) == 1 or min(triangles) >= smallest
     seen: list[range] = []
     for piece in single:  # what follows finds all of its rows there
         own = range(piece.rows.start, piece.rows.stop)
@@ -76,11 +79,12 @@ def test_large_triangles_are_halved(rows):
 
 
 @pytest.mark.parametrize(("rows", "window"), [(192, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])
-def test_bands_are_cut_into_tiles_that_share_a_call(rows, window):
+@pytest.mark.parametrize("cut", ["in_tiles", "halved"])
+def test_bands_are_cut_into_tiles_that_share_a_call(rows, window, cut):
     spans = Spans.sliding(rows, rows + window - 1, left=window - 1, offset=window - 1)
     plan = plan_batch(*bounds_of(spans), 1, rows, tiles_only=False)
     ((whole,), (tiles,), (masked,)) = (
-        [group.pieces for group in groups] for groups in (plan.groups, plan.in_tiles, plan.masked)
+        [group.pieces for group in groups] for groups in (plan.groups, getattr(plan, cut), plan.masked)
     )
     assert [piece.kind for piece in whole] == ["band"]
     assert len(tiles) <= 2 and tiles[0].times > 1
@@ -249,7 +253,7 @@ def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
 def test_decoding_over_uneven_padding(dtype, threads, num_kv_heads, sinks, monkeypatch):
     """Some sequences are computed together and some are not; what is padded or not filled yet may hold anything."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(blockwise, "CALL_BYTES", 1 << 14)
+    monkeypatch.setattr(blockwise, "CALL_NUMBERS", 1 << 12)
     torch.manual_seed(0)
     pads, filled = torch.tensor([0, 3, 250, 130, 131, 299]), 300
     shown = torch.arange(400) >= pads[:, None]
@@ -522,23 +526,49 @@ def test_other_paths_are_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["as it is", "wide"])
-def test_long_16_bit_operands_are_laid_out_head_by_head(dtype, wide, monkeypatch):
+def test_long_16_bit_operands_are_widened_where_that_is_faster(dtype, wide, monkeypatch):
     monkeypatch.setattr(blockwise, "multiplies_16_bits", lambda: not wide)
     torch.manual_seed(0)
     query, key, value = (tensor(2, heads, 600, 24, dtype=dtype, layout="tokens") for heads in (4, 2, 2))
     spans = Spans.causal(600)
     Problem(query, key, value, spans).check()
 
-    def laid_out(rows, batch=2):
+    def as_multiplied(rows=600, batch=2, bias=None):
         given = (
             query[:, :, :rows],
             *(each[:1].expand(batch, -1, -1, -1) if batch > 2 else each for each in (key, value)),
         )
-        problem = blockwise.Problem(*given, spans.start, spans.end, *(None,) * 5, 1.0, None, 0.0)
-        changed = blockwise.laid_out(problem)
-        assert changed.key.dtype == (torch.float32 if wide and changed is not problem else dtype)
-        return changed.key.is_contiguous()
+        problem = blockwise.Problem(*given, spans.start, spans.end, None, None, bias, None, None, 1.0, None, 0.0)
+        changed = blockwise.as_multiplied(problem)
+        return changed.key.dtype, changed.key.is_contiguous()
 
-    assert laid_out(600) == (dtype != torch.float32)
-    assert not laid_out(500), "few rows read keys few times"
-    assert not laid_out(600, batch=3), "shared keys are not multiplied"
+    affected = wide and dtype != torch.float32
+    assert as_multiplied() == ((torch.float32, True) if affected else (dtype, False))
+    assert as_multiplied(bias=tensor(1, 1, 600, 600)) == (dtype, affected)
+    assert as_multiplied(rows=500) == (dtype, False), "few rows read keys few times"
+    assert as_multiplied(batch=3) == (dtype, False), "shared keys are not multiplied"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("key_len", [40, 300, 1400])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("window", [None, 200])
+def test_what_rows_do_not_see_is_not_in_them(dtype, key_len, poison, where, window):
+    """Looked for in the output, or in values and the log-sum-exp, whichever have fewer numbers."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, 32).to(dtype) for heads, n in ((4, 300), (2, key_len), (2, key_len)))
+    spans = Spans.sliding(300, key_len, left=window, offset=0)
+    clean = attention(query, key, value, spans)
+    {"key": key, "value": value}[where][:, :, 20] = poison
+    output = attention(query, key, value, spans)
+    sees = spans.to_dense()[0, :, 20]
+    torch.testing.assert_close(output[:, :, ~sees], clean[:, :, ~sees], rtol=1e-2, atol=2e-3)
+    assert not math.isnan(poison) or output[:, :, sees].isnan().all()
+
+
+def test_finite_values_of_an_infinite_sum_are_finite(monkeypatch):
+    monkeypatch.setattr(blockwise, "attend_written_out", None)
+    query, key = torch.randn(1, 4, 300, 32).half(), torch.randn(1, 1, 300, 32).half()
+    output = attention(query, key, torch.full_like(key, 6e4), Spans.causal(300))
+    torch.testing.assert_close(output, torch.full_like(output, 6e4))

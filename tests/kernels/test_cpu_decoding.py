@@ -196,7 +196,7 @@ def test_random_calls(seed):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_hidden_nonfinite_values_do_not_leak_from_remembered_calls(poison, monkeypatch):
-    monkeypatch.setattr(blockwise, "CALL_BYTES", 1 << 20)  # sequences are computed together, with a mask
+    monkeypatch.setattr(blockwise, "CALL_NUMBERS", 1 << 18)  # sequences are computed together, with a mask
     torch.manual_seed(0)
     spans = padded_spans()
     query, key, value = operands()
