@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator, how_to_share
+from .blockwise.pieces import FEW_ROWS, Sharing, cut_batch
 from .operators import attention, log_once
-from .pieces import FEW_ROWS, Sharing, cut_batch
 from .spans import Spans
 
 if TYPE_CHECKING:

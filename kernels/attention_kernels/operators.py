@@ -13,7 +13,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import blockwise, blockwise_backward, hopper, prebound, tokens
+from . import blockwise, hopper, prebound
+from .blockwise import tokens
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .spans import Spans
@@ -415,7 +416,7 @@ def _backward(output, lse, rounding, grad_output, grad_lse, *arguments) -> tuple
     else:
         problem = _problem(*arguments[_FLAGS:], trains=True)
         flags = arguments[:_FLAGS]
-        gradients = blockwise_backward.backward(problem, output, lse, rounding, grad_output, grad_lse, *flags)
+        gradients = blockwise.backward(problem, output, lse, rounding, grad_output, grad_lse, *flags)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients in plain torch: what CPU tensors run, and devices that Triton does not serve.
+"""The backward pass of the torch path.
 
 Pieces as in the forward pass run torch's own fused gradient where that is accurate and faster; everything else is the
 chain rule written out, a few rows with all their keys at a time.
@@ -14,23 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .blockwise import (
-    Problem,
-    accumulator,
-    additive_mask,
-    cut_piece,
-    dropout_factor,
-    equal_dims,
-    finite_or_zero,
-    four_dimensional,
-    has_nan,
-    narrow_pieces,
-    over_group,
-    per_group,
-    piece_operands,
-    score_tile,
-)
+from .operands import additive_mask, cut_piece, equal_dims, four_dimensional, piece_operands
 from .pieces import Group, Piece, uncovered
+from .problem import Problem, accumulator, has_nan
+from .written_out import dropout_factor, finite_or_zero, narrow_pieces, over_group, per_group, score_tile
 
 FEW_KEYS = 32
 """Keys per row up to which gradients are written out."""
@@ -111,7 +98,7 @@ def backward(
 ) -> Five:
     """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given).
 
-    `output`, `lse` and `rounding` are what `blockwise.forward` returned.
+    `output`, `lse` and `rounding` are what `attend.forward` returned.
     """
     gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
     call = Call(problem, output, lse, rounding, grad_output, grad_lse, gradients)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..spans import Spans
 from .pieces import Plan, versions
-from .spans import Spans
 
 FEWEST_ROWS = {torch.bfloat16: 2}
 """Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass of the torch path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..spans import Spans
+from . import tokens
+from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_calls, strips, takes_strips
+from .operands import additive_mask, is_square
+from .pieces import Group, Piece, plan_batch, uncovered
+from .problem import Problem, accumulator, how_to_share
+from .written_out import attend_written_out
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[batch, num_heads, query_len, value_dim]`, log-sum-exp `[batch, num_heads, query_len]`, and rounding.
+
+    The output is stored token by token, as `forward.forward` stores it. The log-sum-exp is float32 (float64 for
+    float64). The third is what the output lost when it was rounded to 16 bits, stored in the same way, or empty where
+    that was not or no gradients follow.
+    """
+    output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
+    if problem.fused and may_have_wrong_nan(problem, output, lse):
+        # The careful loop tells whose NaN it is.
+        output, lse = _forward(problem.widened, fused=False)
+    dtype = problem.query.dtype
+    rounded = output.to(dtype)
+    if dtype.itemsize > 2 or not problem.trains:
+        return rounded, lse, output.new_empty(0, dtype=dtype)
+    return rounded, lse, (output - rounded).to(dtype)
+
+
+def one_token(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of a checked call without gradients and masks, which `tokens.again` then repeats.
+
+    None if it is no step of decoding on the CPU, or needs the careful loop.
+    """
+    if query.shape[2] != 1 or query.device.type != "cpu" or spans.key_mask is not None:
+        return None
+    sharing = how_to_share(key, value, fused=True)
+    plan = plan_batch(spans.start, spans.end, query.shape[0], 1, tiles_only=False, sharing=sharing)
+    first = tokens.first(query, key, value, spans, sinks, scale, plan)
+    return None if first is None else with_sinks(*first, sinks)
+
+
+def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
+    query, value = problem.query, problem.value
+    batch, num_heads, query_len, _ = query.shape
+    plan = problem.plan(fused=fused)
+    if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
+        parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
+        return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
+    groups = problem.pieces(plan, fused=fused)
+    if is_one_call(groups, problem, fused=fused):
+        # Its result is the whole answer: nothing to gather.
+        output, lse = (attend_fused if fused else attend_written_out)(problem, groups[0].elements, groups[0].pieces[0])
+        return with_sinks(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), problem.sinks)
+    output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, query_len, dtype=accumulator(query.dtype))
+    for whole, (elements, pieces, _) in zip(plan.groups, groups, strict=True):
+        for rows in uncovered(whole.pieces, query_len):
+            output[elements, :, rows], lse[elements, :, rows] = 0, -math.inf
+        for piece in pieces:
+            for place, place_lse, part, part_lse in results_of(problem, elements, piece, output, lse, fused=fused):
+                if piece.follows:
+                    merge_into(place, place_lse, part, part_lse)
+                else:
+                    place.copy_(part)
+                    place_lse.copy_(part_lse)
+    return with_sinks(output, lse, problem.sinks)
+
+
+def is_one_call(groups: list[Group], problem: Problem, *, fused: bool) -> bool:
+    """Whether there is a single piece, computed at once, that has all rows."""
+    pieces = groups[0].pieces if len(groups) == 1 else []
+    if len(pieces) != 1 or pieces[0].rows != slice(0, problem.query.shape[2]):
+        return False
+    return not (fused and takes_strips(pieces[0], problem.query.shape[1]))
+
+
+def results_of(
+    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, *, fused: bool
+) -> Iterator[Result]:
+    """Results of a piece, as often as it is there, by torch's fused attention or written out."""
+    in_strips = fused and takes_strips(piece, output.shape[1])
+    if piece.times == 1 and not in_strips:
+        attend = attend_fused if fused else attend_written_out
+        yield output[elements, :, piece.rows], lse[elements, :, piece.rows], *attend(problem, elements, piece)
+        return
+    added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
+    for (query, key, value), place, place_lse in shared_calls(problem, elements, piece, output, lse):
+        if in_strips:
+            yield from strips(query, key, value, place, place_lse, problem.scale)
+            continue
+        # The same call whatever shares it, or a sequence's bits would depend on its neighbours.
+        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
+        )
+        yield place, place_lse, part[..., : output.shape[-1]], part_lse
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result after the sinks, which have no values, have taken their share of the softmax."""
+    if sinks is None:
+        return output, lse
+    sinks = sinks.to(lse.dtype)[:, None]
+    share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
+    return output.mul_(share[..., None]), torch.logaddexp(lse, sinks)
+
+
+def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make of attention over one set of keys attention over the union with another, in place.
+
+    Where a row has no weight in either, the result is NaN: pieces that are merged leave no row without keys.
+    """
+    other_share = torch.sigmoid(other_lse - lse)
+    other_weight = other_share[..., None]
+    if output.dtype == lse.dtype:
+        output.lerp_(other, other_weight)
+    else:
+        output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
+    # As `torch.logaddexp`, in a sixth of its time: the greater one has at least half of the weight.
+    greater_share = torch.maximum(other_share, 1 - other_share)
+    torch.maximum(lse, other_lse, out=lse)
+    lse.sub_(greater_share.log_())

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces by torch's fused CPU attention, in the calls that it is fastest in."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .operands import additive_mask, equal_dims, four_dimensional, is_square, piece_operands, shows_all
+from .pieces import Piece
+from .problem import Problem, accumulator, has_nan
+
+LARGE_STEP_ROWS = 768
+"""Rows from which on torch's fused attention takes 256 at a time; fewer take 64 or 32, with smaller products."""
+
+ROWS_WORTH_COPIES = 512
+"""Rows from which on 16-bit operands are copied first, as `as_multiplied` says."""
+
+STRIP_ROWS = 64
+"""Rows of a strip of a causal triangle: few, to hug its diagonal, but as many as products are fast for."""
+
+FEWEST_STRIPS = 4
+"""Strips from which on they are worth their calls."""
+
+MOST_STRIP_ROWS = 1152
+"""Rows of a causal triangle up to which they are."""
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Views of an output and a log-sum-exp, and what belongs there."""
+
+
+def as_multiplied(problem: Problem) -> Problem:
+    """The problem with its operands as torch's fused attention multiplies them fastest.
+
+    Where a processor's products of 16 bits are not faster than those of float32, all of it is faster in float32, and
+    triangles can be halved. Gradients need an output that was not rounded. A bias of 16 bits would have to be widened
+    for every tile, so it stays; then there each head's tokens are laid together, as keys and values are packed anew for
+    every block of rows, which takes 3 to 15 % longer where other heads lie between.
+    """
+    if problem.query.element_size() != 2:
+        return problem
+    if problem.trains:
+        return problem.widened
+    tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
+    if multiplies_16_bits() or problem.query.shape[2] < ROWS_WORTH_COPIES:
+        return problem
+    if any(tensor.stride(0) == 0 for tensor in tensors.values()):
+        return problem  # a batch that shares its keys need not have a copy for each element
+    if problem.bias is None:
+        return problem.widened
+    return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+@lru_cache
+def multiplies_16_bits() -> bool:
+    """Whether this processor has instructions for products of 16 bits that are faster than those of float32.
+
+    On x86 those are AMX. AVX-512 has some for bfloat16, with which torch's fused attention is no faster. Others are not
+    known: they are taken to have them.
+    """
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
+
+
+def may_have_wrong_nan(problem: Problem, output: Tensor, lse: Tensor) -> bool:
+    """Whether a row of a fused result may be NaN for a key that it does not see.
+
+    Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN. A score that
+    is NaN makes the log-sum-exp NaN.
+    """
+    if output.numel() <= problem.value.numel():
+        return has_nan(output)
+    return has_nan(lse) or not problem.has_finite_values
+
+
+def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a piece by torch's fused CPU attention."""
+    query, key, value = equal_dims(*piece_operands(problem, elements, piece))
+    batch, num_heads, rows, dim = query.shape
+    group_size = num_heads // key.shape[1] if folds_groups(problem, query, key, piece) else 1
+    added = None
+    if not is_square(piece):
+        # Beside 16-bit queries a mask may be of 16 bits as well: a bias that is need not be widened.
+        own = problem.bias is not None and problem.bias.dtype == query.dtype and shows_all(problem, piece)
+        dtype = query.dtype if own else accumulator(query.dtype)
+        added = additive_mask(problem, elements, piece, dtype, group_size)
+        added = four_dimensional(added, group_size * rows, piece)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query if group_size == 1 else query.reshape(batch, key.shape[1], group_size * rows, dim),
+        key,
+        value,
+        0.0,
+        is_square(piece) and group_size == 1,  # the one row of a triangle sees its one key
+        attn_mask=added,
+        scale=problem.scale,
+    )
+    if group_size > 1:
+        output, lse = output.reshape(batch, num_heads, rows, dim), lse.reshape(batch, num_heads, rows)
+        added = None if added is None else added[:, :, :rows]
+    output = output[..., : problem.value.shape[-1]]
+    if added is not None and (piece.blind or problem.has_tiles):
+        output, lse = without_blind_rows(output, lse, added)
+    return output, lse
+
+
+def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> bool:
+    """Whether the heads of a group become the rows of one head, which then reads its keys once.
+
+    Always for a single row; for more where that makes as many rows as fused attention takes large steps for, and leaves
+    each thread heads to work on.
+    """
+    _, num_heads, rows, _ = query.shape
+    num_kv_heads = key.shape[1]
+    if num_heads == num_kv_heads or any(
+        each is not None and each.shape[1] != 1 for each in (problem.bias, problem.mask)
+    ):
+        return False
+    folded = num_heads // num_kv_heads * rows
+    steps = num_kv_heads * (folded // LARGE_STEP_ROWS)  # whatever the batch, as for strips
+    worth = rows < LARGE_STEP_ROWS <= folded and steps >= torch.get_num_threads()
+    return rows == 1 or (worth and piece.kind != "causal")
+
+
+def without_blind_rows(output: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The result with output 0 and log-sum-exp -inf in rows of which `added` hides all keys.
+
+    Fused attention gives such rows a log-sum-exp of 0, or none that is a number; only where there is one need the mask
+    be looked at, which takes long.
+    """
+    suspicious = (lse == 0) | ~lse.isfinite()
+    if not suspicious.any():
+        return output, lse
+    nothing = suspicious & (added.amax(-1) == -math.inf)
+    return output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
+
+
+def shared_calls(
+    problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+    """Operands of a piece, as often as it is there, and views of output and log-sum-exp for what they make.
+
+    Either all elements of the batch share a call or all repetitions of the piece do: whichever are more.
+    """
+    batch = range(*elements.indices(output.shape[0]))
+    if piece.times > 1 and piece.times >= len(batch):
+        for element in batch:
+            place, place_lse = (spread(each[element], piece.rows, piece) for each in (output, lse))
+            yield spread_operands(problem, element, piece), place, place_lse
+        return
+    for each in piece.each():
+        operands = equal_dims(*piece_operands(problem, elements, each))
+        yield operands, output[elements, :, each.rows], lse[elements, :, each.rows]
+
+
+def spread(tensor: Tensor, part: slice, piece: Piece) -> Tensor:
+    """Where a piece and its repetitions have `part` of `[heads, tokens, ...]`: a view `[times, heads, part, ...]`."""
+    windows = tensor[:, reach_of(part, piece)].unfold(1, part.stop - part.start, piece.step)
+    return windows.movedim(-1, 2).transpose(0, 1)  # what was [heads, times, ..., part]
+
+
+def reach_of(part: slice, piece: Piece) -> slice:
+    """From the beginning of `part` of a piece to its end in the last repetition."""
+    return slice(part.start, part.stop + (piece.times - 1) * piece.step)
+
+
+def spread_operands(problem: Problem, element: int, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """Query rows, keys and values of a piece and its repetitions, `[times, heads, rows or keys, dim]`."""
+    reach = piece._replace(rows=reach_of(piece.rows, piece), keys=reach_of(piece.keys, piece))
+    # Padded before they are spread, as the keys of repetitions overlap.
+    query, key, value = equal_dims(*piece_operands(problem, slice(element, element + 1), reach))
+    rows, keys = (slice(0, extent) for extent in piece.shape)
+    return spread(query[0], rows, piece), spread(key[0], keys, piece), spread(value[0], keys, piece)
+
+
+def takes_strips(piece: Piece, num_heads: int) -> bool:
+    """Whether a piece is a causal triangle, or some, that is computed in strips.
+
+    Whatever the batch: a sequence's bits must not depend on its neighbours.
+    """
+    rows = piece.shape[0]
+    if not is_square(piece) or not STRIP_ROWS < rows <= MOST_STRIP_ROWS:
+        return False
+    return piece.times * rows >= FEWEST_STRIPS * STRIP_ROWS and fill_threads(piece.times * num_heads)
+
+
+def fill_threads(num_heads: int) -> bool:
+    """Whether strips of few rows, which torch's fused attention takes 32 at a time, keep all threads equally busy."""
+    steps, threads = num_heads * (STRIP_ROWS // 32), torch.get_num_threads()
+    return steps >= 8 * threads or steps % threads == 0
+
+
+def strips(query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float) -> Iterator[Result]:
+    """Results of a causal triangle, a strip of few rows at a time, with no more keys than it sees.
+
+    Torch's fused attention computes 512 keys at a time, whether any row sees them or not.
+    """
+    tokens = query.shape[2]
+    for first in range(0, tokens, STRIP_ROWS):
+        rows, keys = slice(first, first + STRIP_ROWS), slice(0, min(first + STRIP_ROWS, tokens))
+        diagonal = None if first == 0 else diagonal_mask(first, keys.stop, accumulator(query.dtype))
+        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal=first == 0, attn_mask=diagonal, scale=scale
+        )
+        yield output[:, :, rows], lse[:, :, rows], part[..., : output.shape[-1]], part_lse
+
+
+def diagonal_mask(first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[1, 1, last - first, last]` of the rows `[first, last)` of a causal triangle."""
+    return _widest_diagonal_mask(dtype)[:, :, : last - first, MOST_STRIP_ROWS - first : MOST_STRIP_ROWS - first + last]
+
+
+@lru_cache
+def _widest_diagonal_mask(dtype: torch.dtype) -> Tensor:
+    """Zeros `[1, 1, STRIP_ROWS, MOST_STRIP_ROWS]`, and a causal triangle to the right of them."""
+    shape = (1, 1, STRIP_ROWS, MOST_STRIP_ROWS + STRIP_ROWS)
+    return torch.full(shape, -math.inf, dtype=dtype).triu_(MOST_STRIP_ROWS + 1)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention call of the torch path: its arguments, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .pieces import Group, Plan, Sharing, plan_batch
+
+CALL_NUMBERS = 1 << 17
+"""Numbers of keys and values, of whatever dtype, that take as long as one more call of fused attention takes."""
+
+WRITTEN_OUT_CALLS = 8
+"""As many calls of fused attention take as long as one tile written out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one attention call, validated by `operators.attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    start: Tensor
+    end: Tensor
+    key_mask: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    dropout_seed: Tensor | None
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    trains: bool = False
+    """Whether gradients follow: then no sequence's sums may depend on its neighbours, not even in their last bit."""
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether every tile needs a mask of its own, beyond what spans say."""
+        return self.key_mask is not None or self.mask is not None or self.bias is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused CPU attention can express this call."""
+        return self.query.device.type == "cpu" and self.softcap is None and self.dropout_seed is None
+
+    def plan(self, *, fused: bool) -> Plan:
+        """How its batch is computed. What is written out has all keys of a row in one piece."""
+        batch, query_len = self.query.shape[0], self.query.shape[2]
+        tiles_only = self.has_tiles or not fused
+        # A bias is there already; a mask is made for each tile, and small ones keep memory small.
+        joins = fused and self.bias is not None and self.key_mask is self.mask is None
+        sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
+        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
+
+    @cached_property
+    def widened(self) -> Problem:
+        """The problem in the accumulator's dtype, each head's keys together."""
+        wide = accumulator(self.query.dtype)
+        key, value = (
+            tensor.contiguous() if tensor.dtype == wide else tensor.to(wide, memory_format=torch.contiguous_format)
+            for tensor in (self.key, self.value)
+        )
+        return replace(self, query=self.query.to(wide), key=key, value=value)
+
+    @cached_property
+    def has_finite_values(self) -> bool:
+        """Whether all values are finite. A sum tells that soonest, but that of finite ones may be infinite."""
+        return math.isfinite(self.value.sum()) or bool(self.value.isfinite().all())
+
+    def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
+        """The groups of its plan, with pieces as the forward pass computes them.
+
+        Halves of a triangle are merged, which would round results of 16 bits.
+        """
+        if not fused:
+            return plan.groups
+        return plan.halved if self.query.dtype == accumulator(self.query.dtype) else plan.in_tiles
+
+
+def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
+    """What decides which sequences are decoded in one call."""
+    num_kv_heads, value_dim = value.shape[1], value.shape[3]
+    numbers_per_key = num_kv_heads * (key.shape[3] + value_dim)
+    call_numbers = CALL_NUMBERS * (1 if fused else WRITTEN_OUT_CALLS)
+    return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_numbers // numbers_per_key)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of softmax statistics and of sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor may hold NaN, in one pass over it: a sum is NaN if a term is."""
+    return math.isnan(tensor.sum())
