@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, attention_reference, operators
-from attention_kernels.blockwise import problem, tokens
+from attention_kernels import Spans, attention, attention_reference, blockwise, operators
+from attention_kernels.blockwise import tokens
 from attention_kernels.operators import interpreting
 
 from helpers import DTYPES, assert_within_bound
@@ -197,7 +197,7 @@ def test_random_calls(seed):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_hidden_nonfinite_values_do_not_leak_from_remembered_calls(poison, monkeypatch):
-    monkeypatch.setattr(problem, "CALL_NUMBERS", 1 << 18)  # sequences are computed together, with a mask
+    monkeypatch.setattr(blockwise.problem, "CALL_NUMBERS", 1 << 18)  # sequences are computed together, with a mask
     torch.manual_seed(0)
     spans = padded_spans()
     query, key, value = operands()

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attention_kernels import Spans, attention, attention_reference
-from attention_kernels.blockwise import written_out
+from attention_kernels import Spans, attention, attention_reference, blockwise
 from attention_kernels.dropout import draw_seed, keep_mask, squares, threshold_and_scale
 from attention_kernels.operators import interpreting
 
@@ -196,7 +195,7 @@ def test_tiles_do_not_change_the_mask(monkeypatch):
         return output, *torch.autograd.grad(output.square().sum(), inputs)
 
     expected = run()
-    monkeypatch.setattr(written_out, "TILE_SCORES", 1 << 14)
+    monkeypatch.setattr(blockwise.written_out, "TILE_SCORES", 1 << 14)
     torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..spans import Spans
 from . import tokens
-from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_calls, strips, takes_strips
-from .operands import additive_mask, is_square
+from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_results, takes_strips
 from .pieces import Group, Piece, plan_batch, uncovered
 from .problem import Problem, accumulator, how_to_share
 from .written_out import attend_written_out
@@ -90,21 +89,11 @@ def results_of(
     problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, *, fused: bool
 ) -> Iterator[Result]:
     """Results of a piece, as often as it is there, by torch's fused attention or written out."""
-    in_strips = fused and takes_strips(piece, output.shape[1])
-    if piece.times == 1 and not in_strips:
-        attend = attend_fused if fused else attend_written_out
-        yield output[elements, :, piece.rows], lse[elements, :, piece.rows], *attend(problem, elements, piece)
+    if piece.times > 1 or (fused and takes_strips(piece, output.shape[1])):
+        yield from shared_results(problem, elements, piece, output, lse)
         return
-    added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
-    for (query, key, value), place, place_lse in shared_calls(problem, elements, piece, output, lse):
-        if in_strips:
-            yield from strips(query, key, value, place, place_lse, problem.scale)
-            continue
-        # The same call whatever shares it, or a sequence's bits would depend on its neighbours.
-        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
-        )
-        yield place, place_lse, part[..., : output.shape[-1]], part_lse
+    attend = attend_fused if fused else attend_written_out
+    yield output[elements, :, piece.rows], lse[elements, :, piece.rows], *attend(problem, elements, piece)
 
 
 def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,13 +110,10 @@ def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) ->
 
     Where a row has no weight in either, the result is NaN: pieces that are merged leave no row without keys.
     """
-    other_share = torch.sigmoid(other_lse - lse)
-    other_weight = other_share[..., None]
+    other_lse = other_lse.contiguous()  # fused attention has heads last, which logaddexp takes six times as long for
+    other_weight = torch.sigmoid(other_lse - lse)[..., None]
     if output.dtype == lse.dtype:
         output.lerp_(other, other_weight)
     else:
         output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
-    # As `torch.logaddexp`, in a sixth of its time: the greater one has at least half of the weight.
-    greater_share = torch.maximum(other_share, 1 - other_share)
-    torch.maximum(lse, other_lse, out=lse)
-    lse.sub_(greater_share.log_())
+    torch.logaddexp(lse, other_lse, out=lse)

@@ -70,12 +70,12 @@ def multiplies_16_bits() -> bool:
 def may_have_wrong_nan(problem: Problem, output: Tensor, lse: Tensor) -> bool:
     """Whether a row of a fused result may be NaN for a key that it does not see.
 
-    Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN. A score that
-    is NaN makes the log-sum-exp NaN.
+    Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN, in the output.
+    Where values are finite and fewer, they and the log-sum-exp, which is NaN where a score is, are less to look at.
     """
-    if output.numel() <= problem.value.numel():
-        return has_nan(output)
-    return has_nan(lse) or not problem.has_finite_values
+    if problem.value.numel() < output.numel() and problem.has_finite_values:
+        return has_nan(lse)
+    return has_nan(output)
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,21 @@ def without_blind_rows(output: Tensor, lse: Tensor, added: Tensor) -> tuple[Tens
         return output, lse
     nothing = suspicious & (added.amax(-1) == -math.inf)
     return output.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
+
+
+def shared_results(problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor) -> Iterator[Result]:
+    """Results of a piece that is there several times, or is computed in strips."""
+    added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
+    in_strips = takes_strips(piece, output.shape[1])
+    for (query, key, value), place, place_lse in shared_calls(problem, elements, piece, output, lse):
+        if in_strips:
+            yield from strips(query, key, value, place, place_lse, problem.scale)
+            continue
+        # The same call whatever shares it, or a sequence's bits would depend on its neighbours.
+        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
+        )
+        yield place, place_lse, part[..., : output.shape[-1]], part_lse
 
 
 def shared_calls(

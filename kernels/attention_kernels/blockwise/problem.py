@@ -70,8 +70,8 @@ class Problem:
 
     @cached_property
     def has_finite_values(self) -> bool:
-        """Whether all values are finite. A sum tells that soonest, but that of finite ones may be infinite."""
-        return math.isfinite(self.value.sum()) or bool(self.value.isfinite().all())
+        """Whether all values are finite, as far as their sum tells: that of large ones may not be."""
+        return math.isfinite(self.value.sum())
 
     def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
         """The groups of its plan, with pieces as the forward pass computes them.
