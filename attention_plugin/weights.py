@@ -51,8 +51,10 @@ def weights_wanted(module: torch.nn.Module, output_attentions: bool | None) -> b
         module: the attention layer.
         output_attentions: what reached the attention function. False is no answer: some layers pass their own default.
     """
-    wanted = bool(output_attentions) or _collected(module) or _set_where_it_counts(module)
-    if wanted and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return bool(output_attentions) or _collected_around_compiler(module)
+    wanted = bool(output_attentions) or _collects_attentions() or _set_where_it_counts(module)
+    if wanted:
         log_once(
             "attention weights were asked for: each layer writes down [batch, num_heads, query_len, key_len] numbers, "
             "so that memory grows with the square of the tokens"
@@ -67,24 +69,22 @@ def absent_weights(module: torch.nn.Module, output_attentions: bool | None) -> A
     return None
 
 
-def _collected(module: torch.nn.Module) -> bool:
-    """Whether transformers' hooks, which read the weights off the layers' outputs, are waiting for them."""
-    if _active_collector is None:
-        return False
-    if torch.compiler.is_compiling() and not _active_collector.compiling:
-        # A part of a model is compiled, and what was set outside of it cannot be traced. Neither can the hooks.
-        return bool(module._forward_hooks) and torch.compiler.disable(_collects_attentions)()
-    return _collects_attentions()
-
-
 def _collects_attentions() -> bool:
-    collector = _active_collector.get()
+    """Whether transformers' hooks, which read the weights off the layers' outputs, are waiting for them."""
+    collector = None if _active_collector is None else _active_collector.get()
     return collector is not None and any(key.endswith("attentions") for key in collector)
+
+
+def _collected_around_compiler(module: torch.nn.Module) -> bool:
+    """The same where a compiler traces: what was set outside of a part of a model that is compiled cannot be traced."""
+    if _active_collector is None or _active_collector.compiling:
+        return _collects_attentions()
+    return bool(module._forward_hooks) and torch.compiler.disable(_collects_attentions)()  # nor can the hooks
 
 
 def _set_where_it_counts(module: torch.nn.Module) -> bool:
     """Whether the configuration asks for weights in a model that hands them out itself."""
-    if torch.compiler.is_compiling() or not _swallows_wish(type(module).__module__):
+    if not _swallows_wish(type(module).__module__):
         return False
     return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator, how_to_share
-from .blockwise.pieces import FEW_ROWS, Sharing, cut_batch
+from .blockwise.pieces import FEW_ROWS, cut_batch
 from .operators import attention, log_once
 from .spans import Spans
 
@@ -131,8 +131,8 @@ def groups(seen: Seen, cache: PagedCache, *, alone: bool) -> Iterator[np.ndarray
 
     They are in order if all are computed together.
     """
-    least, worth = how_to_share(cache.key.transpose(1, 2), cache.value.transpose(1, 2), fused=True)
-    sharing = Sharing(least, CALLS_PER_GROUP * worth // cache.page_size)
+    sharing = how_to_share(cache.key.transpose(1, 2), cache.value.transpose(1, 2), fused=True)
+    sharing = sharing._replace(worth=CALLS_PER_GROUP * sharing.worth // cache.page_size)
     page_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in (cache.key, cache.value))
     for rows in sorted(set(seen.rows.tolist())):
         (several,) = (seen.rows == rows).nonzero()

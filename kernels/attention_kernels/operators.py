@@ -125,9 +125,9 @@ def attention(
     if repeatable and (again := prebound.relaunch(query, key, value, spans, sinks, asked)) is not None:
         return again if return_lse else again[0]
     plain = repeatable and softcap is num_splits is None
-    if plain and (again := tokens.again(query, key, value, spans, sinks, scale)) is not None:
-        output, lse = blockwise.with_sinks(*again, sinks)
-        return (output, lse) if return_lse else output
+    if plain and (step := tokens.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
+        output, lse = step
+        return (output, lse) if return_lse and lse is not None else output
     given_scale = scale
     query, key, value = _validated(*cast_for_autocast(query, key, value))
     batch, num_heads, query_len, head_dim = query.shape

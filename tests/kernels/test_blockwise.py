@@ -227,7 +227,7 @@ def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
     start = torch.randint(0, key_len, (batch, query_len), dtype=torch.int32)
     end = start + torch.randint(-20, key_len, start.shape, dtype=torch.int32)
     end = end.clamp(max=key_len)
-    sharing = Sharing(least=draw.choice([1, 2, 4]), worth=draw.choice([0, 50, 10_000]))
+    sharing = Sharing(heads=draw.choice([1, 3, 8]), threads=draw.choice([1, 2, 4]), worth=draw.choice([0, 50, 10_000]))
     groups = list(plan_few_rows(start, end, batch, sharing))
     assert [index for group in groups for index in range(group.elements.start, group.elements.stop)] == [*range(batch)]
     computed = 0
@@ -238,12 +238,14 @@ def test_neighbours_are_cut_apart_where_it_spares_enough(seed):
             area[:, piece.rows, piece.keys] = True
             assert piece.blind or visible[:, piece.rows].any(-1).all()
             assert piece.kind == "masked" or visible[:, piece.rows, piece.keys].all()
-            computed += (elements.stop - elements.start) * (piece.keys.stop - piece.keys.start)
+            of_a_thread = math.ceil((elements.stop - elements.start) * sharing.heads / sharing.threads)
+            computed += of_a_thread * (piece.keys.stop - piece.keys.start)
         assert not (visible & ~area).any()
-        assert elements.start % sharing.least == 0
     if groups[1:]:
-        ((whole,),) = [group.pieces for group in plan_few_rows(start, end, batch, Sharing(batch, 0))]
-        assert computed + sharing.worth < batch * (whole.keys.stop - whole.keys.start)
+        unwilling = sharing._replace(worth=1 << 30)
+        ((whole,),) = [group.pieces for group in plan_few_rows(start, end, batch, unwilling)]
+        together = math.ceil(batch * sharing.heads / sharing.threads) * (whole.keys.stop - whole.keys.start)
+        assert computed + (len(groups) - 1) * sharing.worth < together
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

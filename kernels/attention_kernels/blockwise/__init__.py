@@ -8,8 +8,8 @@ the tile (`written_out`). Partial results over disjoint keys are merged by their
 the backward pass). Decoding goes a shorter way (`tokens`). Memory grows with tokens, never with their square.
 """
 
-from .attend import forward, one_token, with_sinks
+from .attend import forward, one_token
 from .gradients import backward
 from .problem import Problem, accumulator, how_to_share
 
-__all__ = ["Problem", "accumulator", "backward", "forward", "how_to_share", "one_token", "with_sinks"]
+__all__ = ["Problem", "accumulator", "backward", "forward", "how_to_share", "one_token"]

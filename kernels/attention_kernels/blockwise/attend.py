@@ -14,6 +14,7 @@ from . import tokens
 from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_results, takes_strips
 from .pieces import Group, Piece, plan_batch, uncovered
 from .problem import Problem, accumulator, how_to_share
+from .sinks import with_sinks
 from .written_out import attend_written_out
 
 
@@ -46,8 +47,7 @@ def one_token(
         return None
     sharing = how_to_share(key, value, fused=True)
     plan = plan_batch(spans.start, spans.end, query.shape[0], 1, tiles_only=False, sharing=sharing)
-    first = tokens.first(query, key, value, spans, sinks, scale, plan)
-    return None if first is None else with_sinks(*first, sinks)
+    return tokens.first(query, key, value, spans, sinks, scale, plan)
 
 
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,8 @@ def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     plan = problem.plan(fused=fused)
     if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
         parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
-        return with_sinks(*tokens.attend(query, problem.key, value, problem.scale, parts), problem.sinks)
+        output, lse = tokens.attend(query, problem.key, value, problem.scale, parts, with_lse=True)
+        return with_sinks(output, lse, problem.sinks)
     groups = problem.pieces(plan, fused=fused)
     if is_one_call(groups, problem, fused=fused):
         # Its result is the whole answer: nothing to gather.
@@ -94,15 +95,6 @@ def results_of(
         return
     attend = attend_fused if fused else attend_written_out
     yield output[elements, :, piece.rows], lse[elements, :, piece.rows], *attend(problem, elements, piece)
-
-
-def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result after the sinks, which have no values, have taken their share of the softmax."""
-    if sinks is None:
-        return output, lse
-    sinks = sinks.to(lse.dtype)[:, None]
-    share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
-    return output.mul_(share[..., None]), torch.logaddexp(lse, sinks)
 
 
 def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

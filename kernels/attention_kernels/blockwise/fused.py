@@ -22,6 +22,11 @@ LARGE_STEP_ROWS = 768
 ROWS_WORTH_COPIES = 512
 """Rows from which on 16-bit operands are copied first, as `as_multiplied` says."""
 
+FEWEST_FOLDED = {torch.bfloat16: 3} if torch.cpu._is_amx_tile_supported() else {}
+"""Query heads per key head from which on they are better the rows of one head in decoding, by dtype; 1 for others. With
+AMX several rows are a matrix product, for which keys and values are copied; one row of bfloat16 is a product of vectors
+that reads them as they are, twice in the time of that copy."""
+
 STRIP_ROWS = 64
 """Rows of a strip of a causal triangle: few, to hug its diagonal, but as many as products are fast for."""
 
@@ -111,8 +116,8 @@ def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tenso
 def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> bool:
     """Whether the heads of a group become the rows of one head, which then reads its keys once.
 
-    Always for a single row; for more where that makes as many rows as fused attention takes large steps for, and leaves
-    each thread heads to work on.
+    For a single row where `decodes_folded` says so; for more where that makes as many rows as fused attention takes
+    large steps for, and leaves each thread heads to work on.
     """
     _, num_heads, rows, _ = query.shape
     num_kv_heads = key.shape[1]
@@ -120,10 +125,17 @@ def folds_groups(problem: Problem, query: Tensor, key: Tensor, piece: Piece) -> 
         each is not None and each.shape[1] != 1 for each in (problem.bias, problem.mask)
     ):
         return False
+    if rows == 1:
+        return decodes_folded(query.dtype, num_heads // num_kv_heads)
     folded = num_heads // num_kv_heads * rows
     steps = num_kv_heads * (folded // LARGE_STEP_ROWS)  # whatever the batch, as for strips
     worth = rows < LARGE_STEP_ROWS <= folded and steps >= torch.get_num_threads()
-    return rows == 1 or (worth and piece.kind != "causal")
+    return worth and piece.kind != "causal"
+
+
+def decodes_folded(dtype: torch.dtype, group_size: int) -> bool:
+    """Whether the heads of a group that have one row each become the rows of one head."""
+    return group_size >= FEWEST_FOLDED.get(dtype, 1)
 
 
 def without_blind_rows(output: Tensor, lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,22 @@ from torch import Tensor
 TILE_ROWS = 192
 """Rows of a masked tile: as few as torch's fused attention still takes 64 at a time of, to hug what its rows see."""
 
-BAND_ROWS = 32
-"""Rows of a band's tiles. They share calls, so there may be many: as few as torch's fused attention takes at a time."""
 
-BAND_ROWS_16_BITS = 96
-"""The same in 16 bits, where keys are packed for each tile anew before they are multiplied."""
+class BandTiles(NamedTuple):
+    """Rows of a band's tiles. They share calls, so there may be many."""
 
-WIDE_BAND = 3072
-"""Keys from which on a row of a band sees so many that `TILE_ROWS` hug it as well, and products are larger."""
+    rows: int
+    """As few as are worth it, to hug the band."""
+    wide: int
+    """Keys that a row sees, from which on `TILE_ROWS` hug the band as well, and products are larger."""
+
+
+BAND_TILES = BandTiles(rows=32, wide=3072)
+"""In float32: as few rows as torch's fused attention takes at a time."""
+
+BAND_TILES_16_BITS = BandTiles(rows=96, wide=384)
+"""In 16 bits, where keys are packed for each tile anew before they are multiplied: the more, the fewer heads share
+them."""
 
 SMALLEST_HALF = 384 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 192
 """Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are. The wider a
@@ -81,10 +89,15 @@ class Piece(NamedTuple):
 class Sharing(NamedTuple):
     """When neighbours of a batch that have few rows and spans of their own are computed together."""
 
-    least: int
-    """Elements that a call should have, so that all threads have work."""
+    heads: int
+    """Heads of an element. A call shares the heads of all of its elements among the threads."""
+    threads: int
     worth: int
-    """Keys that a call must spare to be worth making."""
+    """Keys of a head that one more call must spare each thread to be worth making."""
+
+    def heads_per_thread(self, elements: int) -> int:
+        """How many heads of so many elements the busiest thread has."""
+        return -(-elements * self.heads // self.threads)
 
 
 class Group(NamedTuple):
@@ -113,7 +126,7 @@ class Plan:
     @cached_property
     def in_tiles(self) -> list[Group]:
         """The groups, with bands in tiles that share a call, as they are computed in 16 bits."""
-        return self._cut(lambda piece: tiles_of_band(piece, BAND_ROWS_16_BITS))
+        return self._cut(lambda piece: tiles_of_band(piece, BAND_TILES_16_BITS))
 
     @cached_property
     def halved(self) -> list[Group]:
@@ -123,7 +136,7 @@ class Plan:
         as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own.
         Squares of one size share a call, and so do the small triangles.
         """
-        return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece, BAND_ROWS))
+        return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece, BAND_TILES))
 
     @cached_property
     def masked(self) -> list[Group]:
@@ -238,16 +251,19 @@ def cut_batch(firsts: list[int], lasts: list[int], elements: slice, sharing: Sha
 
     They are halved where that spares most keys, as long as it spares enough.
     """
-    least, most = sharing.least, elements.stop - elements.start
+    most = elements.stop - elements.start
     own_firsts, own_lasts = firsts[elements], lasts[elements]
     before = _running_lengths(own_firsts, own_lasts)
     after = _running_lengths(own_firsts[::-1], own_lasts[::-1])
-    spared, cut = max(
-        ((most * before[-1] - size * before[size - 1] - (most - size) * after[most - size - 1], size)
-         for size in range(least, most - least + 1, least)),
-        default=(0, 0),
+    # The keys that the busiest thread reads.
+    together = sharing.heads_per_thread(most) * before[-1]
+    apart, cut = min(
+        ((sharing.heads_per_thread(size) * before[size - 1]
+          + sharing.heads_per_thread(most - size) * after[most - size - 1], size)
+         for size in range(1, most)),
+        default=(together, 0),
     )  # fmt: skip
-    if spared <= sharing.worth:
+    if together - apart <= sharing.worth:
         yield elements
         return
     middle = elements.start + cut
@@ -321,13 +337,13 @@ def joined(pieces: list[Piece]) -> list[Piece]:
     return whole
 
 
-def tiles_of_band(piece: Piece, tile_rows: int) -> Iterator[Piece]:
+def tiles_of_band(piece: Piece, tiles: BandTiles) -> Iterator[Piece]:
     """A band as equal tiles that share a call, and one of the rows that are left; any other piece as it is."""
     if piece.kind != "band":
         yield piece
         return
     rows, keys = piece.shape
-    tile = tile_rows if keys - rows < WIDE_BAND else TILE_ROWS
+    tile = tiles.rows if keys - rows < tiles.wide else TILE_ROWS
     count, rest = divmod(rows, tile)
     if count:
         yield _part_of_band(piece, 0, tile)._replace(times=count, step=tile)

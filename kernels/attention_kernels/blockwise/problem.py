@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .pieces import Group, Plan, Sharing, plan_batch
 
-CALL_NUMBERS = 1 << 17
+CALL_NUMBERS = 1 << 18
 """Numbers of keys and values, of whatever dtype, that take as long as one more call of fused attention takes."""
 
 WRITTEN_OUT_CALLS = 8
@@ -85,10 +85,9 @@ class Problem:
 
 def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:
     """What decides which sequences are decoded in one call."""
-    num_kv_heads, value_dim = value.shape[1], value.shape[3]
-    numbers_per_key = num_kv_heads * (key.shape[3] + value_dim)
+    threads, numbers_per_key = torch.get_num_threads(), key.shape[3] + value.shape[3]
     call_numbers = CALL_NUMBERS * (1 if fused else WRITTEN_OUT_CALLS)
-    return Sharing(-(-torch.get_num_threads() // num_kv_heads), call_numbers // numbers_per_key)
+    return Sharing(key.shape[1], threads, call_numbers // (threads * numbers_per_key))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -13,18 +13,20 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..spans import Spans
+from .fused import decodes_folded
 from .pieces import Plan, versions
+from .sinks import with_sinks
 
-FEWEST_ROWS = {torch.bfloat16: 2}
-"""Rows that torch's fused attention takes at least, by dtype: one row alone takes it two to three times as long as two,
-whose products go another way."""
+FEWEST_ROWS = {} if torch.cpu._is_amx_tile_supported() else {torch.bfloat16: 2}
+"""Rows that torch's fused attention takes at least, by dtype. Without AMX one row of bfloat16 alone takes it two to
+three times as long as two, whose products go another way; with AMX it takes half as long."""
 
 CACHED_BYTES = (
     20 << 20
@@ -45,6 +47,7 @@ class Part(NamedTuple):
 
     Attributes:
         elements, keys: which.
+        every: whether that is all sequences.
         whole: whether that is all sequences and all keys there are.
         mask: additive `[sequences, 1, rows, keys]`, or None if they need none.
         products: whether `two_products` computes it.
@@ -52,6 +55,7 @@ class Part(NamedTuple):
 
     elements: slice
     keys: slice
+    every: bool
     whole: bool
     mask: Tensor | None
     products: bool
@@ -70,9 +74,15 @@ _known: dict[int, Known] = {}
 
 
 def again(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, sinks: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp, before `sinks`, of a call without gradients as one that is remembered; None if none is.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Output and, if asked for, log-sum-exp of a call without gradients as one that is remembered; None if none is.
 
     None as well if the output has a NaN: whose it is takes care to find out.
     """
@@ -83,10 +93,12 @@ def again(
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, known.parts)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    output, lse = attend(query, key, value, scale, known.parts, with_lse=return_lse or sinks is not None)
     # Without masks every row sees all keys of its part, and a NaN is its own.
-    masked = any(part.mask is not None for part in known.parts)
-    return None if masked and math.isnan(output.sum()) else (output, lse)
+    if any(part.mask is not None for part in known.parts) and math.isnan(output.sum()):
+        return None
+    return (output, lse) if lse is None else with_sinks(output, lse, sinks)
 
 
 def first(
@@ -98,21 +110,21 @@ def first(
     scale: float | None,
     plan: Plan,
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp, before `sinks`, of a checked call without gradients; `again` then serves its repeats.
+    """Output and log-sum-exp of a checked call without gradients; `again` then serves its repeats.
 
     None if it is no call for `attend`, or if the output has a NaN.
     """
     if not serves(query, key, value, plan):
         return None
     parts = parts_of(query, key, value, spans.start, spans.end, plan)
-    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, parts)
+    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, parts, with_lse=True)
     if math.isnan(output.sum()):
         return None
     for oldest in list(_known)[: max(0, len(_known) - MOST_SPANS + 1)]:
         _known.pop(oldest, None)  # another thread may have been faster
     state = versions(spans.start, spans.end)
     _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, sinks, scale), parts)
-    return output, lse
+    return with_sinks(output, lse, sinks)
 
 
 def kind_of(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float | None) -> tuple:
@@ -136,7 +148,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
 
 def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, plan: Plan) -> list[Part]:
     """The parts of a plan, with their masks; kept with the plan, which all layers share."""
-    rows = rows_of(query, key)
+    _, rows = heads_and_rows(query, key)
     dtype = torch.promote_types(query.dtype, torch.float32)
     kind = (key.dtype, rows, key.shape, key.stride(), value.shape, value.stride())
     parts = plan.token_parts.get(kind)
@@ -151,8 +163,9 @@ def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tens
                     start.expand(batch, 1)[elements], end.expand(batch, 1)[elements], piece.keys, dtype
                 )
                 mask = mask[:, None, None].expand(-1, -1, rows, -1)
-            whole = len(range(*elements.indices(batch))) == batch and piece.keys == slice(0, key_len)
-            parts.append(Part(elements, piece.keys, whole, mask, products))
+            every = len(range(*elements.indices(batch))) == batch
+            whole = every and piece.keys == slice(0, key_len)
+            parts.append(Part(elements, piece.keys, every, whole, mask, products))
         plan.token_parts[kind] = parts
     return parts
 
@@ -187,39 +200,69 @@ def is_batch_of_matrices(tensor: Tensor) -> bool:
     return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
 
 
-def rows_of(query: Tensor, key: Tensor) -> int:
-    """Rows that stand for the heads of a group."""
-    return max(query.shape[1] // key.shape[1], FEWEST_ROWS.get(query.dtype, 1))
+def heads_and_rows(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """As how many heads, of how many rows each, queries go to torch's fused attention."""
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    heads = num_kv_heads if decodes_folded(query.dtype, num_heads // num_kv_heads) else num_heads
+    return heads, max(num_heads // heads, FEWEST_ROWS.get(query.dtype, 1))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """Output `[batch, num_heads, 1, dim]`, stored token by token, and log-sum-exp `[batch, num_heads, 1]`."""
+@overload
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: list[Part], *, with_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: list[Part], *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: list[Part], *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output `[batch, num_heads, 1, dim]`, stored token by token, and log-sum-exp `[batch, num_heads, 1]` if wanted."""
     batch, num_heads, _, dim = query.shape
-    num_kv_heads = key.shape[1]
-    group_size, rows = num_heads // num_kv_heads, rows_of(query, key)
-    query = query.reshape(batch, num_kv_heads, group_size, dim)  # the heads of a group as rows of one head
-    if rows > group_size:
+    heads, rows = heads_and_rows(query, key)
+    own_rows = num_heads // heads
+    if own_rows > 1:
+        query = query.reshape(batch, heads, own_rows, dim)
+    if rows > own_rows:
         query = query.repeat(1, 1, rows, 1)
     results = [attend_part(query, key, value, scale, part) for part in parts]
-    output, lse = results[0] if len(results) == 1 else (torch.cat(each) for each in zip(*results, strict=True))
-    if rows > group_size:
-        output, lse = output[:, :, :group_size].contiguous(), lse[:, :, :group_size].contiguous()
-    # One token: what is stored head by head is stored token by token as well.
-    return output.reshape(batch, 1, num_heads, dim).transpose(1, 2), lse.reshape(batch, num_heads, 1)
+    output, lse = results[0]
+    if len(results) > 1:
+        output = torch.cat([each for each, _ in results])
+        lse = torch.cat([each for _, each in results]) if with_lse else lse
+    if rows > own_rows:
+        output, lse = output[:, :, :own_rows], lse[:, :, :own_rows]
+    if own_rows > 1:
+        # One token: what is stored head by head is stored token by token as well.
+        output, lse = output.reshape(batch, num_heads, 1, dim), lse.reshape(batch, num_heads, 1) if with_lse else lse
+    return output, lse if with_lse else None
 
 
 def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part) -> tuple[Tensor, Tensor]:
-    """Output `[sequences, num_kv_heads, rows, dim]` and log-sum-exp `[sequences, num_kv_heads, rows]` of a part."""
+    """Output `[sequences, heads, rows, dim]` and log-sum-exp `[sequences, heads, rows]` of a part."""
+    if not part.every:
+        query = query[part.elements]
     if not part.whole:
-        query, key, value = (
-            query[part.elements],
-            key[part.elements, :, part.keys],
-            value[part.elements, :, part.keys],
-        )
+        key, value = shown(key, part), shown(value, part)
     if part.products:
         return two_products(query, key, value, part.mask, scale)
     # torch's own name for it takes two thirds of the time that torch.ops takes.
     return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=part.mask, scale=scale)
+
+
+def shown(tensor: Tensor, part: Part) -> Tensor:
+    """`tensor[part.elements, :, part.keys]` of keys or values, in one step of torch where indexing takes two."""
+    _, heads, _, dim = tensor.shape
+    stride = tensor.stride()
+    elements, keys = part.elements, part.keys
+    size = (elements.stop - elements.start, heads, keys.stop - keys.start, dim)
+    first = tensor.storage_offset() + elements.start * stride[0] + keys.start * stride[2]
+    return tensor.as_strided(size, stride, first)
 
 
 def two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
