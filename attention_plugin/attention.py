@@ -166,13 +166,13 @@ def _spans_without_mask(
 ) -> Spans:
     """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys.
 
-    On the CPU those of single queries are remembered: all layers of a model share them, and what is known of their
-    calls (`attention_kernels.tokens`).
+    On the CPU those of few queries are remembered: all layers of a model share them, and what is known of their calls
+    (`attention_kernels.blockwise.remembered`).
     """
-    kind = (key_len, is_causal, sliding_window, torch.is_inference_mode_enabled())
+    kind = (query_len, key_len, is_causal, sliding_window, torch.is_inference_mode_enabled())
     # A mode (of fake tensors, say) has tensors of its own, and so has a compiler.
     plain = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
-    remembers = plain and query_len == 1 and device.type == "cpu"
+    remembers = plain and query_len <= MOST_KNOWN_QUERIES and device.type == "cpu"
     if remembers and (known := _known_spans.get(kind)) is not None:
         return known
     spans = _build_spans_without_mask(query_len, key_len, is_causal, sliding_window, device)
@@ -187,6 +187,9 @@ _known_spans: dict[tuple, Spans] = {}
 
 MOST_KNOWN_SPANS = 8
 """Spans of calls without masks that are remembered."""
+
+MOST_KNOWN_QUERIES = 4096
+"""Queries of a call whose spans are: those of a long prompt take memory, and little of its time to build."""
 
 
 def _build_spans_without_mask(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import blockwise, hopper, prebound
-from .blockwise import tokens
+from .blockwise import remembered
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .spans import Spans
@@ -125,7 +125,7 @@ def attention(
     if repeatable and (again := prebound.relaunch(query, key, value, spans, sinks, asked)) is not None:
         return again if return_lse else again[0]
     plain = repeatable and softcap is num_splits is None
-    if plain and (step := tokens.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
+    if plain and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
         output, lse = step
         return (output, lse) if return_lse and lse is not None else output
     given_scale = scale
@@ -155,7 +155,7 @@ def attention(
     if repeatable and runs_triton(query):
         first = prebound.launch_and_remember(query, key, value, spans, sinks, asked)
     else:
-        first = blockwise.one_token(query, key, value, spans, sinks, given_scale) if plain else None
+        first = remembered.first(query, key, value, spans, sinks, given_scale) if plain else None
     if first is not None:
         return first if return_lse else first[0]
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None

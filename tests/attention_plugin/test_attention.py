@@ -17,7 +17,7 @@ from transformers import masking_utils
 
 from attention_kernels import Spans, attention_reference
 from attention_plugin import attention_forward, span_mask
-from attention_plugin.attention import MOST_KNOWN_SPANS, _known_spans, _spans_without_mask
+from attention_plugin.attention import MOST_KNOWN_QUERIES, MOST_KNOWN_SPANS, _known_spans, _spans_without_mask
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 4, 2, 8, 12
 IMPLEMENTATION = "my_triton"
@@ -188,7 +188,9 @@ def test_steps_without_a_mask_share_their_spans():
         return _spans_without_mask(query_len, key_len, True, window, torch.device("cpu"))
 
     assert spans() is spans() and spans(window=4) is spans(window=4)
-    assert spans(query_len=9) is not spans(query_len=9), "a prompt may be long"
+    assert spans(query_len=9) is spans(query_len=9) is not spans()
+    long = MOST_KNOWN_QUERIES + 1
+    assert spans(long, query_len=long) is not spans(long, query_len=long)
     assert spans(10).key_len == 10 and int(spans(window=4).start) == 5 and int(spans().start) == 0
     with torch.inference_mode():
         inside = spans()

@@ -111,7 +111,7 @@ def bounds_of(spans):
 def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
     """In strips, halved, or whole: beside other keys, of fewer key heads, with values of fewer columns, with sinks."""
     torch.manual_seed(tokens)
-    monkeypatch.setattr(blockwise.fused, "multiplies_16_bits", lambda: not wide)
+    monkeypatch.setattr(blockwise.processor, "MULTIPLIES_16_BITS", not wide)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which decides whether there are strips
     key_len = tokens + 70 if kind == "cached" else tokens
     spans = Spans.causal(tokens, key_len)
@@ -135,7 +135,22 @@ def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
         assert_within_bound(output, eager, exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
     if kind in ("causal", "cached") and not interpreting():
-        assert bool(strips) == (tokens >= 256 and (tokens <= 1152 or wide or dtype.itemsize > 2))
+        assert bool(strips) == (tokens >= 256 and (wide or dtype.itemsize > 2))
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+def test_heads_with_keys_of_their_own(amx, window, monkeypatch):
+    """Their triangles are not halved on processors with AMX."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(blockwise.processor, "AMX", amx)
+    query, key, value = (torch.randn(1, 4, 1200, 24) for _ in range(3))
+    left = None if window is None else window - 1
+    problem = Problem(query, key, value, Spans.sliding(1200, left=left))
+    rows = captured_rows(monkeypatch)
+    problem.check()
+    if window is None and not interpreting():
+        assert (rows == [1200]) == amx
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -278,13 +293,13 @@ def test_decoding_over_uneven_padding(dtype, threads, num_kv_heads, sinks, monke
 
 def captured_rows(monkeypatch):
     """How many rows each call of torch's fused attention has from now on."""
-    rows, fused = [], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, fused = [], torch._scaled_dot_product_flash_attention_for_cpu
 
     def counted(query, *arguments, **keywords):
         rows.append(query.shape[2])
         return fused(query, *arguments, **keywords)
 
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", counted)
+    monkeypatch.setattr(torch, "_scaled_dot_product_flash_attention_for_cpu", counted)
     return rows
 
 
@@ -528,7 +543,7 @@ def test_other_paths_are_logged_once(caplog, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["as it is", "wide"])
 def test_long_16_bit_operands_are_widened_where_that_is_faster(dtype, wide, monkeypatch):
-    monkeypatch.setattr(blockwise.fused, "multiplies_16_bits", lambda: not wide)
+    monkeypatch.setattr(blockwise.processor, "MULTIPLIES_16_BITS", not wide)
     torch.manual_seed(0)
     query, key, value = (tensor(2, heads, 600, 24, dtype=dtype, layout="tokens") for heads in (4, 2, 2))
     spans = Spans.causal(600)

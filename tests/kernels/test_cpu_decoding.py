@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
-from attention_kernels.blockwise import tokens
+from attention_kernels.blockwise import fused, remembered, tokens
 from attention_kernels.operators import interpreting
 
 from helpers import DTYPES, assert_within_bound
@@ -21,13 +21,23 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs ker
 KEYS = 200
 
 
-@pytest.fixture(autouse=True, params=[tokens.CACHED_BYTES, 0], ids=["few keys", "many keys"])
+WAYS = {
+    "few keys": (),
+    "many keys": ((tokens, "CACHED_BYTES", 0),),
+    "head by head": ((fused, "FEWEST_FOLDED", dict.fromkeys(DTYPES, 9)),),
+    "rows together": ((fused, "FEWEST_FOLDED", {}), (tokens, "FEWEST_ROWS", dict.fromkeys(DTYPES, 2))),
+}
+"""What processors, or calls of some size, do in their own ways, so that each is tested on all."""
+
+
+@pytest.fixture(autouse=True, params=WAYS.values(), ids=WAYS)
 def nothing_known(request, monkeypatch):
-    """Nothing is remembered yet; and what float32 calls do that read many keys, done for few as well."""
-    monkeypatch.setattr(tokens, "CACHED_BYTES", request.param)
-    tokens._known.clear()
+    """Nothing is remembered yet; and one way of decoding."""
+    for changed in request.param:
+        monkeypatch.setattr(*changed)
+    remembered._known.clear()
     yield
-    tokens._known.clear()
+    remembered._known.clear()
 
 
 @pytest.fixture
@@ -202,7 +212,7 @@ def test_hidden_nonfinite_values_do_not_leak_from_remembered_calls(poison, monke
     spans = padded_spans()
     query, key, value = operands()
     expected = attention(query, key, value, spans)
-    assert any(part.mask is not None for part in next(iter(tokens._known.values())).parts)
+    assert any(part.mask is not None for part in next(iter(remembered._known.values())).compute.args[0])
     hidden = ~spans.to_dense()[:, 0, None, :, None]
     key, value = (each.masked_fill(hidden, poison) for each in (key, value))
     torch.testing.assert_close(attention(query, key, value, spans), expected)
@@ -226,4 +236,4 @@ def test_few_spans_are_remembered():
     given, kept = operands(), [padded_spans((0, 1, 2, pad)) for pad in range(10)]
     for spans in kept:
         attention(*given, spans)
-    assert len(tokens._known) == tokens.MOST_SPANS
+    assert len(remembered._known) == remembered.MOST_SPANS

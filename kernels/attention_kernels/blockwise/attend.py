@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..spans import Spans
 from . import tokens
 from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_results, takes_strips
-from .pieces import Group, Piece, plan_batch, uncovered
-from .problem import Problem, accumulator, how_to_share
+from .pieces import Group, Piece, uncovered
+from .problem import Problem, accumulator
 from .sinks import with_sinks
 from .written_out import attend_written_out
 
@@ -26,7 +25,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     that was not or no gradients follow.
     """
     output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
-    if problem.fused and may_have_wrong_nan(problem, output, lse):
+    if problem.fused and may_have_wrong_nan(problem.value, output, lse):
         # The careful loop tells whose NaN it is.
         output, lse = _forward(problem.widened, fused=False)
     dtype = problem.query.dtype
@@ -34,20 +33,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if dtype.itemsize > 2 or not problem.trains:
         return rounded, lse, output.new_empty(0, dtype=dtype)
     return rounded, lse, (output - rounded).to(dtype)
-
-
-def one_token(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of a checked call without gradients and masks, which `tokens.again` then repeats.
-
-    None if it is no step of decoding on the CPU, or needs the careful loop.
-    """
-    if query.shape[2] != 1 or query.device.type != "cpu" or spans.key_mask is not None:
-        return None
-    sharing = how_to_share(key, value, fused=True)
-    plan = plan_batch(spans.start, spans.end, query.shape[0], 1, tiles_only=False, sharing=sharing)
-    return tokens.first(query, key, value, spans, sinks, scale, plan)
 
 
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
@@ -83,14 +68,14 @@ def is_one_call(groups: list[Group], problem: Problem, *, fused: bool) -> bool:
     pieces = groups[0].pieces if len(groups) == 1 else []
     if len(pieces) != 1 or pieces[0].rows != slice(0, problem.query.shape[2]):
         return False
-    return not (fused and takes_strips(pieces[0], problem.query.shape[1]))
+    return not (fused and takes_strips(pieces[0], problem.query))
 
 
 def results_of(
     problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor, *, fused: bool
 ) -> Iterator[Result]:
     """Results of a piece, as often as it is there, by torch's fused attention or written out."""
-    if piece.times > 1 or (fused and takes_strips(piece, output.shape[1])):
+    if piece.times > 1 or (fused and takes_strips(piece, problem.query)):
         yield from shared_results(problem, elements, piece, output, lse)
         return
     attend = attend_fused if fused else attend_written_out

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import processor
 from .operands import additive_mask, equal_dims, four_dimensional, is_square, piece_operands, shows_all
 from .pieces import Piece
 from .problem import Problem, accumulator, has_nan
@@ -22,7 +23,7 @@ LARGE_STEP_ROWS = 768
 ROWS_WORTH_COPIES = 512
 """Rows from which on 16-bit operands are copied first, as `as_multiplied` says."""
 
-FEWEST_FOLDED = {torch.bfloat16: 3} if torch.cpu._is_amx_tile_supported() else {}
+FEWEST_FOLDED = {torch.bfloat16: 3} if processor.AMX else {}
 """Query heads per key head from which on they are better the rows of one head in decoding, by dtype; 1 for others. With
 AMX several rows are a matrix product, for which keys and values are copied; one row of bfloat16 is a product of vectors
 that reads them as they are, twice in the time of that copy."""
@@ -33,7 +34,7 @@ STRIP_ROWS = 64
 FEWEST_STRIPS = 4
 """Strips from which on they are worth their calls."""
 
-MOST_STRIP_ROWS = 1152
+MOST_STRIP_ROWS = LARGE_STEP_ROWS - 1 if processor.AMX else 1152
 """Rows of a causal triangle up to which they are."""
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -53,7 +54,7 @@ def as_multiplied(problem: Problem) -> Problem:
     if problem.trains:
         return problem.widened
     tensors = {name: getattr(problem, name) for name in ("query", "key", "value")}
-    if multiplies_16_bits() or problem.query.shape[2] < ROWS_WORTH_COPIES:
+    if processor.MULTIPLIES_16_BITS or problem.query.shape[2] < ROWS_WORTH_COPIES:
         return problem
     if any(tensor.stride(0) == 0 for tensor in tensors.values()):
         return problem  # a batch that shares its keys need not have a copy for each element
@@ -62,54 +63,64 @@ def as_multiplied(problem: Problem) -> Problem:
     return replace(problem, **{name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-@lru_cache
-def multiplies_16_bits() -> bool:
-    """Whether this processor has instructions for products of 16 bits that are faster than those of float32.
-
-    On x86 those are AMX. AVX-512 has some for bfloat16, with which torch's fused attention is no faster. Others are not
-    known: they are taken to have them.
-    """
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
-
-
-def may_have_wrong_nan(problem: Problem, output: Tensor, lse: Tensor) -> bool:
+def may_have_wrong_nan(value: Tensor, output: Tensor, lse: Tensor) -> bool:
     """Whether a row of a fused result may be NaN for a key that it does not see.
 
     Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN, in the output.
-    Where values are finite and fewer, they and the log-sum-exp, which is NaN where a score is, are less to look at.
+    Where values are finite (as far as their sum tells: that of large ones may not be) and fewer, they and the
+    log-sum-exp, which is NaN where a score is, are less to look at.
     """
-    if problem.value.numel() < output.numel() and problem.has_finite_values:
+    if value.numel() < output.numel() and math.isfinite(value.sum()):
         return has_nan(lse)
     return has_nan(output)
+
+
+class FusedCall(NamedTuple):
+    """How torch's fused attention is called.
+
+    Attributes:
+        causal: whether each row sees one key more than the one before it, and the first sees one.
+        group_size: how many heads become the rows of one head, one head's rows after the other's.
+        mask: additive, four-dimensional, for those rows; None if they need none.
+    """
+
+    causal: bool
+    group_size: int
+    mask: Tensor | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output `[batch, num_heads, rows, dim]` and log-sum-exp `[batch, num_heads, rows]`, in whatever layout."""
+        batch, num_heads, rows, dim = query.shape
+        if self.group_size > 1:
+            query = query.reshape(batch, num_heads // self.group_size, self.group_size * rows, dim)
+        # torch's own name for it takes two thirds of the time that torch.ops takes.
+        output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=self.causal, attn_mask=self.mask, scale=scale
+        )
+        if self.group_size > 1:
+            return output.reshape(batch, num_heads, rows, dim), lse.reshape(batch, num_heads, rows)
+        return output, lse
+
+
+def fused_call(problem: Problem, elements: slice, piece: Piece, query: Tensor, key: Tensor) -> FusedCall:
+    """The call for a piece with these operands."""
+    group_size = query.shape[1] // key.shape[1] if folds_groups(problem, query, key, piece) else 1
+    if is_square(piece):
+        return FusedCall(group_size == 1, group_size, None)  # the one row of a triangle sees its one key
+    # Beside 16-bit queries a mask may be of 16 bits as well: a bias that is need not be widened.
+    own = problem.bias is not None and problem.bias.dtype == query.dtype and shows_all(problem, piece)
+    added = additive_mask(problem, elements, piece, query.dtype if own else accumulator(query.dtype), group_size)
+    return FusedCall(False, group_size, four_dimensional(added, group_size * query.shape[2], piece))
 
 
 def attend_fused(problem: Problem, elements: slice, piece: Piece) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a piece by torch's fused CPU attention."""
     query, key, value = equal_dims(*piece_operands(problem, elements, piece))
-    batch, num_heads, rows, dim = query.shape
-    group_size = num_heads // key.shape[1] if folds_groups(problem, query, key, piece) else 1
-    added = None
-    if not is_square(piece):
-        # Beside 16-bit queries a mask may be of 16 bits as well: a bias that is need not be widened.
-        own = problem.bias is not None and problem.bias.dtype == query.dtype and shows_all(problem, piece)
-        dtype = query.dtype if own else accumulator(query.dtype)
-        added = additive_mask(problem, elements, piece, dtype, group_size)
-        added = four_dimensional(added, group_size * rows, piece)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query if group_size == 1 else query.reshape(batch, key.shape[1], group_size * rows, dim),
-        key,
-        value,
-        0.0,
-        is_square(piece) and group_size == 1,  # the one row of a triangle sees its one key
-        attn_mask=added,
-        scale=problem.scale,
-    )
-    if group_size > 1:
-        output, lse = output.reshape(batch, num_heads, rows, dim), lse.reshape(batch, num_heads, rows)
-        added = None if added is None else added[:, :, :rows]
+    call = fused_call(problem, elements, piece, query, key)
+    output, lse = call(query, key, value, problem.scale)
     output = output[..., : problem.value.shape[-1]]
-    if added is not None and (piece.blind or problem.has_tiles):
-        output, lse = without_blind_rows(output, lse, added)
+    if call.mask is not None and (piece.blind or problem.has_tiles):
+        output, lse = without_blind_rows(output, lse, call.mask[:, :, : query.shape[2]])
     return output, lse
 
 
@@ -154,7 +165,7 @@ def without_blind_rows(output: Tensor, lse: Tensor, added: Tensor) -> tuple[Tens
 def shared_results(problem: Problem, elements: slice, piece: Piece, output: Tensor, lse: Tensor) -> Iterator[Result]:
     """Results of a piece that is there several times, or is computed in strips."""
     added = additive_mask(problem, elements, piece, accumulator(problem.query.dtype))
-    in_strips = takes_strips(piece, output.shape[1])
+    in_strips = takes_strips(piece, problem.query)
     for (query, key, value), place, place_lse in shared_calls(problem, elements, piece, output, lse):
         if in_strips:
             yield from strips(query, key, value, place, place_lse, problem.scale)
@@ -204,7 +215,7 @@ def spread_operands(problem: Problem, element: int, piece: Piece) -> tuple[Tenso
     return spread(query[0], rows, piece), spread(key[0], keys, piece), spread(value[0], keys, piece)
 
 
-def takes_strips(piece: Piece, num_heads: int) -> bool:
+def takes_strips(piece: Piece, query: Tensor) -> bool:
     """Whether a piece is a causal triangle, or some, that is computed in strips.
 
     Whatever the batch: a sequence's bits must not depend on its neighbours.
@@ -212,7 +223,9 @@ def takes_strips(piece: Piece, num_heads: int) -> bool:
     rows = piece.shape[0]
     if not is_square(piece) or not STRIP_ROWS < rows <= MOST_STRIP_ROWS:
         return False
-    return piece.times * rows >= FEWEST_STRIPS * STRIP_ROWS and fill_threads(piece.times * num_heads)
+    if query.element_size() == 2 and processor.MULTIPLIES_16_BITS:
+        return False  # keys and values are packed before such products, which each strip would do anew
+    return piece.times * rows >= FEWEST_STRIPS * STRIP_ROWS and fill_threads(piece.times * query.shape[1])
 
 
 def fill_threads(num_heads: int) -> bool:

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import processor
+
 TILE_ROWS = 192
 """Rows of a masked tile: as few as torch's fused attention still takes 64 at a time of, to hug what its rows see."""
 
@@ -34,7 +36,7 @@ BAND_TILES_16_BITS = BandTiles(rows=96, wide=384)
 """In 16 bits, where keys are packed for each tile anew before they are multiplied: the more, the fewer heads share
 them."""
 
-SMALLEST_HALF = 384 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 192
+SMALLEST_HALF = 384 if processor.AVX512 else 192
 """Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are. The wider a
 processor's instructions, the larger a product must be to be worth its call."""
 
@@ -127,6 +129,11 @@ class Plan:
     def in_tiles(self) -> list[Group]:
         """The groups, with bands in tiles that share a call, as they are computed in 16 bits."""
         return self._cut(lambda piece: tiles_of_band(piece, BAND_TILES_16_BITS))
+
+    @cached_property
+    def in_narrow_tiles(self) -> list[Group]:
+        """The same in float32."""
+        return self._cut(lambda piece: tiles_of_band(piece, BAND_TILES))
 
     @cached_property
     def halved(self) -> list[Group]:

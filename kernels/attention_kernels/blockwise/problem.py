@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import processor
 from .pieces import Group, Plan, Sharing, plan_batch
 
 CALL_NUMBERS = 1 << 18
@@ -76,11 +77,15 @@ class Problem:
     def pieces(self, plan: Plan, *, fused: bool) -> list[Group]:
         """The groups of its plan, with pieces as the forward pass computes them.
 
-        Halves of a triangle are merged, which would round results of 16 bits.
+        Halves of a triangle are merged, which would round results of 16 bits. With AMX they are not worth it where each
+        head has keys of its own, which then come from memory once for each square.
         """
         if not fused:
             return plan.groups
-        return plan.halved if self.query.dtype == accumulator(self.query.dtype) else plan.in_tiles
+        if self.query.dtype != accumulator(self.query.dtype):
+            return plan.in_tiles
+        own_keys = self.query.shape[1] == self.key.shape[1]
+        return plan.in_narrow_tiles if own_keys and processor.AMX else plan.halved
 
 
 def how_to_share(key: Tensor, value: Tensor, *, fused: bool) -> Sharing:

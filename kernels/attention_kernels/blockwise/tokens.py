@@ -2,44 +2,31 @@
 """Decoding on the CPU: one query token per sequence, by torch's fused attention, in as few steps as possible.
 
 Many keys in float32 may take two products and a softmax between them instead, where those read keys and values faster.
-
-After each layer's keys and values have passed through the caches, a step of Python costs as much as reading a hundred
-keys does. So the layers of a model, which make the same call with other numbers in their tensors, are checked and
-planned once: `first` keeps what `again` needs.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import weakref
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..spans import Spans
+from . import processor
 from .fused import decodes_folded
-from .pieces import Plan, versions
-from .sinks import with_sinks
+from .pieces import Plan
 
-FEWEST_ROWS = {} if torch.cpu._is_amx_tile_supported() else {torch.bfloat16: 2}
+FEWEST_ROWS = {} if processor.AMX else {torch.bfloat16: 2}
 """Rows that torch's fused attention takes at least, by dtype. Without AMX one row of bfloat16 alone takes it two to
 three times as long as two, whose products go another way; with AMX it takes half as long."""
 
-CACHED_BYTES = (
-    20 << 20
-    if "AVX512" in torch.backends.cpu.get_cpu_capability() and not torch.cpu._is_amx_tile_supported()
-    else sys.maxsize
-)
+CACHED_BYTES = 20 << 20 if processor.AVX512 and not processor.AMX else sys.maxsize
 """Keys and values of a call, in bytes, from which on two products are faster in float32 than torch's fused attention,
 by up to two fifths. It multiplies scores keys first, which reads them from memory half as fast, but has less to do
 besides; that counts for more as long as keys stay in a processor's last cache from one call to the next. With AVX2 the
 product of keys and queries is the slower one, however many there are, and so it is on the processors with AMX."""
-
-MOST_SPANS = 4
-"""Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
 
 
 class Part(NamedTuple):
@@ -59,81 +46,6 @@ class Part(NamedTuple):
     whole: bool
     mask: Tensor | None
     products: bool
-
-
-class Known(NamedTuple):
-    """A call that has been checked: its spans and their state, what else decides about it, and its parts."""
-
-    spans: weakref.ref[Spans]
-    versions: tuple[int, int]
-    kind: tuple
-    parts: list[Part]
-
-
-_known: dict[int, Known] = {}
-
-
-def again(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Spans | None,
-    sinks: Tensor | None,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Output and, if asked for, log-sum-exp of a call without gradients as one that is remembered; None if none is.
-
-    None as well if the output has a NaN: whose it is takes care to find out.
-    """
-    known = _known.get(id(spans))
-    if known is None or spans is None or known.spans() is not spans:
-        return None
-    if known.versions != versions(spans.start, spans.end) or known.kind != kind_of(query, key, value, sinks, scale):
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    output, lse = attend(query, key, value, scale, known.parts, with_lse=return_lse or sinks is not None)
-    # Without masks every row sees all keys of its part, and a NaN is its own.
-    if any(part.mask is not None for part in known.parts) and math.isnan(output.sum()):
-        return None
-    return (output, lse) if lse is None else with_sinks(output, lse, sinks)
-
-
-def first(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Spans,
-    sinks: Tensor | None,
-    scale: float | None,
-    plan: Plan,
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of a checked call without gradients; `again` then serves its repeats.
-
-    None if it is no call for `attend`, or if the output has a NaN.
-    """
-    if not serves(query, key, value, plan):
-        return None
-    parts = parts_of(query, key, value, spans.start, spans.end, plan)
-    output, lse = attend(query, key, value, query.shape[3] ** -0.5 if scale is None else scale, parts, with_lse=True)
-    if math.isnan(output.sum()):
-        return None
-    for oldest in list(_known)[: max(0, len(_known) - MOST_SPANS + 1)]:
-        _known.pop(oldest, None)  # another thread may have been faster
-    state = versions(spans.start, spans.end)
-    _known[id(spans)] = Known(weakref.ref(spans), state, kind_of(query, key, value, sinks, scale), parts)
-    return with_sinks(output, lse, sinks)
-
-
-def kind_of(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float | None) -> tuple:
-    """All that decides whether a call is allowed and how it is computed, besides its spans."""
-    return (
-        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
-        value.dtype, query.device, key.device, value.device, scale,
-        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
-    )  # fmt: skip
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
@@ -236,11 +148,11 @@ def attend(
         output = torch.cat([each for each, _ in results])
         lse = torch.cat([each for _, each in results]) if with_lse else lse
     if rows > own_rows:
-        output, lse = output[:, :, :own_rows], lse[:, :, :own_rows]
+        output, lse = output[:, :, :own_rows].contiguous(), lse[:, :, :own_rows].contiguous()
     if own_rows > 1:
-        # One token: what is stored head by head is stored token by token as well.
         output, lse = output.reshape(batch, num_heads, 1, dim), lse.reshape(batch, num_heads, 1) if with_lse else lse
-    return output, lse if with_lse else None
+    # One token: what is stored head by head is stored token by token as well.
+    return output.contiguous(), lse.contiguous() if with_lse else None
 
 
 def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that differ from an earlier one in the numbers in their tensors alone.
+
+The layers of a model make such calls one after the other. On the CPU checking and planning one takes longer than
+computing a short prompt does, and after each layer's keys and values have passed through the caches a step of Python
+costs as much as reading a hundred keys. So calls are checked and planned once: `first` keeps what `again` needs. Served
+are steps of decoding, and rows that torch's fused attention computes in one call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spans import Spans
+from . import tokens
+from .attend import is_one_call
+from .fused import FusedCall, as_multiplied, fused_call, may_have_wrong_nan
+from .pieces import versions
+from .problem import Problem, has_nan
+from .sinks import with_sinks
+
+MOST_SPANS = 4
+"""Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
+
+Compute = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None] | None]
+"""Output and, if the last argument says so, log-sum-exp of query, key, value and scale.
+
+None if the output may have a NaN of a key that its row does not see: whose it is takes care to find out.
+"""
+
+
+class Known(NamedTuple):
+    """A call that has been checked: its spans and their state, what else decides about it, and how it is computed."""
+
+    spans: weakref.ref[Spans]
+    versions: tuple[int, int]
+    kind: tuple
+    compute: Compute
+
+
+_known: dict[int, Known] = {}
+
+
+def again(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Output and, if asked for, log-sum-exp of a call without gradients as one that is remembered; None if none is."""
+    known = _known.get(id(spans))
+    if known is None or spans is None or known.spans() is not spans:
+        return None
+    if known.versions != versions(spans.start, spans.end) or known.kind != kind_of(query, key, value, sinks, scale):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    result = known.compute(query, key, value, scale, return_lse or sinks is not None)
+    if result is None:
+        return None
+    output, lse = result
+    return (output, None) if lse is None else with_sinks(output, lse, sinks)
+
+
+def first(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of a checked call without gradients and masks; `again` then serves its repeats.
+
+    None if it is not served, or needs the careful loop.
+    """
+    if query.device.type != "cpu" or spans.key_mask is not None or not query.numel():
+        return None
+    given_scale, scale = scale, query.shape[3] ** -0.5 if scale is None else scale
+    none = (None,) * 5
+    compute = compute_of(Problem(query, key, value, spans.start, spans.end, *none, scale, None, 0.0))
+    result = None if compute is None else compute(query, key, value, scale, True)
+    if compute is None or result is None or result[1] is None:
+        return None
+    for oldest in list(_known)[: max(0, len(_known) - MOST_SPANS + 1)]:
+        _known.pop(oldest, None)  # another thread may have been faster
+    kind = kind_of(query, key, value, sinks, given_scale)
+    _known[id(spans)] = Known(weakref.ref(spans), versions(spans.start, spans.end), kind, compute)
+    return with_sinks(result[0], result[1], sinks)
+
+
+def kind_of(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float | None) -> tuple:
+    """All that decides whether a call is allowed and how it is computed, besides its spans."""
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
+        value.dtype, query.device, key.device, value.device, scale,
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+    )  # fmt: skip
+
+
+def compute_of(problem: Problem) -> Compute | None:
+    """How a call is computed; None if not as here."""
+    query, key, value = problem.query, problem.key, problem.value
+    plan = problem.plan(fused=True)
+    if tokens.serves(query, key, value, plan):
+        return partial(decode, tokens.parts_of(query, key, value, problem.start, problem.end, plan))
+    if as_multiplied(problem) is not problem or query.shape[3] != value.shape[3]:
+        return None
+    groups = problem.pieces(plan, fused=True)
+    if not is_one_call(groups, problem, fused=True):
+        return None
+    elements, (piece,), _ = groups[0]
+    dense = query.stride(3) == key.stride(3) == value.stride(3) == 1
+    if piece.blind or not dense:
+        return None
+    keys = None if piece.keys == slice(0, key.shape[2]) else piece.keys
+    return partial(attend_at_once, fused_call(problem, elements, piece, query, key), keys)
+
+
+def decode(
+    parts: list[tokens.Part], query: Tensor, key: Tensor, value: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """A step of decoding: see `Compute`."""
+    output, lse = tokens.attend(query, key, value, scale, parts, with_lse=with_lse)
+    # Without masks every row sees all keys of its part, and a NaN is its own.
+    return None if any(part.mask is not None for part in parts) and has_nan(output) else (output, lse)
+
+
+def attend_at_once(
+    call: FusedCall, keys: slice | None, query: Tensor, key: Tensor, value: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Rows that one call of torch's fused attention computes over some `keys`, or all: see `Compute`."""
+    if keys is not None:
+        key, value = key[:, :, keys], value[:, :, keys]
+    output, lse = call(query, key, value, scale)
+    if (call.causal or call.mask is not None) and may_have_wrong_nan(value, output, lse):
+        return None
+    if output.stride(1) != output.shape[3]:  # queries stored head by head have outputs stored so
+        output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output, lse.contiguous() if with_lse else None
