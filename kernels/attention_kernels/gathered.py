@@ -25,7 +25,7 @@ from .spans import Spans
 if TYPE_CHECKING:
     from .cache import PagedCache
 
-CALLS_PER_GROUP = 4
+CALLS_PER_GROUP = 2
 """As many calls of attention take as long as one more group does, with what is gathered for it."""
 
 GATHERED_BYTES = 16 << 20

@@ -21,6 +21,7 @@ from ..spans import Spans
 from . import tokens
 from .attend import is_one_call
 from .fused import FusedCall, as_multiplied, fused_call, may_have_wrong_nan
+from .operands import KEPT_SCORES
 from .pieces import versions
 from .problem import Problem, has_nan
 from .sinks import with_sinks
@@ -118,8 +119,11 @@ def compute_of(problem: Problem) -> Compute | None:
     dense = query.stride(3) == key.stride(3) == value.stride(3) == 1
     if piece.blind or not dense:
         return None
+    call = fused_call(problem, elements, piece, query, key)
+    if call.mask is not None and call.mask.numel() > KEPT_SCORES:
+        return None  # it would outlive its plan
     keys = None if piece.keys == slice(0, key.shape[2]) else piece.keys
-    return partial(attend_at_once, fused_call(problem, elements, piece, query, key), keys)
+    return partial(attend_at_once, call, keys)
 
 
 def decode(
