@@ -20,7 +20,7 @@ from torch import Tensor
 from ..spans import Spans
 from . import tokens
 from .attend import is_one_call
-from .fused import FusedCall, as_multiplied, fused_call, may_have_wrong_nan
+from .fused import FusedCall, fused_call, is_multiplied_as_given, may_have_wrong_nan
 from .operands import KEPT_SCORES
 from .pieces import versions
 from .problem import Problem, has_nan
@@ -110,7 +110,7 @@ def compute_of(problem: Problem) -> Compute | None:
     plan = problem.plan(fused=True)
     if tokens.serves(query, key, value, plan):
         return partial(decode, tokens.parts_of(query, key, value, problem.start, problem.end, plan))
-    if as_multiplied(problem) is not problem or query.shape[3] != value.shape[3]:
+    if not is_multiplied_as_given(problem) or query.shape[3] != value.shape[3]:
         return None
     groups = problem.pieces(plan, fused=True)
     if not is_one_call(groups, problem, fused=True):
