@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, attention_reference, blockwise, operators
+from attention_kernels import Spans, attention, attention_reference, blockwise
 from attention_kernels.blockwise import fused, remembered, tokens
 from attention_kernels.operators import interpreting
 
@@ -31,21 +31,10 @@ WAYS = {
 
 
 @pytest.fixture(autouse=True, params=WAYS.values(), ids=WAYS)
-def nothing_known(request, monkeypatch):
-    """Nothing is remembered yet; and one way of decoding."""
+def way(request, monkeypatch, nothing_known):
+    """One way of decoding, and nothing is remembered yet."""
     for changed in request.param:
         monkeypatch.setattr(*changed)
-    remembered._known.clear()
-    yield
-    remembered._known.clear()
-
-
-@pytest.fixture
-def checked_calls(monkeypatch):
-    """Calls that went through all checks, as a growing list."""
-    calls, validated = [], operators._validated
-    monkeypatch.setattr(operators, "_validated", lambda *given: calls.append(given) or validated(*given))
-    return calls
 
 
 def padded_spans(pads=(0, 0, 70, 110)):

@@ -8,13 +8,16 @@ import math
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, attention_reference, operators
+from attention_kernels import Spans, attention, attention_reference
 from attention_kernels.blockwise import remembered
 from attention_kernels.operators import interpreting
 
 from helpers import DTYPES, Problem, assert_within_bound
 
-pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on CPU tensors")
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on CPU tensors"),
+    pytest.mark.usefixtures("nothing_known"),
+]
 
 CASES = {
     "encoder": Spans.full(40, 40),
@@ -26,31 +29,18 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_known():
-    remembered._known.clear()
-    yield
-    remembered._known.clear()
-
-
-@pytest.fixture
-def checked_calls(monkeypatch):
-    """Calls that went through all checks, as a growing list."""
-    calls, validated = [], operators._validated
-    monkeypatch.setattr(operators, "_validated", lambda *given: calls.append(given) or validated(*given))
-    return calls
-
-
 def operands(spans, dtype=torch.float32, num_kv_heads=2, layout="tokens"):
     sizes = [(4, spans.query_len), (num_kv_heads, spans.key_len), (num_kv_heads, spans.key_len)]
     if layout == "tokens":
         return [torch.randn(2, tokens, heads, 32).transpose(1, 2).to(dtype) for heads, tokens in sizes]
+    if layout == "tokens first":
+        return [torch.randn(tokens, 2, heads, 32).permute(1, 2, 0, 3).to(dtype) for heads, tokens in sizes]
     return [torch.randn(2, heads, tokens, 32).to(dtype) for heads, tokens in sizes]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-@pytest.mark.parametrize("layout", ["tokens", "heads"])
+@pytest.mark.parametrize("layout", ["tokens", "heads", "tokens first"])
 @pytest.mark.parametrize("case", CASES)
 def test_layers_are_checked_once(case, layout, num_kv_heads, dtype, checked_calls):
     torch.manual_seed(0)
@@ -76,6 +66,13 @@ def test_output_alone_has_the_same_bits(case):
     with_lse, _ = attention(*given, spans, return_lse=True)
     for _ in range(2):
         assert torch.equal(attention(*given, spans), with_lse)
+
+
+def test_large_masks_are_not_kept(monkeypatch, checked_calls):
+    monkeypatch.setattr(remembered, "KEPT_SCORES", 999)  # of 1,000
+    for _ in range(2):
+        attention(*operands(CASES["drafted"]), CASES["drafted"])
+    assert len(checked_calls) == 2
 
 
 @pytest.mark.parametrize("changed", ["shape", "heads", "strides", "dtype", "scale", "softcap", "bias", "gradient"])

@@ -144,6 +144,7 @@ def attend_at_once(
     output, lse = call(query, key, value, scale)
     if (call.causal or call.mask is not None) and may_have_wrong_nan(value, output, lse):
         return None
-    if output.stride(1) != output.shape[3]:  # queries stored head by head have outputs stored so
-        output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    by_token = output.transpose(1, 2)
+    if not by_token.is_contiguous():  # the output is stored as the queries are
+        output = by_token.contiguous().transpose(1, 2)
     return output, lse.contiguous() if with_lse else None
