@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -107,6 +108,7 @@ def environment_of(engine: Engine, folder: Path, ranks: int, interpreted: bool) 
     """Environment variables of an engine's processes: nothing is looked up outside, one thread for each rank."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     variables |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    variables["PYTHONFAULTHANDLER"] = "1"  # a worker that a signal ends says where it was
     variables |= engine.environment
     if engine.name == "vllm":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks))) if ranks > 1 else "nobind"
@@ -270,5 +272,7 @@ def free_port() -> int:
 
 
 def tail(log: Path, lines: int = 200) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    """The end of a log, and after it the first lines of all that name an error: what came of it is long, in engines."""
+    written = log.read_text(errors="replace").splitlines()
+    errors = [line for line in written if re.search(r"Fatal|Error\b|ERROR", line)]
+    return "\n".join([*written[-lines:], "", "the first errors of this log:", *errors[:5]])
