@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -123,7 +124,9 @@ def train_on(
     model.train()
     loss_average, steps = math.nan, 0
     bar_format = "training {percentage:3.0f}%|{bar:30}| {desc}, {remaining} left"
-    with tqdm(total=train_seconds, bar_format=bar_format) as bar:
+    # A log, unlike a terminal, keeps every state of the bar.
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    with tqdm(total=train_seconds, bar_format=bar_format, mininterval=interval) as bar:
         started = time.monotonic()
         while steps == 0 or bar.n < train_seconds:
             for group, highest in groups:
