@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from attention_kernels import Spans, attention, attention_reference, blockwise, operators
 from attention_kernels.blockwise.pieces import (
     TILE_ROWS,
+    Piece,
     Sharing,
     _recent_plans,
     plan_batch,
@@ -113,6 +114,7 @@ def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
     torch.manual_seed(tokens)
     monkeypatch.setattr(blockwise.processor, "MULTIPLIES_16_BITS", not wide)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which decides whether there are strips
+    monkeypatch.setattr(blockwise.fused, "FEWEST_STRIP_NUMBERS", 0)
     key_len = tokens + 70 if kind == "cached" else tokens
     spans = Spans.causal(tokens, key_len)
     if kind == "padded":
@@ -136,6 +138,15 @@ def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
     if kind in ("causal", "cached") and not interpreting():
         assert bool(strips) == (tokens >= 256 and (wide or dtype.itemsize > 2))
+
+
+@pytest.mark.parametrize("fewest", [0, 4 * 450 * 24, 4 * 450 * 24 + 1])
+def test_strips_take_enough_queries(fewest, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(blockwise.fused, "FEWEST_STRIP_NUMBERS", fewest)
+    piece = Piece(slice(0, 450), slice(0, 450), "causal")
+    for batch in (1, 3):  # a sequence's bits do not depend on its neighbours
+        assert blockwise.fused.takes_strips(piece, torch.empty(batch, 4, 450, 24)) == (fewest <= 4 * 450 * 24)
 
 
 @pytest.mark.parametrize("amx", [False, True])

@@ -34,6 +34,10 @@ STRIP_ROWS = 64
 FEWEST_STRIPS = 4
 """Strips from which on they are worth their calls."""
 
+FEWEST_STRIP_NUMBERS = 1 << 18 if processor.AMX else 0
+"""Numbers of a sequence's queries from which on they are. On the processors with AMX products of float32 are so fast
+that beside those of fewer each call counts."""
+
 MOST_STRIP_ROWS = LARGE_STEP_ROWS - 1 if processor.AMX else 1152
 """Rows of a causal triangle up to which they are."""
 
@@ -230,7 +234,10 @@ def takes_strips(piece: Piece, query: Tensor) -> bool:
         return False
     if query.element_size() == 2 and processor.MULTIPLIES_16_BITS:
         return False  # keys and values are packed before such products, which each strip would do anew
-    return piece.times * rows >= FEWEST_STRIPS * STRIP_ROWS and fill_threads(piece.times * query.shape[1])
+    heads, all_rows = query.shape[1], piece.times * rows
+    if all_rows < FEWEST_STRIPS * STRIP_ROWS or heads * all_rows * query.shape[3] < FEWEST_STRIP_NUMBERS:
+        return False
+    return fill_threads(piece.times * heads)
 
 
 def fill_threads(num_heads: int) -> bool:

@@ -3,8 +3,8 @@
 
 The layers of a model make such calls one after the other. On the CPU checking and planning one takes longer than
 computing a short prompt does, and after each layer's keys and values have passed through the caches a step of Python
-costs as much as reading a hundred keys. So calls are checked and planned once: `first` keeps what `again` needs. Served
-are steps of decoding, and rows that torch's fused attention computes in one call.
+costs as much as reading a hundred keys. So calls are checked and planned once: `first` keeps what `again` needs. Steps
+of decoding, and rows that torch's fused attention computes in one call, have short ways of their own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..spans import Spans
 from . import tokens
-from .attend import is_one_call
+from .attend import forward, is_one_call
 from .fused import FusedCall, fused_call, is_multiplied_as_given, may_have_wrong_nan
 from .operands import KEPT_SCORES
-from .pieces import versions
+from .pieces import Group, versions
 from .problem import Problem, has_nan
 from .sinks import with_sinks
 
@@ -78,15 +78,14 @@ def first(
 ) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp of a checked call without gradients and masks; `again` then serves its repeats.
 
-    None if it is not served, or needs the careful loop.
+    None if it is not served, or a short way found NaN.
     """
     if query.device.type != "cpu" or spans.key_mask is not None or not query.numel():
         return None
     given_scale, scale = scale, query.shape[3] ** -0.5 if scale is None else scale
-    none = (None,) * 5
-    compute = compute_of(Problem(query, key, value, spans.start, spans.end, *none, scale, None, 0.0))
-    result = None if compute is None else compute(query, key, value, scale, True)
-    if compute is None or result is None or result[1] is None:
+    compute = compute_of(problem_of(spans.start, spans.end, query, key, value, scale))
+    result = compute(query, key, value, scale, True)
+    if result is None or result[1] is None:
         return None
     for oldest in list(_known)[: max(0, len(_known) - MOST_SPANS + 1)]:
         _known.pop(oldest, None)  # another thread may have been faster
@@ -104,15 +103,26 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sca
     )  # fmt: skip
 
 
-def compute_of(problem: Problem) -> Compute | None:
-    """How a call is computed; None if not as here."""
+def problem_of(start: Tensor, end: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Problem:
+    """A call with spans alone."""
+    nothing_else = (None,) * 5
+    return Problem(query, key, value, start, end, *nothing_else, scale, None, 0.0)
+
+
+def compute_of(problem: Problem) -> Compute:
+    """How a call is computed: the shortest way that serves it."""
     query, key, value = problem.query, problem.key, problem.value
     plan = problem.plan(fused=True)
     if tokens.serves(query, key, value, plan):
         return partial(decode, tokens.parts_of(query, key, value, problem.start, problem.end, plan))
+    return at_once(problem, problem.pieces(plan, fused=True)) or partial(attend_planned, problem.start, problem.end)
+
+
+def at_once(problem: Problem, groups: list[Group]) -> Compute | None:
+    """How a call is computed that torch's fused attention does in one; None for others."""
+    query, key, value = problem.query, problem.key, problem.value
     if not is_multiplied_as_given(problem) or query.shape[3] != value.shape[3]:
         return None
-    groups = problem.pieces(plan, fused=True)
     if not is_one_call(groups, problem, fused=True):
         return None
     elements, (piece,), _ = groups[0]
@@ -148,3 +158,11 @@ def attend_at_once(
     if not by_token.is_contiguous():  # the output is stored as the queries are
         output = by_token.contiguous().transpose(1, 2)
     return output, lse.contiguous() if with_lse else None
+
+
+def attend_planned(
+    start: Tensor, end: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Rows with spans from `start` to `end` in the pieces of their plan: see `Compute`."""
+    output, lse, _ = forward(problem_of(start, end, query, key, value, scale))
+    return output, lse if with_lse else None
