@@ -17,6 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+torch.cpu._init_amx()  # for vLLM's own attention, which does not ask for AMX itself; workers import this file as well
+
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 

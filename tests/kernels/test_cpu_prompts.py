@@ -141,7 +141,7 @@ def test_spans_that_are_written_to_are_read_again():
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("encoder", "cross")])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_hidden_nonfinite_values_do_not_leak(poison, case, num_kv_heads):
-    """The last key is hidden from all rows but the last, the first one from some by padding or a window."""
+    """The last key is hidden from all rows but the last, the first one from some by padding, a window or documents."""
     torch.manual_seed(0)
     spans = CASES[case]
     query, key, value = operands(spans, num_kv_heads=num_kv_heads)

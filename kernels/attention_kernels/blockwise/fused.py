@@ -35,8 +35,8 @@ FEWEST_STRIPS = 4
 """Strips from which on they are worth their calls."""
 
 FEWEST_STRIP_NUMBERS = 1 << 18 if processor.AMX else 0
-"""Numbers of a sequence's queries from which on they are. On the processors with AMX products of float32 are so fast
-that beside those of fewer each call counts."""
+"""Numbers in a sequence's queries (heads x rows x columns) from which on strips are worth their calls. On processors
+with AMX products of float32 are so fast that beside those of fewer each call counts."""
 
 MOST_STRIP_ROWS = LARGE_STEP_ROWS - 1 if processor.AMX else 1152
 """Rows of a causal triangle up to which they are."""
