@@ -86,7 +86,8 @@ def forward(
         everything = rows.size == tokens.shape[0]
         own = tokens if everything else tokens.index_select(0, torch.from_numpy(rows.ravel()).to(query.device))
         own = own.unflatten(0, rows.shape).transpose(1, 2)
-        part, part_lse = attention(own, *gather(seen, group, rows, cache, query.dtype), return_lse=True, **options)
+        with torch.autocast(query.device.type, enabled=False):  # the kernels that read pages know nothing of it either
+            part, part_lse = attention(own, *gather(seen, group, rows, cache, query.dtype), return_lse=True, **options)
         results.append((rows.ravel(), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)))
     if len(results) == 1 and results[0][0].size == tokens.shape[0]:
         output, lse = results[0][1:]

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,16 @@ from attention_kernels.blockwise.pieces import (
 )
 from attention_kernels.operators import interpreting
 
+import helpers
 from helpers import DTYPES, Problem, assert_gradients_within_bound, assert_within_bound, random_spans, tensor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
+    """The torch path is that of CPU tensors, also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(helpers, "DEVICE", "cpu")
+        yield
 
 
 def drawn_area(pieces, query_len, key_len):
@@ -393,6 +403,20 @@ def test_single_gradients(wanted, tokens):
         torch.testing.assert_close(gradient, everything[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("spans", [Spans.causal(15), Spans.causal(101), Spans.causal(200, 215), Spans.full(1, 77)])
+def test_bits_of_merges_and_sinks_do_not_depend_on_neighbours(dtype, spans):
+    """Functions of torch compute what is left over after a processor's whole vectors in another way."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 5, tokens, 8).to(dtype) for tokens in (spans.query_len, *[spans.key_len] * 2))
+    sinks = torch.randn(5)
+    whole = attention(query, key, value, spans, sinks=sinks, return_lse=True)
+    for index in range(3):
+        one = (each[index : index + 1] for each in (query, key, value))
+        alone = attention(*one, spans, sinks=sinks, return_lse=True)
+        assert all(torch.equal(a, b[index : index + 1]) for a, b in zip(alone, whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_bits_do_not_depend_on_neighbours(dtype, softcap):
@@ -469,14 +493,21 @@ def test_spans_are_reused_between_dtypes():
             assert (output.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm() + 1e-12
 
 
-def test_spans_changed_in_place_are_planned_anew():
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 100, 16) for _ in range(3))
-    spans = Spans.sliding(100, left=7)
-    attention(query, key, value, spans)
-    spans.end.clamp_(max=50)
-    exact, _ = attention_reference(query, key, value, mask=spans.to_dense()[:, None])
-    torch.testing.assert_close(attention(query, key, value, spans), exact.float(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("query_len", [1, 100])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_spans_changed_in_place_are_planned_anew(inference, query_len, softcap):
+    """Torch counts changes of spans, but not of those that were made in inference mode."""
+    with torch.inference_mode(inference):
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(1, 2, tokens, 16) for tokens in (query_len, 100, 100))
+        spans = Spans.sliding(query_len, 100, left=7)
+        spans = replace(spans, start=spans.start.clone(), end=spans.end.clone())
+        for last in (100, 50, 97):
+            spans.end.clamp_(max=last) if query_len > 1 else spans.end.fill_(last)
+            exact, _ = attention_reference(query, key, value, mask=spans.to_dense()[:, None], softcap=softcap)
+            output = attention(query, key, value, spans, softcap=softcap)
+            torch.testing.assert_close(output, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 def gradients_of_sum(query, key, value, spans, **arguments):
@@ -594,6 +625,79 @@ def test_what_rows_do_not_see_is_not_in_them(dtype, key_len, poison, where, wind
     tolerance = {"rtol": 1e-2, "atol": 2e-3} if dtype.itemsize == 2 else {}
     torch.testing.assert_close(output[:, :, ~sees], clean[:, :, ~sees], **tolerance)
     assert not math.isnan(poison) or output[:, :, sees].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("keys", [1, 3, 8, 15, 16, 17])
+@pytest.mark.parametrize("rows", [1, 3, 90])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_in_all_that_a_row_sees_is_in_the_row(dtype, keys, rows, softcap):
+    """In a query, or in the keys before all new ones. Torch's fused attention finds none among fewer than a vector."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, tokens, 16).to(dtype) for tokens in (rows, keys, keys))
+    query[0, 0, 0] = math.nan
+    zero = query[1, 0, 0].zero_()  # its scores are 0, and so is the log-sum-exp of one key
+    for _ in range(2):
+        output, lse = attention(query, key, value, Spans.full(rows, keys), softcap=softcap, return_lse=True)
+        assert output[0, 0, 0].isnan().all() and lse[0, 0, 0].isnan()
+        assert int(output.isnan().sum()) == zero.numel()
+        torch.testing.assert_close(output[1, 0, 0], value[1, 0].mean(0), rtol=2e-2, atol=2e-2)
+    key, value = (torch.cat([each, torch.randn(2, 2, rows, 16).to(dtype)], dim=2) for each in (key, value))
+    key[0, :, :keys] = math.nan
+    output = attention(query, key, value, Spans.causal(rows, keys + rows), softcap=softcap)
+    assert output[0].isnan().all() and not output[1].isnan().any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tokens", [40, 400])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_blind_rows_hold_reaches_no_gradient(poison, tokens, softcap):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, tokens, 16) for _ in range(3))
+    grad, spans = torch.randn(1, 4, tokens, 16), Spans.causal(tokens)
+    spans = replace(spans, start=spans.start.expand(1, tokens).clone(), end=spans.end.clone())
+    spans.start[:, 7], spans.end[:, 7] = 0, 0
+
+    def gradients():
+        leaves = [each.clone().requires_grad_() for each in (query, key, value)]
+        return torch.autograd.grad(attention(*leaves, spans, softcap=softcap), leaves, grad)
+
+    clean = gradients()
+    query[:, :, 7] = grad[:, :, 7] = poison
+    for actual, expected in zip(gradients(), clean, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_autocast_rounds_nothing_inside(softcap):
+    """It casts the operands of `attention`, and no product of float32 that follows from them."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 200, 32).bfloat16() for _ in range(3))
+    key[:, :, 190] = math.nan  # what is written out looks after it
+    spans = Spans.sliding(200, left=20)
+    plain = attention(query, key, value, spans, softcap=softcap, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attention(query, key, value, spans, softcap=softcap, return_lse=True)
+        within = gradients_of_sum(query[:, :, :150], key[:, :, :150], value[:, :, :150], Spans.causal(150))
+    without = gradients_of_sum(query[:, :, :150], key[:, :, :150], value[:, :, :150], Spans.causal(150))
+    for one, other in zip((*plain, *without), (*cast, *within), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.isnan(), other.isnan())
+
+
+def test_masks_lie_where_the_operands_do(nothing_known):
+    """Not on torch's default device, for which one call here would spoil those of the whole process."""
+    code = """
+import torch
+from attention_kernels import Spans, attention, attention_reference
+query, key, value = (torch.randn(1, 4, 900, 32) for _ in range(3))
+for spans in (Spans.causal(900), Spans.sliding(900, left=100), Spans.chunked(900, chunk_size=50)):
+    exact, _ = attention_reference(query, key, value, mask=spans.to_dense()[:, None])
+    with torch.device("meta"):
+        attention(query, key, value, spans)
+    torch.testing.assert_close(attention(query, key, value, spans), exact.float(), rtol=1e-4, atol=1e-4)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": "kernels"}, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
 
 
 def test_finite_values_of_an_infinite_sum_are_computed_as_fast(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import tokens
 from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_results, takes_strips
+from .log_sums import log_of_sum, share_of
 from .pieces import Group, Piece, uncovered
 from .problem import Problem, accumulator
 from .sinks import with_sinks
@@ -24,10 +25,11 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     float64). The third is what the output lost when it was rounded to 16 bits, stored in the same way, or empty where
     that was not or no gradients follow.
     """
-    output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
-    if problem.fused and may_have_wrong_nan(problem.value, output, lse):
-        # The careful loop tells whose NaN it is.
-        output, lse = _forward(problem.widened, fused=False)
+    with torch.autocast(problem.query.device.type, enabled=False):  # or products of float32 would be rounded to 16 bits
+        output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
+        if problem.fused and may_have_wrong_nan(problem.value, output, lse):
+            # The careful loop tells whose NaN it is.
+            output, lse = _forward(problem.widened, fused=False)
     dtype = problem.query.dtype
     rounded = output.to(dtype)
     if dtype.itemsize > 2 or not problem.trains:
@@ -87,10 +89,10 @@ def merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) ->
 
     Where a row has no weight in either, the result is NaN: pieces that are merged leave no row without keys.
     """
-    other_lse = other_lse.contiguous()  # fused attention has heads last, which logaddexp takes six times as long for
-    other_weight = torch.sigmoid(other_lse - lse)[..., None]
+    other_lse = other_lse.contiguous()  # fused attention has heads last, which takes several times as long
+    other_weight = share_of(other_lse, lse)[..., None]
     if output.dtype == lse.dtype:
         output.lerp_(other, other_weight)
     else:
         output.copy_(torch.lerp(output.to(lse.dtype), other.to(lse.dtype), other_weight))  # rounded once
-    torch.logaddexp(lse, other_lse, out=lse)
+    lse.copy_(log_of_sum(lse, other_lse))

@@ -41,6 +41,10 @@ with AMX products of float32 are so fast that beside those of fewer each call co
 MOST_STRIP_ROWS = LARGE_STEP_ROWS - 1 if processor.AMX else 1152
 """Rows of a causal triangle up to which they are."""
 
+FEWEST_FOUND = 16
+"""Keys from which on torch's fused attention finds a NaN that is all a row sees: numbers in a processor's vector. What
+is left over after whole vectors it searches in another way, which finds no NaN, and gives such a row an output of 0."""
+
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 """Views of an output and a log-sum-exp, and what belongs there."""
 
@@ -84,6 +88,24 @@ def may_have_wrong_nan(value: Tensor, output: Tensor, lse: Tensor) -> bool:
     return has_nan(output)
 
 
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, in whatever layout, by torch's fused attention; NaN where that may have lost a NaN.
+
+    It gives rows of few keys whose scores are all NaN the log-sum-exp 0, which a row can have otherwise.
+    """
+    # torch's own name for it takes two thirds of the time that torch.ops takes.
+    output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=causal, attn_mask=mask, scale=scale
+    )
+    if key.shape[2] < FEWEST_FOUND:
+        lost = lse == 0
+        output.masked_fill_(lost[..., None], math.nan)
+        lse.masked_fill_(lost, math.nan)
+    return output, lse
+
+
 class FusedCall(NamedTuple):
     """How torch's fused attention is called.
 
@@ -102,10 +124,7 @@ class FusedCall(NamedTuple):
         batch, num_heads, rows, dim = query.shape
         if self.group_size > 1:
             query = query.reshape(batch, num_heads // self.group_size, self.group_size * rows, dim)
-        # torch's own name for it takes two thirds of the time that torch.ops takes.
-        output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, is_causal=self.causal, attn_mask=self.mask, scale=scale
-        )
+        output, lse = flash(query, key, value, causal=self.causal, mask=self.mask, scale=scale)
         if self.group_size > 1:
             return output.reshape(batch, num_heads, rows, dim), lse.reshape(batch, num_heads, rows)
         return output, lse
@@ -180,9 +199,7 @@ def shared_results(problem: Problem, elements: slice, piece: Piece, output: Tens
             yield from strips(query, key, value, place, place_lse, problem.scale)
             continue
         # The same call whatever shares it, or a sequence's bits would depend on its neighbours.
-        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, is_causal=is_square(piece), attn_mask=added, scale=problem.scale
-        )
+        part, part_lse = flash(query, key, value, causal=is_square(piece), mask=added, scale=problem.scale)
         yield place, place_lse, part[..., : output.shape[-1]], part_lse
 
 
@@ -255,9 +272,8 @@ def strips(query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tenso
     for first in range(0, tokens, STRIP_ROWS):
         rows, keys = slice(first, first + STRIP_ROWS), slice(0, min(first + STRIP_ROWS, tokens))
         diagonal = None if first == 0 else diagonal_mask(first, keys.stop, accumulator(query.dtype))
-        part, part_lse = torch._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal=first == 0, attn_mask=diagonal, scale=scale
-        )
+        operands = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+        part, part_lse = flash(*operands, causal=first == 0, mask=diagonal, scale=scale)
         yield output[:, :, rows], lse[:, :, rows], part[..., : output.shape[-1]], part_lse
 
 
@@ -270,4 +286,4 @@ def diagonal_mask(first: int, last: int, dtype: torch.dtype) -> Tensor:
 def _widest_diagonal_mask(dtype: torch.dtype) -> Tensor:
     """Zeros `[1, 1, STRIP_ROWS, MOST_STRIP_ROWS]`, and a causal triangle to the right of them."""
     shape = (1, 1, STRIP_ROWS, MOST_STRIP_ROWS + STRIP_ROWS)
-    return torch.full(shape, -math.inf, dtype=dtype).triu_(MOST_STRIP_ROWS + 1)
+    return torch.full(shape, -math.inf, dtype=dtype, device="cpu").triu_(MOST_STRIP_ROWS + 1)

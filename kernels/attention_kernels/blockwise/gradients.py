@@ -102,6 +102,14 @@ def backward(
     """
     gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
     call = Call(problem, output, lse, rounding, grad_output, grad_lse, gradients)
+    with torch.autocast(problem.query.device.type, enabled=False):  # or products of float32 would be rounded to 16 bits
+        add_all(call)
+    return gradients.rounded(problem)
+
+
+def add_all(call: Call) -> None:
+    """Add the gradients of all batch elements, by torch's fused ones where those serve."""
+    problem, gradients = call.problem, call.gradients
     plain, tiled = problem.plan(fused=True).masked, problem.plan(fused=False).groups
     for group, tiles in zip(plain, tiled, strict=True):
         if call.fuses(group):
@@ -112,7 +120,6 @@ def backward(
             # The fused gradient multiplies hidden values by 0, and 0 x NaN is NaN.
             gradients.forget(group.elements)
         add_written_out(call, tiles)
-    return gradients.rounded(problem)
 
 
 @dataclass(frozen=True)
@@ -238,8 +245,8 @@ def _add_rows(
     query, place = query.to(key.dtype), (elements, slice(None), piece.rows)
     grad = grad_output[place].to(key.dtype)
     scores, largest, slope = score_tile(problem, elements, piece, query, key, wants_slope=True)
-    if has_nan(query) or has_nan(grad):
-        # What a row that sees nothing holds, or gets back, must not reach the keys: 0 x NaN is NaN.
+    if not (math.isfinite(query.sum()) and math.isfinite(grad.sum())):
+        # What a row that sees nothing holds, or gets back, must not reach the keys: 0 x NaN is NaN, and so is 0 x Inf.
         blind = largest == -math.inf
         query, grad = query.masked_fill(blind, 0.0), grad.masked_fill(blind, 0.0)
     weights, sink_weights = _softmax(scores, largest, problem.sinks)

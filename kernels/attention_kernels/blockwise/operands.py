@@ -65,7 +65,10 @@ def additive_mask(
     tile_masks = problem.plan(fused=problem.fused).tile_masks
     mask = tile_masks.get(pattern)
     if mask is None:
-        visible = visible_keys(problem, elements, piece) if piece.kind == "masked" else visible_by_kind(piece)
+        if piece.kind == "masked":
+            visible = visible_keys(problem, elements, piece)
+        else:
+            visible = visible_by_kind(piece, problem.query.device)
         visible = visible.repeat(1, 1, repeats, 1)
         if sum(tile.numel() for tile in tuple(tile_masks.values())) + visible.numel() > KEPT_SCORES:
             tile_masks.clear()  # neighbours share a pattern, distant tiles rarely do
@@ -74,10 +77,10 @@ def additive_mask(
     return mask
 
 
-def visible_by_kind(piece: Piece) -> Tensor:
+def visible_by_kind(piece: Piece, device: torch.device) -> Tensor:
     """Boolean mask `[1, 1, rows, keys]` of a causal piece or a band."""
     rows, keys = piece.shape
-    visible = torch.ones(1, 1, rows, keys, dtype=torch.bool).tril_(keys - rows)
+    visible = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=device).tril_(keys - rows)
     return visible.triu_() if piece.kind == "band" else visible
 
 

@@ -180,9 +180,16 @@ def plan_batch(
     return plan
 
 
-def versions(start: Tensor, end: Tensor) -> tuple[int, int]:
-    """How often the tensors were changed in place, as far as torch counts it."""
-    return 0 if start.is_inference() else start._version, 0 if end.is_inference() else end._version
+def versions(start: Tensor, end: Tensor) -> tuple[int | bytes, int | bytes]:
+    """What tells whether the tensors were changed in place: how often, which torch counts but for inference tensors.
+
+    Those are told by their content. Changes by way of NumPy or `Tensor.data` are not counted either, and not seen.
+    """
+    return _version(start), _version(end)
+
+
+def _version(tensor: Tensor) -> int | bytes:
+    return tensor.cpu().numpy().tobytes() if tensor.is_inference() else tensor._version
 
 
 _recent_plans: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple, Plan]] = deque(maxlen=8)

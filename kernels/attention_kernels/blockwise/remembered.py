@@ -20,7 +20,7 @@ from torch import Tensor
 from ..spans import Spans
 from . import tokens
 from .attend import forward, is_one_call
-from .fused import FusedCall, fused_call, is_multiplied_as_given, may_have_wrong_nan
+from .fused import FEWEST_FOUND, FusedCall, fused_call, is_multiplied_as_given, may_have_wrong_nan
 from .operands import KEPT_SCORES
 from .pieces import Group, versions
 from .problem import Problem, has_nan
@@ -40,7 +40,7 @@ class Known(NamedTuple):
     """A call that has been checked: its spans and their state, what else decides about it, and how it is computed."""
 
     spans: weakref.ref[Spans]
-    versions: tuple[int, int]
+    versions: tuple[int | bytes, int | bytes]
     kind: tuple
     compute: Compute
 
@@ -114,7 +114,10 @@ def compute_of(problem: Problem) -> Compute:
     query, key, value = problem.query, problem.key, problem.value
     plan = problem.plan(fused=True)
     if tokens.serves(query, key, value, plan):
-        return partial(decode, tokens.parts_of(query, key, value, problem.start, problem.end, plan))
+        parts = tokens.parts_of(query, key, value, problem.start, problem.end, plan)
+        # Without masks every row sees all keys of its part, and a NaN is its own.
+        may_be_wrong = any(part.mask is not None or part.keys.stop - part.keys.start < FEWEST_FOUND for part in parts)
+        return partial(decode, parts, may_be_wrong)
     return at_once(problem, problem.pieces(plan, fused=True)) or partial(attend_planned, problem.start, problem.end)
 
 
@@ -137,12 +140,17 @@ def at_once(problem: Problem, groups: list[Group]) -> Compute | None:
 
 
 def decode(
-    parts: list[tokens.Part], query: Tensor, key: Tensor, value: Tensor, scale: float, with_lse: bool
+    parts: list[tokens.Part],
+    may_be_wrong: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """A step of decoding: see `Compute`."""
     output, lse = tokens.attend(query, key, value, scale, parts, with_lse=with_lse)
-    # Without masks every row sees all keys of its part, and a NaN is its own.
-    return None if any(part.mask is not None for part in parts) and has_nan(output) else (output, lse)
+    return None if may_be_wrong and has_nan(output) else (output, lse)
 
 
 def attend_at_once(
@@ -152,7 +160,8 @@ def attend_at_once(
     if keys is not None:
         key, value = key[:, :, keys], value[:, :, keys]
     output, lse = call(query, key, value, scale)
-    if (call.causal or call.mask is not None) and may_have_wrong_nan(value, output, lse):
+    hides = call.causal or call.mask is not None or key.shape[2] < FEWEST_FOUND
+    if hides and may_have_wrong_nan(value, output, lse):
         return None
     by_token = output.transpose(1, 2)
     if not by_token.is_contiguous():  # the output is stored as the queries are

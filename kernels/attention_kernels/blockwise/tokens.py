@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import processor
-from .fused import decodes_folded
+from .fused import decodes_folded, flash
 from .pieces import Plan
 
 FEWEST_ROWS = {} if processor.AMX else {torch.bfloat16: 2}
@@ -163,8 +163,7 @@ def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, part: P
         key, value = shown(key, part), shown(value, part)
     if part.products:
         return two_products(query, key, value, part.mask, scale)
-    # torch's own name for it takes two thirds of the time that torch.ops takes.
-    return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=part.mask, scale=scale)
+    return flash(query, key, value, causal=False, mask=part.mask, scale=scale)
 
 
 def shown(tensor: Tensor, part: Part) -> Tensor:
