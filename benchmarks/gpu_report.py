@@ -8,19 +8,28 @@ and writes after every case, so that what was measured is kept even where it had
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from rich.console import Console
 
+from model.training import is_checkpoint
+
 from . import page
-from .options import FOLDER
+from .models import SIZES
+from .options import CHECKPOINTS, FOLDER
 from .providers import GLUON
 
 FUSED = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -48,11 +57,22 @@ class Part:
     share: float
 
 
-TESTS = ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10")
+WORDS = 10.0
+"""Seconds for a part that is stopped to say what it knows: pytest shows what failed when it ends."""
+
+# Compiling kernels for the tests takes longer than running them, and takes one core each.
+WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+TESTS = ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", *WORKERS)
+GPU_TESTS = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in ("operators", "gradients", "cache", "overlap", "prebound", "dropout", "merge", "weights", "spans")
+)
+"""The others in their folder are of the torch path, or compile for GPUs that are not there."""
+
 GLUON_TESTS = "tests/kernels/test_hopper.py"
 
 PARTS = (
-    Part("tests", (*TESTS, "tests/kernels", f"--ignore={GLUON_TESTS}"), 60),
+    Part("tests", (*TESTS, *GPU_TESTS), 60),
     Part("overview", ("benchmarks", "kernels"), 80),
     Part("lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", *FUSED), 130),
     Part("decode", ("benchmarks", "kernels", "--sweep", "decode", "--against", *FUSED), 70),
@@ -75,6 +95,7 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
     """
     parser.add_argument("--seconds", type=float, default=520.0, metavar="N", help="time for all parts; default: 520")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="default: benchmarks/results/NAME-OF-THE-GPU")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="all files in one, too: NAME.tar.gz")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="some parts")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a rehearsal, at small sizes")
     options = parser.parse_args(arguments)
@@ -84,8 +105,12 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
     folder = (options.folder or FOLDER / "results" / device_slug(options.device)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.seconds
+    training = train_beside(options.device) if any(part.name == "models" for part in parts) else None
     outcomes = {}
     for index, part in enumerate(parts):
+        if part.name == "models" and training is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.wait(max(0.0, ends - time.monotonic()))
         # The time that earlier parts did not use is shared by those that are left.
         left = ends - time.monotonic()
         seconds = left * part.share / sum(each.share for each in parts[index:])
@@ -95,8 +120,13 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
             console.print(f"{part.name}: {seconds:.0f} s of the {left:.0f} s that are left")
             outcomes[part.name] = run_part(part, seconds, min(left, seconds + GRACE), folder, options.device)
         console.print(f"{part.name}: {outcomes[part.name]}")
+    if training is not None:
+        end(training)
     if any(folder.glob("*.json")):
         page.write_pages(folder, console)
+    if options.archive is not None:
+        with tarfile.open(options.archive, "w:gz") as archive:
+            archive.add(folder, arcname=folder.name)
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
 
@@ -113,12 +143,44 @@ def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str
     else:
         limit = seconds
     with open(folder / f"{part.name}.txt", "w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", module, *arguments]
+        run = start([module, *arguments], output)
         try:
-            run = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=limit, cwd=FOLDER.parent)
+            status = run.wait(limit)
         except subprocess.TimeoutExpired:
+            end(run)
+            said = (folder / f"{part.name}.txt").read_text(encoding="utf-8", errors="replace")
+            if failed := re.search(r"\b\d+ failed\b", said):
+                return f"failed: {failed[0]} in {limit:.0f} s; its words are in {part.name}.txt"
             return f"stopped after {limit:.0f} s; what it had measured is kept"
-    return "done" if run.returncode == 0 else f"failed with status {run.returncode}; its words are in {part.name}.txt"
+    return "done" if status == 0 else f"failed with status {status}; its words are in {part.name}.txt"
+
+
+def start(module_and_arguments: Sequence[str], output: int | IO[str], **variables: str) -> subprocess.Popen:
+    """A module in a session of its own, which `end` ends as a whole: parts start processes, too."""
+    command = [sys.executable, "-m", *module_and_arguments]
+    return subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, cwd=FOLDER.parent, start_new_session=True,
+        env=os.environ | variables,
+    )  # fmt: skip
+
+
+def end(run: subprocess.Popen) -> None:
+    """Interrupt a process, give it a while to say what it knows, and end all that it started."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        run.send_signal(signal.SIGINT)
+        run.wait(WORDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def train_beside(device: str) -> subprocess.Popen | None:
+    """Train the checkpoint of the part models on the CPU, beside the parts before it; None where it is there."""
+    folder = CHECKPOINTS / "reference"
+    if device == "cpu" or is_checkpoint(folder):
+        return None
+    command = ["model.checkpoint", str(folder), "--train-seconds", str(SIZES["full"].train_seconds)]
+    return start(command, subprocess.DEVNULL, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="4")
 
 
 def device_slug(device: str) -> str:

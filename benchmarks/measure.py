@@ -216,6 +216,10 @@ SAMPLE_SECONDS = 2e-3
 """A sample of something repeatable takes this long: single microseconds are the clock's and the caches' chance."""
 
 
+ASLEEP_CYCLES = 2_000_000
+"""For how many cycles a GPU sleeps before a call: about a millisecond, in which Python launches any."""
+
+
 def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     """Seconds that one call takes: CUDA events on a GPU, the clock on the wall elsewhere."""
     if repeats > 1:
@@ -228,7 +232,8 @@ def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
         flush = cache_flusher(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        flush.zero_()  # while it runs, the call is on its way: a launch is off the clock unless it takes longer
+        torch.cuda._sleep(ASLEEP_CYCLES)  # until the call is on its way: the section host times what Python takes
+        flush.zero_()
         start.record()
         call.run(prepared)
         end.record()

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -79,6 +80,10 @@ def describe_versions() -> dict[str, str | None]:
     return versions
 
 
+CLOCKS_SECONDS = 20.0
+"""How old a run's last look at the clocks may be: nvidia-smi may take as long as a small case does."""
+
+
 class Recorder:
     """Writes a run down as it goes, after every case: an interrupted run leaves what it has measured.
 
@@ -94,6 +99,7 @@ class Recorder:
         self.limits: dict[str, Any] | None = None
         self._path, self._arguments, self._device = path, arguments, device
         self._clocks = {"before": gpu_clocks(device)}
+        self._looked = time.monotonic()
         self._began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
     def add(self, results: Sequence[Result]) -> None:
@@ -103,11 +109,14 @@ class Recorder:
 
     def write(self) -> None:
         """Write what there is; a reader sees the old file or the new one, never half of one."""
+        if "after" not in self._clocks or time.monotonic() - self._looked > CLOCKS_SECONDS:
+            self._clocks["after"] = gpu_clocks(self._device)
+            self._looked = time.monotonic()
         document = {
             "format": FORMAT,
             "date": self._began,
             "arguments": self._arguments,
-            "machine": self.machine | {"clocks": self._clocks | {"after": gpu_clocks(self._device)}},
+            "machine": self.machine | {"clocks": self._clocks},
             "versions": describe_versions(),
             "limits": self.limits,
             "results": rows_of(self.results),

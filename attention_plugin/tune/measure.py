@@ -15,6 +15,15 @@ from attention_kernels import tuned
 from .problems import Problem, Sizes, call, is_right
 from .store import Measured
 
+FLUSHED_BYTES = 256 << 20
+"""Written before each sample on a GPU, so that nothing of its operands is left in the last cache."""
+
+ASLEEP_CYCLES = 2_000_000
+"""For how many cycles a GPU sleeps before each sample: about a millisecond, in which Python launches any kernel."""
+
+GPU_SECONDS = 0.1
+"""Time for the samples of a shape on a GPU."""
+
 WORTH = 0.97
 """A shape replaces the built-in one where it takes at most this share of its time: noise does not decide."""
 
@@ -85,14 +94,32 @@ def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> st
 def _time(run: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call."""
     if device.type == "cuda":
-        import triton
-
-        return triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median") / 1e3
+        return _time_on_gpu(run, device)
     samples = []
     for _ in range(3):
         began = time.perf_counter()
         run()
         samples.append(time.perf_counter() - began)
+    return statistics.median(samples)
+
+
+def _time_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds that the GPU takes for a call, with nothing in its cache.
+
+    It sleeps until the call is on its way: what Python takes to launch a small kernel is many times what that runs for.
+    """
+    flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+    samples: list[float] = []
+    began = time.perf_counter()
+    while len(samples) < 5 or (time.perf_counter() - began < GPU_SECONDS and len(samples) < 50):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(ASLEEP_CYCLES)
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 1e3)
     return statistics.median(samples)
 
 

@@ -223,7 +223,7 @@ def key_value_gradients(call: Call, spans_batch: int) -> tuple[Tensor, Tensor]:
     config = call.config("key_value")
     tiles = triton.cdiv(key_len, config.block_n)
     bounds = call.lse2.new_empty(spans_batch, tiles, 4, dtype=torch.int32)
-    row_bounds_kernel[tiles, spans_batch](
+    row_bounds_kernel[spans_batch, tiles](
         call.spans, bounds, call.query.shape[2], key_len, config.block_m, config.block_n, ROWS_PER_SCAN
     )
     arguments = key_value_arguments(call, grad_key, grad_value, bounds, config)
@@ -268,7 +268,7 @@ def bias_gradient(call: Call) -> Tensor:
     arguments = bias_arguments(call, grad_bias, call.config("bias"))
     key_tiles = 1 if over_keys else triton.cdiv(key_len, arguments["BLOCK_N"])
     row_tiles = 1 if over_rows else triton.cdiv(query_len, arguments["BLOCK_M"])
-    bias_kernel[key_tiles, row_tiles, shape[0] * shape[1]](**arguments)
+    bias_kernel[shape[0] * shape[1], row_tiles, key_tiles](**arguments)
     return grad_bias.sum_to_size(bias.shape).to(bias.dtype)
 
 

@@ -43,10 +43,10 @@ def row_bounds_kernel(
     """First and last row that see a tile of keys and, between them, the body of rows that see all of it.
 
     The mirror image of `key_bounds`: int32 `(first, body_first, body_last, last)` for each batch element and key tile,
-    all but the last multiples of BLOCK_M.
+    all but the last multiples of BLOCK_M. The grid is (batch, key tiles).
     """
-    b = tl.program_id(1)
-    first_key = tl.program_id(0) * BLOCK_N
+    b = tl.program_id(0)
+    first_key = tl.program_id(1) * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, key_len)
     offsets = tl.arange(0, ROWS)
     touch_first, whole_first = tl.full([ROWS], FAR, tl.int32), tl.full([ROWS], FAR, tl.int32)
@@ -72,7 +72,7 @@ def row_bounds_kernel(
     first = (first // BLOCK_M) * BLOCK_M
     body_first, body_last = tl.cdiv(body_first, BLOCK_M) * BLOCK_M, (body_last // BLOCK_M) * BLOCK_M
     has_body = unbroken & (body_first < body_last)
-    place = bounds_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 4
+    place = bounds_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * 4
     tl.store(place, first)
     tl.store(place + 1, tl.where(has_body, body_first, first))
     tl.store(place + 2, tl.where(has_body, body_last, first))
@@ -419,12 +419,12 @@ def bias_kernel(
 ):  # fmt: skip
     """One tile of the gradient of a bias, summed over the dimensions in which the bias is broadcast (OVER_...).
 
-    The grid is (key tiles, row tiles, batch x heads), 1 for what is summed over.
+    The grid is (batch x heads, row tiles, key tiles), 1 for what is summed over.
     """
     batches = 1 if OVER_BATCH else batch
-    b_first, h_first = tl.program_id(2) % batches, tl.program_id(2) // batches
+    b_first, h_first = tl.program_id(0) % batches, tl.program_id(0) // batches
     b_last, h_last = (batch if OVER_BATCH else b_first + 1), (num_heads if OVER_HEADS else h_first + 1)
-    row_first, key_first = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_N
+    row_first, key_first = tl.program_id(1) * BLOCK_M, tl.program_id(2) * BLOCK_N
     row_last = query_len if OVER_ROWS else row_first + BLOCK_M
     key_last = key_len if OVER_KEYS else key_first + BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -55,12 +55,12 @@ def row_scales(scales, pages, b, kv_head, k_pos, inside):
     """Scales `[N]` of keys or values."""
     if pages is None:
         row = scales.ptr + tl.cast(b, tl.int64) * scales.stride_b + k_pos * scales.stride_m
-        return tl.load(row + kv_head * scales.stride_h, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(row + tl.cast(kv_head, tl.int64) * scales.stride_h, mask=inside, other=0.0).to(tl.float32)
     else:
         entry = pages.table_ptr + tl.cast(b, tl.int64) * pages.stride_b + k_pos // pages.page_size
         page = tl.load(entry, mask=inside, other=0).to(tl.int64)
         row = scales.ptr + page * scales.stride_b + (k_pos % pages.page_size) * scales.stride_m
-        return tl.load(row + kv_head * scales.stride_h, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(row + tl.cast(kv_head, tl.int64) * scales.stride_h, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -126,19 +126,21 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys for a tile of rows of one group of heads; the grid is (row tiles, batch x key heads, parts).
+    """One part of the keys for a tile of rows of one group of heads; the grid is (batch x key heads, row tiles, parts).
+
+    What may be many comes first, since CUDA takes 65,535 programs at most in the other two.
 
     Rows are (query, head of the group) in this order, so that the rows of a tile see much the same keys. With
     `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on.
     """
-    b, kv_head = tl.program_id(1) // num_kv_heads, tl.program_id(1) % num_kv_heads
+    b, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     split, num_splits = tl.program_id(2), tl.num_programs(2)
     first_token, own_batch = 0, b
     if offsets_ptr is not None:
         first_token = tl.load(offsets_ptr + b)
         query_len = tl.load(offsets_ptr + b + 1) - first_token
         own_batch = 0
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < query_len * group_size
     q_pos = first_token + tl.where(inside, row // group_size, 0)
     h = kv_head * group_size + row % group_size
@@ -309,7 +311,7 @@ def decode(
         softcap, block_table, query_offsets, key_scale, value_scale, key_len, config,
     )  # fmt: skip
     with launching_on(query):
-        decode_kernel[row_tiles, sequences * num_kv_heads, splits](**arguments)
+        decode_kernel[sequences * num_kv_heads, row_tiles, splits](**arguments)
         if splits > 1:
             merge_kernel[batch * query_len, num_heads](
                 parts, part_lse, output, row_operand(lse), splits, num_heads, query_len, batch * query_len,

@@ -235,7 +235,7 @@ def decode_first(
     config = decode.decode_config(
         decode.architecture(query.device), query.dtype, head_dim, value_dim, rows, query.device
     )
-    programs = -(-rows // config.block_m), batch * num_kv_heads
+    programs = batch * num_kv_heads, -(-rows // config.block_m)
     splits = num_splits or decode.choose_splits(programs[0] * programs[1], key_len, config.block_n, query.device)
     output = query.new_empty(batch, query_len, num_heads, value_dim)
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)

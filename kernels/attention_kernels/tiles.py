@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .interpreter import mend_loop_bounds
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
@@ -81,6 +83,9 @@ def at_head(operand, b, h):
 
 INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunction))
 """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
+
+if INTERPRETED.value:
+    mend_loop_bounds()
 
 
 @triton.jit

@@ -42,8 +42,20 @@ def tuned_rows(device: torch.device) -> Mapping[Key, Config]:
     try:
         return _rows[device]
     except KeyError:
-        rows = _rows[device] = read_rows(tuned_file(device_name(device)))
+        rows = _rows[device] = _rows_in_file(device)
         return rows
+
+
+def _rows_in_file(device: torch.device) -> Mapping[Key, Config]:
+    try:
+        file = tuned_file(device_name(device))
+    except ImportError as error:
+        _log.warning(
+            "attention: where `my-triton tune` leaves what it measures is not known (%s), so the built-in tile shapes "
+            "are used; pip install platformdirs", error,
+        )  # fmt: skip
+        return {}
+    return read_rows(file)
 
 
 def forget() -> None:

@@ -17,18 +17,18 @@ def write_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """One token of one head; the grid is (tokens, heads). ROUND: whether numbers become integers."""
-    token, h = tl.program_id(0), tl.program_id(1)
+    token, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
         page, row = slot // page_size, slot % page_size
         columns = tl.arange(0, BLOCK_D)
         inside = columns < DIM
-        place = tl.cast(token, tl.int64) * new_stride_t + h * new_stride_h
+        place = token * new_stride_t + h * new_stride_h
         numbers = tl.load(new_ptr + place + columns * new_stride_n, mask=inside, other=0.0)
         if scale_ptr is not None:
             place = page * scale_stride_page + row * scale_stride_row + h * scale_stride_head
-            numbers = numbers.to(tl.float32) / tl.load(scale_ptr + place).to(tl.float32)
-            numbers = tl.minimum(tl.maximum(numbers, -most), most)
+            numbers = tl.div_rn(numbers.to(tl.float32), tl.load(scale_ptr + place).to(tl.float32))
+            numbers = tl.clamp(numbers, -most, most, propagate_nan=tl.PropagateNan.ALL)
             if ROUND:
                 # To the nearest, ties to even, as torch rounds: beside this number no digits after the point fit.
                 numbers = (numbers + 12582912.0) - 12582912.0

@@ -2,6 +2,9 @@
 """`python -m benchmarks gpu-report`: rehearsed on the CPU; what becomes of parts that fail, or take too long."""
 
 import json
+import re
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,42 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     assert gpu_report.run_part(part, 1.0, 60.0, tmp_path, "cpu") == "stopped after 1 s; what it had measured is kept"
 
 
+STARTS_ANOTHER_AND_WAITS = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print(child.pid, flush=True)
+"""
+
+
+def test_what_a_stopped_part_has_found_and_started(tmp_path: Path) -> None:
+    """Its failures are shown and count, and the processes that it started end with it."""
+    (tmp_path / "test_slow.py").write_text(
+        f"def test_fails():\n    {STARTS_ANOTHER_AND_WAITS.strip().replace(chr(10), '; ')}; assert child.pid == 0\n"
+        "def test_waits():\n    import time; time.sleep(300)\n"
+    )
+    part = Part("tests", ("pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)), 1)
+    outcome = gpu_report.run_part(part, 15.0, 60.0, tmp_path, "cpu")
+    assert outcome == "failed: 1 failed in 15 s; its words are in tests.txt"
+    said = (tmp_path / "tests.txt").read_text(encoding="utf-8")
+    assert "assert child.pid == 0" in said
+    child = re.search(r"^(\d+)$", said, re.MULTILINE)
+    assert child is not None and not is_running(int(child[1]))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(found) and not found.startswith("Z")
+
+
+def test_all_files_in_one(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "all.tar.gz", tmp_path / "run"
+    arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(folder), "--seconds", "100"]
+    assert runner.main([*arguments, "--archive", str(archive)]) == 0
+    with tarfile.open(archive) as packed:
+        assert {f"run/{path.name}" for path in folder.iterdir()} <= set(packed.getnames())
+
+
 def test_parts_without_time_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(tmp_path), "--seconds", "3"]
     assert runner.main(arguments) == 0
@@ -63,9 +102,9 @@ def test_parts_name_what_there_is() -> None:
         if module == "benchmarks":
             options.parse(arguments[0], [*arguments[1:], "--device", "cpu"], "", "")
     tests = {part.name: part.command for part in gpu_report.PARTS if part.command[0] == "pytest"}
-    assert (REPOSITORY / gpu_report.GLUON_TESTS).exists()
-    assert f"--ignore={gpu_report.GLUON_TESTS}" in tests["tests"]
-    assert gpu_report.GLUON_TESTS in tests["gluon-tests"]
+    assert all((REPOSITORY / name).exists() for name in (*gpu_report.GPU_TESTS, gpu_report.GLUON_TESTS))
+    assert set(gpu_report.GPU_TESTS) <= set(tests["tests"])
+    assert gpu_report.GLUON_TESTS in tests["gluon-tests"] and gpu_report.GLUON_TESTS not in tests["tests"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
