@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_reference
@@ -21,6 +23,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 SLOW_IN_INTERPRETER = pytest.mark.exhaustive if interpreting() else ()
 """Mark of tests that the interpreter takes long for; torch and GPUs run them in `make test`."""
+
+EARLIER_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")
+"""Whether transformers is earlier than the pinned one. The tests pass with 5.17 too, the oldest that is served."""
 
 GRADIENTS = ("query", "key", "value", "bias", "sinks")
 

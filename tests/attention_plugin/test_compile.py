@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import CompileConfig, masking_utils
 from transformers.models.codegen import modeling_codegen
@@ -21,6 +22,8 @@ from helpers import DEVICE, assert_within_bound
 from tiny_models import SLIDING_WINDOW, VOCAB_SIZE, build
 
 TOLERANCE = 2e-4
+EARLIER_COMPILER = Version(torch.__version__) < Version("2.13")
+"""Whether torch is earlier than the pinned one. The tests pass with 2.11 too, the oldest that is served."""
 GPU_ONLY = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 
 
@@ -99,7 +102,11 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         ("llama", "packed"),
         ("mistral", "left-padded"),  # sliding windows
         ("gemma2", "packed"),  # softcap, two kinds of layers
-        ("gpt_oss", "plain"),  # sinks
+        pytest.param(
+            "gpt_oss",
+            "plain",  # sinks
+            marks=pytest.mark.skipif(EARLIER_COMPILER, reason="cannot compile transformers' products of experts"),
+        ),
         ("bert", "left-padded"),  # an encoder where it is no decoder
         ("reference", "left-padded"),
     ],
@@ -342,7 +349,8 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool):
     pair.ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     try:
         assert_close(run_with_gradients(pair.ours, pair.ours, arguments), expected)
-        if not use_reentrant:  # the other kind is an autograd function of its own, which compilers do not trace
+        # The other kind is an autograd function of its own, which compilers do not trace; earlier ones trace neither.
+        if not use_reentrant and not EARLIER_COMPILER:
             compiled = torch.compile(pair.ours, backend="aot_eager", fullgraph=True)
             assert_close(run_with_gradients(pair.ours, compiled, arguments), expected)
     finally:

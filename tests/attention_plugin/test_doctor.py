@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_attention_works_here(capsys):
     status, found = doctor(capsys)
     assert status == 0
     assert {each["status"] for each in found.values()} <= {"ok", "note", "missing"}
-    assert found["versions", "torch"]["found"] == f"{torch.__version__} (needs 2.11 or newer)"
+    assert found["versions", "torch"]["found"] == f"{version('torch')} (needs 2.11 or newer)"
     assert found["registered", "AttentionInterface"]["found"].split(", ")[0] == NAME
     if not torch.cuda.is_available():
         assert found["machine", "GPU"]["status"] in ("note", "missing")

@@ -345,7 +345,17 @@ def mask_functions(draw, batch: int, tokens: int, depth: int = 3) -> Callable:
         return masking_utils.and_masks(*draw(st.lists(inner, min_size=1, max_size=3)))
     if kind == 8:
         return masking_utils.or_masks(*draw(st.lists(inner, min_size=1, max_size=3)))
-    return masking_utils.packed_sequence_compatibility_function(draw(inner), draw(positions_of(documents)), documents)
+    return packed_function(draw(inner), draw(positions_of(documents)), documents)
+
+
+def packed_function(function: Callable, positions: Tensor, documents: Tensor) -> Callable:
+    """A mask function between the tokens of each document, as transformers packs it.
+
+    Earlier than transformers 5.23 it is one of the places in the row, whatever the positions in the documents.
+    """
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        return masking_utils.packed_sequence_compatibility_function(function, positions, documents)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
 
 
 @st.composite
@@ -384,7 +394,7 @@ def test_functions_that_packing_wraps(data):
     }
     function = functions[data.draw(st.sampled_from(sorted(functions)))]
     positions = data.draw(positions_of(documents))
-    packed = masking_utils.packed_sequence_compatibility_function(function, positions, documents)
+    packed = packed_function(function, positions, documents)
     dense = masking_utils.sdpa_mask(batch, tokens, tokens, mask_function=packed, allow_is_causal_skip=False)
     assert_same(span_mask(batch, tokens, tokens, mask_function=packed), dense)
 
@@ -517,16 +527,15 @@ def known_functions(tokens: int, device: str = "cpu") -> dict[str, dict[str, Any
     padding = (torch.arange(tokens, device=device) >= tokens // 3)[None]
     window = masking_utils.sliding_window_causal_mask_function(64)
     chunks = masking_utils.chunked_causal_mask_function(128, torch.zeros(1, dtype=torch.long, device=device))
-    pack = masking_utils.packed_sequence_compatibility_function
     functions = {
         "causal": masking_utils.causal_mask_function,
         "sliding": window,
         "chunked": chunks,
         "bidirectional": masking_utils.bidirectional_mask_function,
         "bidirectional_sliding": masking_utils.sliding_window_bidirectional_mask_function(64),
-        "packed": pack(masking_utils.causal_mask_function, positions, documents),
-        "packed_sliding": pack(window, positions, documents),
-        "packed_chunked": pack(chunks, positions, documents),
+        "packed": packed_function(masking_utils.causal_mask_function, positions, documents),
+        "packed_sliding": packed_function(window, positions, documents),
+        "packed_chunked": packed_function(chunks, positions, documents),
         "blocks": masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(blocks)),
     }
     arguments = {name: {"mask_function": function} for name, function in functions.items()}

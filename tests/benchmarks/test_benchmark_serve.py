@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
+from attention_plugin.engines.continuous_batching import MINIMUM_VERSION
 from benchmarks import __main__ as runner
 from benchmarks import measure, serve
 
@@ -16,6 +19,12 @@ CPU = torch.device("cpu")
 LOAD = serve.Load(requests=5, longest=40, new_tokens=4, samples=2)
 
 
+serves = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(MINIMUM_VERSION), reason="transformers serves from a later one on"
+)
+
+
+@serves
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.dtype_name)
 def test_continuous_batching_answers_as_eager_does(checkpoint_dir: Path, dtype: torch.dtype) -> None:
     python = Path("/no/such/python")
@@ -65,6 +74,7 @@ def test_the_percentile_is_a_value_that_occurs() -> None:
     assert serve.percentile([float(each) for each in range(100)]) == 95.0
 
 
+@serves
 def test_serving_by_command(checkpoint_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(serve.LOADS, "quick", LOAD)
     monkeypatch.setattr("benchmarks.models.ensure_checkpoint", lambda *arguments: None)

@@ -151,6 +151,9 @@ def ask(
     job.write_text(json.dumps({"engine": engine.options(model, backend, dtype, tp, pp, **options), "rounds": work}))
     command = [engine.python, HERE / f"drive_{engine.name}.py", job, result]
     variables = environment_of(engine, folder, tp * pp, interpreted)
+    if engine is VLLM and tp * pp == 1:
+        # The scheduler in the same process: one of its own, as servers and more ranks have, takes ten seconds to start.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with cores(tp * pp), log.open("w") as output, _process(command, variables, output) as process:
         try:
             process.wait(TIMEOUT)

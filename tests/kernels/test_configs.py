@@ -21,6 +21,8 @@ from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
 
+import triton
+
 from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
@@ -52,12 +54,25 @@ def cases() -> Iterator:
             yield pytest.param(case, id=case.name, marks=() if is_quick(case) else pytest.mark.exhaustive)
 
 
+SPILLS_ELSEWHERE = {
+    ("3.6", "sm_90-forward-16bit-256-short"): 8,
+    ("3.6", "sm_90-backward-16bit-64-key_value-(spans)"): 2,
+    ("3.9", "sm_90-backward-16bit-128-query"): 4,
+}
+"""Instructions that other Tritons than the pinned one spill, as docs/compile-report.md says."""
+
+
+def spills_allowed(case: Case) -> int:
+    """How many instructions the installed Triton may spill where the pinned one spills none."""
+    return SPILLS_ELSEWHERE.get((triton.__version__.rpartition(".")[0], case.name), 0)
+
+
 def assert_within_limits(compiled, case: Case) -> None:
     assert compiled.shared_memory <= SHARED_MEMORY[case.architecture]
     if (case.part, case.dim) == ("gluon", 256):
         assert compiled.code.loop.counts.get("spill", 0) == 0
     elif case.architecture == "sm_90" and (case.dim <= 256 or case.part == "backward"):
-        assert compiled.spills == 0
+        assert compiled.spills <= spills_allowed(case)
 
 
 @compiles

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -20,7 +21,7 @@ def values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """Arguments of `config_class` for a tiny config; sub-configs as dicts, which the class turns into configs."""
     fields = set(getattr(config_class, "__dataclass_fields__", ()))
     default = config_class()
-    sub_configs = {name: _sub_config(spec) for name, spec in config_class.sub_configs_defaults.items()}
+    sub_configs = {name: _sub_config(spec) for name, spec in _specs(config_class).items()}
     chosen: dict[str, Any] = {}
     for name in fields - sub_configs.keys():
         value = _default(default, name)
@@ -46,7 +47,7 @@ def values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]  # latent attention expands keys to every head
     overrides = {**OVERRIDES.get(config_class.model_type, {}), **FAMILY_OVERRIDES.get(config_class.model_type, {})}
-    specs = config_class.sub_configs_defaults
+    specs = _specs(config_class)
     for name, sub_class in sub_configs.items():
         if sub_class is None:
             continue
@@ -75,6 +76,16 @@ def _default(config: PreTrainedConfig, name: str) -> Any:
         if "per-layer attribute" in str(error):
             return None
         raise
+
+
+def _specs(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What a class says of its sub-configs; earlier than transformers 5.23, of some their classes alone."""
+    if hasattr(config_class, "sub_configs_defaults"):
+        return config_class.sub_configs_defaults
+    return {
+        name: SimpleNamespace(config_class=sub_class, model_type=None, init_kwargs=None)
+        for name, sub_class in config_class.sub_configs.items()
+    }
 
 
 def _sub_config(spec: Any) -> type[PreTrainedConfig] | None:
