@@ -58,13 +58,13 @@ def attention_forward(
             tensor added to the scores; or None.
         dropout: probability of dropping a weight of the softmax; 0 unless `module.training`. Which weights are dropped
             is drawn from torch's generator of the device.
-        scaling: factor of the scores, default `head_dim ** -0.5`.
+        scaling: factor of the scores, default `head_dim ** -0.5`; a learned one is a tensor of one number.
         is_causal: overrides `module.is_causal`; both give way to a mask.
         sliding_window: number of keys a row sees, used where there is no mask (a mask has it already).
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: sinks, `[num_heads]`.
         position_bias: added to the scores, broadcastable to `[batch, num_heads, query_len, key_len]`.
-        position_ids: `[batch or 1, query_len]`; where they go back in causal attention without a cache, a packed
+        position_ids: `[batch or 1, query_len]`; where they restart in causal attention without earlier keys, a packed
             document begins, unless transformers has built the mask without a 2D mask and so has looked for documents
             itself.
         cu_seq_lens_q, cu_seq_lens_k: cumulative lengths `[documents + 1]` of documents packed in a batch of one.
@@ -100,6 +100,8 @@ def attention_forward(
     selected = selected_keys(module, indices, block_indices, scores)
     if selected is not None:
         mask = selected if mask is None else mask & selected
+    if isinstance(scaling, Tensor) and scaling.requires_grad:  # a learned one
+        query, scaling = (query * scaling).to(query.dtype), 1.0
     options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
     wanted = weights_wanted(module, output_attentions)
     if not wanted and sinks is None:

@@ -30,6 +30,7 @@ from .support import (
     negates_masks,
     refuse_foreign_use,
     refuse_model,
+    refuse_padding_mask,
 )
 from .symbolic import recognise
 
@@ -213,6 +214,9 @@ def span_mask(
         allow_is_bidirectional_skip: whether no mask is needed where everything is visible.
         kwargs: what transformers hands to other implementations.
 
+    Raises:
+        ValueError: `attention_mask` is of another shape, or the model's attention cannot be replaced.
+
     Returns:
         The mask; as an additive tensor for a model that would pass over anything else; None, where nothing is hidden,
         for a model that would stumble over its sizes.
@@ -220,6 +224,8 @@ def span_mask(
     refuse_model(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.shape[:-1] not in ((1,), (batch_size,)):
+        refuse_padding_mask(attention_mask, batch_size)
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
     wide = mask_function is masking_utils.bidirectional_mask_function or kv_length < (kwargs.get("local_size") or 0)
@@ -349,8 +355,9 @@ def _outer_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
 def document_ids(position_ids: Tensor, attended: Tensor | None) -> Tensor:
     """Number of the document that each token belongs to, int64 `[batch, tokens]`.
 
-    A document begins where the position goes back from that of the last attended token, or where it is 0 once more.
-    Positions of padding mean nothing and begin no document.
+    A document begins where the position is 0 once more, or that of the row's first token, in rows whose positions count
+    on by one everywhere else: other positions that go back (branches of a tree, groups of tokens that share one) are no
+    packing. Positions of padding mean nothing and begin no document.
     """
     tokens = position_ids.shape[1]
     if attended is None:
@@ -361,5 +368,11 @@ def document_ids(position_ids: Tensor, attended: Tensor | None) -> Tensor:
     last_attended = torch.where(attended, index, -1).cummax(1).values
     before = torch.where(index == 0, -1, last_attended.roll(1, 1))
     previous = position_ids.gather(1, before.clamp(min=0))
-    back = (position_ids < previous) | ((position_ids == 0) & (previous == 0))
-    return (attended & (before >= 0) & back).cumsum(1)
+    first = position_ids.gather(1, attended.int().argmax(1, keepdim=True))
+    has_previous = attended & (before >= 0)
+    restarts = has_previous & ((position_ids == 0) | (position_ids == first)) & (position_ids <= previous)
+    step = position_ids - previous  # one, or more where padding between them was counted
+    regular = ~has_previous | restarts | (step == 1) | (step == index - before)
+    counts = attended & (position_ids > first.clamp(min=0))  # as positions that are all the same do not
+    is_packed = regular.all(1, keepdim=True) & counts.any(1, keepdim=True)
+    return (restarts & is_packed).cumsum(1)

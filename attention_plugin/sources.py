@@ -16,7 +16,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedModel
 
-INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
+INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(?:\.get_interface\(|\[(?![\"']))")
+"""A call of the interface: as transformers writes it, or in brackets, as earlier releases and code on the Hub do."""
 
 
 @lru_cache
@@ -35,7 +36,7 @@ def _tree(module_name: str) -> ast.Module:
 
 def calls_interface(module_name: str) -> bool:
     """Whether a file is seen to call transformers' attention interface."""
-    return INTERFACE in (source(module_name) or "")
+    return INTERFACE.search(source(module_name) or "") is not None
 
 
 @lru_cache
@@ -46,7 +47,7 @@ def leaves_attention(module_name: str) -> bool:
     read is given the benefit of the doubt: its masks still refuse to be computed with.
     """
     code = source(module_name)
-    if code is None or INTERFACE in code:
+    if code is None or INTERFACE.search(code):
         return True
     table = re.search(r"\w+_ATTENTION_CLASSES\s*(?:\[|=)", code)
     layers = re.search(r"^class \w*Attention\w*\((?:nn\.|torch\.nn\.)?Module", code, re.MULTILINE)

@@ -98,13 +98,30 @@ def check_dropout(dropout: float, training: bool) -> None:
         )
 
 
-def refuse_absent_weights() -> NoReturn:
-    """Refuse to pretend that there are attention weights.
+def refuse_padding_mask(mask: torch.Tensor, batch_size: int) -> NoReturn:
+    """Refuse a mask that is none of padding.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
+        f"my_triton attention: `attention_mask` must be [batch, tokens] with a batch of {batch_size} or 1, 0 at "
+        f"padding, got {list(mask.shape)}; a mask of each query is a bool or additive tensor [batch, num_heads or 1, "
+        "query_len, key_len]"
+    )
+
+
+class NoWeightsError(ValueError, AttributeError):
+    """There are no attention weights. Who asks by `hasattr` whether they are a tensor is told that they are not."""
+
+
+def refuse_absent_weights() -> NoReturn:
+    """Refuse to pretend that there are attention weights.
+
+    Raises:
+        NoWeightsError: always.
+    """
+    raise NoWeightsError(
         "my_triton attention: `output_attentions` did not reach the attention function, because the model's own code "
         "keeps it back, so there are no attention weights here; set `output_attentions=True` in the configuration "
         f"of this part of the model when it is created, or {EAGER}"

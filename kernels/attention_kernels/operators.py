@@ -145,6 +145,12 @@ def attention(
         raise ValueError(f"attention: `sinks` is on {sinks.device}, `query` on {query.device}; move it there")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
+    for name, given in (("scale", scale), ("softcap", softcap)):
+        if isinstance(given, Tensor) and given.requires_grad:
+            raise ValueError(
+                f"attention: `{name}` must be a number, got a tensor that wants a gradient; detach it, or multiply "
+                "`query` by a scale and pass 1.0"
+            )
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:  # torch.compile may trace a number, which math.isfinite does not take
         raise ValueError(f"attention: `scale` must be finite, got {scale}")

@@ -120,6 +120,21 @@ def test_gradients_reach_every_argument():
         )
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learned_scale_has_a_gradient(shape: tuple[int, ...]):
+    query, key, value = tensors(5, 5)
+    upstream, grads = torch.randn(BATCH, 5, HEADS, VALUE_DIM), []
+    for dtype in (torch.float32, torch.float64):
+        scale = torch.full(shape, 0.3, dtype=dtype, requires_grad=True)
+        if dtype == torch.float32:
+            output, _ = attention_forward(layer(), query, key, value, span_mask(BATCH, 5, 5), scaling=scale)
+        else:
+            expected, _ = attention_reference(query.double() * scale, key, value, mask=causal(5, 5), scale=1.0)
+            output = expected.transpose(1, 2)
+        grads += torch.autograd.grad(output, scale, upstream.to(output.dtype))
+    torch.testing.assert_close(grads[0].double(), grads[1], atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"scaling": 0.3}, {"scaling": None}, {"softcap": None}])
 def test_scores(options: dict[str, Any]):
     query, key, value = tensors(7, 7)

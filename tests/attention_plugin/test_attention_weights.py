@@ -204,6 +204,7 @@ def test_models_that_keep_the_wish_to_themselves(make: Any):
         with pytest.raises(ValueError, match=f"`output_attentions` did not reach .* configuration .*{EAGER}"):
             use(absent[0])
     assert "Absent" in repr(absent[0]) and not hasattr(absent[0], "__array_interface__")
+    assert not hasattr(absent[0], "to"), "hooks that move outputs look for it"
     (eager, ours), _ = make(output_attentions=True)
     assert_same(ours(**inputs).attentions, eager(**inputs).attentions)
 

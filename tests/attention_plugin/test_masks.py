@@ -697,6 +697,28 @@ def test_ordinary_positions_are_one_document(data):
     assert (document_ids(torch.arange(tokens)[None] + offset, None) == 0).all()
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.arange(12) // 4,  # tokens that share a position
+        torch.zeros(12, dtype=torch.long),
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5]),  # branches after the same beginning
+        torch.arange(12).flip(0),
+        torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 2, 3]),
+        torch.tensor([3, 4, 5, 6, 7, 3, 3, 5, 6, 7, 8, 9]),
+    ],
+)
+def test_other_positions_that_go_back_are_no_documents(positions):
+    assert (document_ids(positions[None], None) == 0).all()
+    assert (document_ids(positions[None], torch.ones(1, 12, dtype=torch.bool)) == 0).all()
+
+
+def test_documents_that_count_from_where_the_row_does():
+    positions = torch.tensor([[5, 6, 7, 0, 1, 2], [1, 2, 3, 1, 2, 1], [0, 0, 1, 0, 0, 1]])
+    expected = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 3, 3]])
+    assert torch.equal(document_ids(positions, None), expected)
+
+
 @settings(max_examples=100, **PROPERTY)
 @given(data=st.data())
 def test_restarting_positions_begin_documents(data):
@@ -705,6 +727,8 @@ def test_restarting_positions_begin_documents(data):
     attended = torch.ones(1, sum(lengths), dtype=torch.bool)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     expected = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
+    if max(lengths) == 1:
+        expected.zero_()  # positions that are all the same say nothing
     padding = data.draw(st.integers(0, 4))
     at = data.draw(st.sampled_from([0, sum(lengths), *torch.tensor(lengths).cumsum(0).tolist()]))
     parts = [(attended, False), (positions, data.draw(st.integers(0, 3))), (expected, -1)]

@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,11 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         ValueError,
         ("`attention_mask` must be what the registered mask function built", "got torch.float32 [6, 6]; build it with"),
     ),
+    "mask of padding": (
+        lambda: span_mask(2, 6, 6, attention_mask=torch.ones(3, 6)),
+        ValueError,
+        ("`attention_mask` must be [batch, tokens] with a batch of 2 or 1", "got [3, 6]", "bool or additive tensor"),
+    ),
     "foreign use": (
         lambda: span_mask(1, 4, 4) + 1,
         TypeError,
@@ -203,6 +209,12 @@ PLUGIN_FILES = [
     importlib.import_module(f"attention_plugin.{name}")
     for name in ("attention", "masks", "reading", "selected_keys", "sources", "support", "token_sinks", "weights")
 ]
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6, 6), (2, 1, 6, 6, 1), ()])
+def test_masks_of_padding_of_another_shape(shape: tuple[int, ...]):
+    with raises(ValueError, "`attention_mask` must be [batch, tokens]", f"got {list(shape)}"):
+        span_mask(2, 6, 6, attention_mask=torch.ones(shape))
 
 
 @pytest.mark.parametrize("name", PLUGIN_REFUSALS)
@@ -249,6 +261,11 @@ def operator(**changes: Any) -> Tensor:
 
 
 OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], tuple[str, ...]]] = {
+    "learned softcap": (
+        lambda: {"softcap": torch.tensor(5.0, requires_grad=True)},
+        ValueError,
+        ("`softcap` must be a number, got a tensor that wants a gradient", "detach it"),
+    ),
     "three dimensions": (
         lambda: {"query": torch.randn(4, 6, 8)},
         ValueError,
@@ -609,6 +626,26 @@ def test_every_causal_model_that_computes_attention_itself_is_refused():
     assert served >= {"llama", "gemma2", "gpt_oss", "bert", "bart", "opt", "gpt2", "mistral", "qwen3", "whisper", "phi"}
     assert len(served) > 100
     assert partly == {"git"}  # its vision tower calls the interface, its text layers come from a table of classes
+
+
+@pytest.mark.parametrize(
+    ("line", "served"),
+    [
+        ("attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)", True),
+        ("attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]", True),
+        ('attend = ALL_ATTENTION_FUNCTIONS["sdpa"]', False),
+        ("attend = torch.nn.functional.scaled_dot_product_attention", False),
+    ],
+)
+def test_code_of_earlier_transformers_calls_the_interface_too(line: str, served: bool, tmp_path, monkeypatch):
+    """As models on the Hub do that carry their own code."""
+    name = f"modeling_of_the_hub_{zlib.crc32(line.encode())}"  # what a file says is remembered by its name
+    (tmp_path / f"{name}.py").write_text(
+        f"from torch import nn\nclass HubAttention(nn.Module):\n    def forward(self, hidden):\n        {line}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(name)
+    assert sources.leaves_attention(name) == served == sources.calls_interface(name)
 
 
 def test_modules_without_source_get_the_benefit_of_the_doubt():
