@@ -35,7 +35,7 @@ def require(module: str, purpose: str, extra: str = "cli") -> ModuleType:
         package = module.split(".")[0]
         raise UsageError(
             f"{purpose} needs {package}, which cannot be imported ({error}); pip install {package}, or "
-            f"pip install 'my-triton-attention[{extra}]'"
+            f"this package with its extra `{extra}`"
         ) from error
 
 

@@ -151,6 +151,8 @@ def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str
             said = (folder / f"{part.name}.txt").read_text(encoding="utf-8", errors="replace")
             if failed := re.search(r"\b\d+ failed\b", said):
                 return f"failed: {failed[0]} in {limit:.0f} s; its words are in {part.name}.txt"
+            if module == "pytest":
+                return f"failed: the tests were not through after {limit:.0f} s; their words are in {part.name}.txt"
             return f"stopped after {limit:.0f} s; what it had measured is kept"
     return "done" if status == 0 else f"failed with status {status}; its words are in {part.name}.txt"
 

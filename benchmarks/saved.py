@@ -42,7 +42,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": gpu or processor,
         "device_type": device.type,
         "processor": processor,
-        "capabilities": torch.backends.cpu.get_cpu_capability(),
+        "capabilities": torch.backends.cpu.get_cpu_capability() + "+AMX" * torch.cpu._is_amx_tile_supported(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0]

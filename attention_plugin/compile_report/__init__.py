@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from attention_kernels.config_tables import SHARED_MEMORY
+from attention_kernels.operators import interpreting
 
 from ..command import UsageError, require
 from .rows import PARTS, Row, broken_limits, draw_up
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile, and print; returns the exit status."""
     require("triton", "compile-report")
+    if interpreting():
+        raise UsageError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     architectures = _known("--architecture", options.architecture, tuple(SHARED_MEMORY))
     parts = _known("--part", options.part, PARTS)
     if options.jobs < 1:

@@ -246,7 +246,7 @@ def engines() -> Iterator[Finding]:
         declared = "; plugin " + ", ".join(plugins) if plugins else "; no plugin of this package is declared"
         advice = ""
         if version and not plugins:
-            advice = "pip install --force-reinstall --no-deps my-triton-attention, if your release has one"
+            advice = "pip install --force-reinstall --no-deps . in this package's repository"
         yield Finding("engines", group, words + declared, "missing" if advice else "ok" if version else "note", advice)
 
 

@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=270.0, metavar="S", help="begin no row after this; default 270"
     )
-    parser.add_argument("--show", action="store_true", help="show what was measured, and where it is kept")
-    parser.add_argument("--clear", action="store_true", help="delete what was measured, for all GPUs and versions")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="show what was measured, and where it is kept")
+    instead.add_argument("--clear", action="store_true", help="delete what was measured, for all GPUs and versions")
 
 
 def run(options: argparse.Namespace) -> int:

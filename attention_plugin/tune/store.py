@@ -72,10 +72,9 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"]
 
 
-def files(device: str | None = None) -> list[Path]:
-    """All files, or those of a device, of every version."""
-    stem = "tuned-" if device is None else tuned.file_stem(device)
-    return sorted(tuned.folder().glob(f"{stem}*.json"))
+def files() -> list[Path]:
+    """All files, of every device and version."""
+    return sorted(tuned.folder().glob("tuned-*.json"))
 
 
 def clear() -> list[Path]:

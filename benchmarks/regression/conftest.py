@@ -22,8 +22,9 @@ class Baseline:
     A processor that has no baseline of its own is held to the lowest of the others'.
     """
 
-    def __init__(self, processors: dict[str, dict[str, Any]], here: str) -> None:
+    def __init__(self, processors: dict[str, dict[str, Any]], here: str, *, is_saved_anew: bool) -> None:
         self.ratios: dict[str, float] = {}
+        self.is_saved_anew = is_saved_anew
         self._known = {here: processors[here]} if here in processors else processors
 
     def least(self, case: str, slowdown: float) -> float | None:
@@ -60,7 +61,7 @@ def baseline(request: pytest.FixtureRequest) -> Iterator[Baseline]:
     machine = saved.describe_machine(torch.device("cpu"))
     # Two kinds of processor may have one name, and be far apart in 16 bits.
     here = f"{machine['processor']} ({machine['capabilities']}), {machine['threads']} threads"
-    held = Baseline({} if saving else processors, here)
+    held = Baseline({} if saving else processors, here, is_saved_anew=saving)
     yield held
     if saving:
         processors[here] = {"versions": saved.describe_versions(), "ratios": held.ratios}

@@ -85,6 +85,7 @@ def judge(benchmark: Any, baseline: Any, case: str, pair: Pair, rounds: int) -> 
     """Measure, note the ratio, and fail where it has become too low."""
     ratio = ratio_of(benchmark, pair, rounds)
     least = baseline.least(case, SLOWDOWN)
+    assert least is not None or baseline.is_saved_anew, f"the baseline has no {case}; `make bench-ci-save` adds it"
     for _ in range(ATTEMPTS - 1):
         if least is None or ratio >= least:
             break

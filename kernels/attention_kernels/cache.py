@@ -44,14 +44,16 @@ class PagedCache:
     value_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        pages, page_size, num_kv_heads = self.key.shape[:3]
         if self.key.ndim != 4 or self.value.ndim != 4 or self.value.shape[:3] != self.key.shape[:3]:
             raise ValueError(
                 "PagedCache: `key` and `value` must be [pages, page_size, num_kv_heads, dim] with equal first three "
                 f"sizes, got {list(self.key.shape)} and {list(self.value.shape)}"
             )
+        pages, page_size, num_kv_heads = self.key.shape[:3]
         if not 1 <= page_size <= MAX_PAGE_SIZE:
             raise ValueError(f"PagedCache: a page must hold 1 to {MAX_PAGE_SIZE} tokens, got {page_size}")
+        if not num_kv_heads:
+            raise ValueError("PagedCache: `key` and `value` must have at least one head, got 0; see num_kv_heads")
         if self.key.dtype != self.value.dtype:
             raise TypeError(
                 f"PagedCache: `key` and `value` must share a dtype, got {self.key.dtype}, {self.value.dtype}"
@@ -68,8 +70,12 @@ class PagedCache:
                     f"PagedCache: `{name}` belongs to quantised keys and values ({[str(d) for d in QUANTISED]}), and "
                     f"to them only; got {'one' if scale is not None else 'none'} for {self.key.dtype}"
                 )
-            if scale is not None:
-                torch.broadcast_shapes(scale.shape, (pages, page_size, num_kv_heads))
+            rows = (pages, page_size, num_kv_heads)
+            if scale is not None and not _broadcasts(scale.shape, rows):
+                raise ValueError(
+                    f"PagedCache: `{name}` must broadcast to [pages, page_size, num_kv_heads] = {list(rows)}, got "
+                    f"{list(scale.shape)}; give one number, one for each head, or one for each token and head"
+                )
         if len({each.device for each in (self.key, self.value, self.block_table, self.seq_lens)}) > 1:
             raise ValueError("PagedCache: all tensors must be on one device")
 
@@ -231,8 +237,13 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
             Slots that come twice, or beyond the pages, are undefined behaviour.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or slots are no integers.
     """
+    if slots.dtype not in (torch.int64, torch.int32) or slots.ndim != 1:
+        raise ValueError(
+            f"write_cache: `slots` must be int64 or int32 [tokens], got {slots.dtype} {list(slots.shape)}; a slot is "
+            "`page * page_size + place in the page`"
+        )
     for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
         if new.shape != (slots.numel(), *old.shape[2:]):
             raise ValueError(
@@ -254,16 +265,23 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
         old[page, place] = rows.to(old.dtype)
 
 
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be expanded to the other."""
+    own = (1,) * (len(to) - len(shape)) + tuple(shape)
+    return len(own) == len(to) and all(size in (1, full) for size, full in zip(own, to, strict=True))
+
+
 def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
     """Scales `[pages, num_kv_heads, page_size]`, expanded."""
     return scale.expand(tensor.shape[:3]).transpose(1, 2)
 
 
 def _check_spans(spans: Spans, query: Tensor, cache: PagedCache) -> None:
-    if spans.query_len != query.shape[2] or spans.key_len != cache.key_len or spans.key_mask is not None:
+    fits = spans.query_len == query.shape[2] and spans.key_len == cache.key_len and spans.batch in (1, query.shape[0])
+    if not fits or spans.key_mask is not None:
         raise ValueError(
-            f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, "
-            f"without hidden keys, got {spans!r}; leave it out for causal attention"
+            f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, of a "
+            f"batch of {query.shape[0]} or 1, without hidden keys, got {spans!r}; leave it out for causal attention"
         )
 
 

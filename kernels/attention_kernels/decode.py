@@ -122,7 +122,7 @@ def decode_step(
 @triton.jit
 def decode_kernel(
     query, key, value, pages, key_scales, value_scales, output_ptr, output_lse, spans, mask, bias, sinks_ptr,
-    offsets_ptr, scale, softcap, num_kv_heads, group_size, query_len, key_len, tokens, lse_stride_split,
+    offsets_ptr, scale, softcap, num_kv_heads, group_size, query_len, tokens, lse_stride_split,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +357,7 @@ def decode_arguments(
         output_lse=row_operand(lse), spans=spans, mask=score_operand(mask, scores), bias=score_operand(bias, scores),
         sinks_ptr=None if sinks is None else sinks.contiguous(), offsets_ptr=query_offsets, scale=scale,
         softcap=softcap, num_kv_heads=key.shape[1], group_size=num_heads // key.shape[1], query_len=query_len,
-        key_len=key_len, tokens=batch * query_len, lse_stride_split=lse.stride(0) if lse.ndim == 4 else 0,
+        tokens=batch * query_len, lse_stride_split=lse.stride(0) if lse.ndim == 4 else 0,
         HEAD_DIM=head_dim, VALUE_DIM=value.shape[3], BLOCK_D=block_d, BLOCK_DV=block_dv,
         CHUNK_D=min(config.chunk_d or block_d, block_d), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages,

@@ -8,12 +8,10 @@ bound of every kernel. It never uses the span logic that it checks: a mask is st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Predicate = Callable[[Tensor, Tensor], Tensor]
 """(q_pos [query_len, 1], k_pos [1, key_len]) to bool [query_len, key_len]."""
 
 
@@ -79,10 +77,3 @@ def _weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
         return weights @ value
     products = weights[..., None] * value[..., None, :, :]
     return torch.where(weights[..., None] == 0, torch.zeros_like(products), products).sum(-2)
-
-
-def dense_mask(query_len: int, key_len: int, predicate: Predicate, *, offset: int = 0) -> Tensor:
-    """Boolean `[query_len, key_len]` mask of a predicate over positions; row `i` stands at position `i + offset`."""
-    q_pos = torch.arange(query_len)[:, None] + offset
-    k_pos = torch.arange(key_len)[None, :]
-    return predicate(q_pos, k_pos).expand(query_len, key_len)

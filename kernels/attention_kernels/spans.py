@@ -69,6 +69,24 @@ class Spans:
                 )
         if (self.key_mask is None) != (self.gap_count is None):
             raise ValueError("Spans: `key_mask` and `gap_count` go together; build them with Spans.padded")
+        if not torch.compiler.is_compiling():  # which need not be told what it cannot know
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        for name, length in (("query_len", self.query_len), ("key_len", self.key_len)):
+            if length < 0:
+                raise ValueError(f"Spans: `{name}` must be at least 0, got {length}; pass the number of tokens")
+        if self.key_mask is not None and self.key_mask.shape[1:] != (self.key_len,):
+            raise ValueError(
+                f"Spans: `key_mask` must be [batch or 1, key_len] with {self.key_len} keys, got "
+                f"{list(self.key_mask.shape)}; build it with Spans.padded"
+            )
+        sizes = [tensor.shape[0] for tensor in (self.start, self.end, self.key_mask) if tensor is not None]
+        if any(size not in (1, max(sizes)) for size in sizes):
+            raise ValueError(
+                f"Spans: `start`, `end` and `key_mask` must have one batch or a batch of 1, got {sizes}; slice or "
+                "expand them"
+            )
 
     # ------------------------------------------------------------------ constructors
 
@@ -107,6 +125,11 @@ class Spans:
             if size is not None and size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}")
         key_len = query_len if key_len is None else key_len
+        if not torch.compiler.is_compiling() and min(query_len, key_len) < 0:
+            raise ValueError(
+                f"Spans: `query_len` and `key_len` must be at least 0, got {query_len} and {key_len}; pass the numbers "
+                "of tokens"
+            )
         if query_len == 1 and isinstance(offset, int) and not torch.compiler.is_compiling():  # each step of decoding
             first = 0 if left is None else min(max(0, offset - left), key_len)
             last = key_len if right is None else min(max(0, offset + right + 1), key_len)

@@ -45,10 +45,15 @@ def attention_weights(
         longer tells how many keys there are.
 
     Raises:
-        ValueError: `lse` is of another shape or dtype, heads do not group, or dropout has no seed.
+        ValueError: `lse` or `spans` is of another shape, heads do not group, or dropout has no seed.
     """
     query, key = cast_for_autocast(query, key)
     _check(query, key, lse, dropout_p, dropout_seed)
+    if spans is not None and (spans.query_len, spans.key_len) != (query.shape[2], key.shape[2]):
+        raise ValueError(
+            f"attention_weights: `spans` is for {spans.query_len} queries and {spans.key_len} keys, but the tensors "
+            f"have {query.shape[2]} and {key.shape[2]}; pass what `attention` was given"
+        )
     scores = _scores(query, key, lse.dtype, scale, softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)

@@ -236,7 +236,7 @@ def test_an_engine_without_a_plugin_is_missing_one(tmp_path, monkeypatch):
     vllm, sglang = findings.engines()
     assert (vllm.status, vllm.found) == ("note", "vllm is not installed; no plugin of this package is declared")
     assert (sglang.status, sglang.found) == ("missing", "sglang 0.5.23; no plugin of this package is declared")
-    assert sglang.advice.startswith("pip install --force-reinstall --no-deps my-triton-attention")
+    assert sglang.advice.startswith("pip install --force-reinstall --no-deps . in this package")
 
 
 def test_a_library_that_is_not_there_comes_with_the_way_to_get_it(monkeypatch):

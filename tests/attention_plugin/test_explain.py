@@ -424,4 +424,4 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(package, options, pur
     assert main(["explain", "llama", *arguments]) == 2
     error = capsys.readouterr().err
     assert f"my-triton explain: {purpose} needs {package}, which cannot be imported" in error
-    assert f"pip install {package}, or pip install 'my-triton-attention[cli]'" in error
+    assert f"pip install {package}, or this package with its extra `cli`" in error

@@ -39,7 +39,7 @@ def test_a_killed_worker_ends_the_server_with_the_engine_s_own_message(engine, t
         for thread in threads:
             thread.join(timeout=120)
         assert not any(thread.is_alive() for thread in threads), "a request waits for a worker that is gone"
-        assert len(outcomes) == 4
+        assert len(outcomes) == 4 and any(outcome != 200 for outcome in outcomes), outcomes
         deadline = time.monotonic() + 90
         while server.process.poll() is None and time.monotonic() < deadline:
             try:

@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_kernels import Spans
-from attention_kernels.reference import dense_mask
 
 sizes = st.integers(1, 40)
 offsets = st.integers(-5, 45)
+
+
+def dense_mask(query_len, key_len, predicate, *, offset=0):
+    """Boolean `[query_len, key_len]` mask of a predicate over positions; row `i` stands at position `i + offset`."""
+    q_pos = torch.arange(query_len)[:, None] + offset
+    return predicate(q_pos, torch.arange(key_len)[None, :]).expand(query_len, key_len)
 
 
 def assert_spans(spans, dense):

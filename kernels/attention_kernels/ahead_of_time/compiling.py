@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -115,8 +114,3 @@ def compile_ahead(kernel: Any, architecture: str, arguments: Mapping[str, Any]) 
     # Warp specialisation adds warps to those that were asked for.
     warps = getattr(compiled.metadata, "num_warps", arguments.get("num_warps", 4))
     return Compiled(compiled.metadata.shared, warps * target.warp_size, compiled.asm, seconds)
-
-
-def triton_version() -> str:
-    """The version of Triton that compiles."""
-    return triton.__version__
