@@ -511,6 +511,22 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, key_mask=torch.ones(1, 3, dtype=torch.bool)),
         ("`key_mask` and `gap_count` go together", "Spans.padded"),
     ),
+    "key mask of another length": (
+        lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, torch.ones(1, 4, dtype=torch.bool), int32(1)),
+        ("`key_mask` must be [batch or 1, key_len] with 3 keys", "got [1, 4]", "Spans.padded"),
+    ),
+    "batches": (
+        lambda: Spans(int32(2, 3), int32(3, 3), 3, 3),
+        ("`start`, `end` and `key_mask` must have one batch", "got [2, 3]", "slice or expand"),
+    ),
+    "fewer tokens than none": (
+        lambda: Spans.full(-1),
+        ("`query_len` must be at least 0", "got -1", "number of tokens"),
+    ),
+    "fewer keys than none": (
+        lambda: Spans.causal(2, -3),
+        ("`query_len` and `key_len` must be at least 0", "got 2 and -3", "numbers of tokens"),
+    ),
     "left": (lambda: Spans.sliding(3, left=-1), ("`left` must be None or at least 0", "got -1")),
     "right": (lambda: Spans.sliding(3, left=None, right=-2), ("`right` must be None or at least 0", "got -2")),
     "chunk": (lambda: Spans.chunked(3, chunk_size=0), ("`chunk_size` must be at least 1", "got 0")),

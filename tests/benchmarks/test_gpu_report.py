@@ -58,8 +58,8 @@ def test_what_a_stopped_part_has_found_and_started(tmp_path: Path) -> None:
         "def test_waits():\n    import time; time.sleep(300)\n"
     )
     part = Part("tests", ("pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)), 1)
-    outcome = gpu_report.run_part(part, 15.0, 60.0, tmp_path, "cpu")
-    assert outcome == "failed: 1 failed in 15 s; its words are in tests.txt"
+    outcome = gpu_report.run_part(part, 25.0, 60.0, tmp_path, "cpu")
+    assert outcome == "failed: 1 failed in 25 s; its words are in tests.txt"
     said = (tmp_path / "tests.txt").read_text(encoding="utf-8")
     assert "assert child.pid == 0" in said
     child = re.search(r"^(\d+)$", said, re.MULTILINE)

@@ -326,6 +326,7 @@ def test_checking_finds_entries_out_of_range():
         ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1, got 0"),
         ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be \[num_heads\] = \[4\], got \[3\]"),
         ({"spans": Spans.causal(1, 9)}, ValueError, "`spans` must be for 1 queries and the cache's 8 keys"),
+        ({"spans": Spans(*torch.ones(2, 3, 1, dtype=torch.int32), 1, 8)}, ValueError, "of a batch of 2 or 1"),
     ],
 )
 def test_bad_calls(change, error, words):
@@ -341,6 +342,14 @@ def test_bad_calls(change, error, words):
     ("change", "error", "words"),
     [
         ({"value": torch.zeros(4, 5, 2, 16)}, ValueError, "equal first three"),
+        ({"key": torch.zeros(4, 16)}, ValueError, r"`key` and `value` must be .*, got \[4, 16\]"),
+        (dict.fromkeys(("key", "value"), torch.zeros(4, 4, 0, 16)), ValueError, "at least one head, got 0"),
+        (
+            dict.fromkeys(("key", "value"), torch.zeros(4, 4, 2, 16).to(torch.int8))
+            | {"key_scale": torch.ones(7), "value_scale": torch.ones(1)},
+            ValueError,
+            r"`key_scale` must broadcast to .* = \[4, 4, 2\], got \[7\]; give one number",
+        ),
         ({"value": torch.zeros(4, 4, 2, 16, dtype=torch.float16)}, TypeError, "must share a dtype"),
         ({"block_table": torch.zeros(2, 2)}, ValueError, "`block_table` must be int32 with 2 dimensions"),
         ({"key_scale": torch.ones(1)}, ValueError, "`key_scale` belongs to quantised keys and values"),
@@ -375,6 +384,10 @@ def test_writing_what_does_not_fit():
         ValueError, match=r"`value` must be .* = \[2, 1, 8\] for 2 slots and this cache, got \[2, 1, 7\]"
     ):
         write_cache(torch.zeros(2, 1, 8), torch.zeros(2, 1, 7), cache, slots)
+    with pytest.raises(
+        ValueError, match=r"`slots` must be int64 or int32 \[tokens\], got torch.float32 \[2\]; a slot is"
+    ):
+        write_cache(*torch.zeros(2, 2, 1, 8), cache, slots.float())
     with pytest.raises(ValueError, match="`max_query_len` must be at least 1, got 0"):
         paged_attention(torch.zeros(1, 1, 1, 8), cache, max_query_len=0)
 

@@ -161,5 +161,7 @@ def test_errors():
         attention_weights(query, key, lse.double())
     with pytest.raises(ValueError, match=r"must be a multiple .*got 4 and 3; pass what `attention` was given"):
         attention_weights(query, tensor(2, 3, 6, 8), lse)
+    with pytest.raises(ValueError, match=r"`spans` is for 5 queries and 6 keys, but the tensors have 6 and 6; pass"):
+        attention_weights(query, key, lse, Spans.causal(5, 6, device=query.device))
     with pytest.raises(ValueError, match=r"`dropout_p`=0\.1 needs the `dropout_seed` .*draw one for both"):
         attention_weights(query, key, lse, dropout_p=0.1)

@@ -7,6 +7,8 @@ import torch
 from model_families import compare
 from model_families.build import pair
 
+from helpers import EARLIER_TRANSFORMERS
+
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
@@ -32,6 +34,8 @@ def close(actual, expected):
 @torch.no_grad()
 def test_loading_and_switching(folder, tmp_path):
     """Saved under one implementation, loaded under the other, and switched while it is loaded."""
+    if folder == "t5" and EARLIER_TRANSFORMERS:
+        pytest.skip("earlier than 5.23 its layers are not told of the switch")
     built = pair(folder, FAMILIES[folder])
     expected = compare.run(built.eager, built.inputs)
     built.eager.save_pretrained(tmp_path)
