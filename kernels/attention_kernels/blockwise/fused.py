@@ -99,7 +99,7 @@ def flash(
     output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, is_causal=causal, attn_mask=mask, scale=scale
     )
-    if key.shape[2] < FEWEST_FOUND:
+    if key.shape[2] < FEWEST_FOUND and not lse.all():
         lost = lse == 0
         output.masked_fill_(lost[..., None], math.nan)
         lse.masked_fill_(lost, math.nan)

@@ -24,7 +24,7 @@ from .fused import FEWEST_FOUND, FusedCall, fused_call, is_multiplied_as_given, 
 from .operands import KEPT_SCORES
 from .pieces import Group, versions
 from .problem import Problem, has_nan
-from .sinks import with_sinks
+from .sinks import with_sinks, without_share_of
 
 MOST_SPANS = 4
 """Spans whose calls are remembered: full and windowed layers take turns, and so may two models."""
@@ -70,7 +70,9 @@ def again(
     if result is None:
         return None
     output, lse = result
-    return (output, None) if lse is None else with_sinks(output, lse, sinks)
+    if lse is None or return_lse:
+        return (output, None) if lse is None else with_sinks(output, lse, sinks)
+    return output if sinks is None else without_share_of(sinks, output, lse), None
 
 
 def first(
