@@ -494,6 +494,25 @@ def test_spans_are_reused_between_dtypes():
             assert (output.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm() + 1e-12
 
 
+@pytest.mark.parametrize("query_len", [1, 100])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("start", "end"), [(0, 51), (-1, 50)])
+def test_keys_that_are_not_there_are_not_read(query_len, softcap, start, end):
+    """Of a cache that is sliced, others lie behind. Bounds of rows that see nothing may be anything."""
+    query, *cache = (torch.randn(1, 2, tokens, 16) for tokens in (query_len, 100, 100))
+    key, value = (each[:, :, :50] for each in cache)
+    bounds = torch.zeros(2, 1, query_len, dtype=torch.int32)
+    spans = Spans(*bounds, query_len, 50)
+    spans.end.fill_(50)
+    attention(query, key, value, spans, softcap=softcap)
+    spans.start[:, -1], spans.end[:, -1] = 70, 60
+    attention(query, key, value, spans, softcap=softcap)
+    spans.start[:, -1], spans.end[:, -1] = start, end
+    words = f"`spans` must lie within the 50 keys .* from {start} to {end}; clamp"
+    with pytest.raises(ValueError, match=words):
+        attention(query, key, value, spans, softcap=softcap)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("query_len", [1, 100])
 @pytest.mark.parametrize("softcap", [None, 5.0])

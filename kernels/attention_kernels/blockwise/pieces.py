@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,21 +164,45 @@ def plan_batch(
     tiles_only: bool,
     joins: bool = False,
     sharing: Sharing | None = None,
+    key_len: int | None = None,
 ) -> Plan:
     """The plan for spans `start` and `end`, int32 `[batch or 1, query_len or 1]`.
 
     With `tiles_only` all keys of a row are in one piece; with `joins` tiles that see all of the same keys become one.
     Without `sharing` sequences with spans of their own are never computed together. The layers of a model share their
     spans, so the last few plans are remembered, by the identity of the tensors.
+
+    Raises:
+        ValueError: a row sees keys beyond `key_len`, if that is given.
     """
-    request = (batch, query_len, tiles_only, joins, sharing, versions(start, end))
+    request = (batch, query_len, tiles_only, joins, sharing, key_len, versions(start, end))
     for known_start, known_end, known_request, plan in tuple(_recent_plans):  # other threads add theirs
         if known_start() is start and known_end() is end and known_request == request:
             return plan
+    if key_len is not None:
+        check_bounds(start, end, key_len)
     groups = _groups(start, end, batch, query_len, tiles_only, sharing)
     plan = Plan([group._replace(pieces=joined(group.pieces)) if joins else group for group in groups])
     _recent_plans.appendleft((weakref.ref(start), weakref.ref(end), request, plan))
     return plan
+
+
+def check_bounds(start: Tensor, end: Tensor, key_len: int) -> None:
+    """See to it that rows see keys that there are: behind a slice of a cache, say, lie others.
+
+    Raises:
+        ValueError: they do not.
+    """
+    firsts, lasts = start.cpu().numpy(), end.cpu().numpy()
+    if not firsts.size or not lasts.size or (firsts.min() >= 0 and lasts.max() <= key_len):
+        return
+    firsts, lasts = np.broadcast_arrays(firsts, lasts)
+    sees = firsts < lasts  # the bounds of other rows mean nothing
+    if sees.any() and (firsts[sees].min() < 0 or lasts[sees].max() > key_len):
+        raise ValueError(
+            f"attention: `spans` must lie within the {key_len} keys that there are, got rows that see keys from "
+            f"{firsts[sees].min()} to {lasts[sees].max()}; clamp `start` and `end`"
+        )
 
 
 def versions(start: Tensor, end: Tensor) -> tuple[int | bytes, int | bytes]:

@@ -57,7 +57,10 @@ class Problem:
         # A bias is there already; a mask is made for each tile, and small ones keep memory small.
         joins = fused and self.bias is not None and self.key_mask is self.mask is None
         sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
-        return plan_batch(self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing)
+        return plan_batch(
+            self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing,
+            key_len=self.key.shape[2],
+        )  # fmt: skip
 
     @cached_property
     def widened(self) -> Problem:
