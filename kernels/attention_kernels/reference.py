@@ -2,7 +2,7 @@
 """Dense attention in any dtype: what the tests and the benchmarks compare with.
 
 Run in float64 it is the truth; run in the dtype of the inputs it is "eager", whose own rounding error sets the error
-bound of every kernel. It never uses the span logic that it checks: a mask is stated here as a predicate over positions.
+bound of every kernel. It never uses the span logic that it checks: a mask is a dense tensor here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 
 import torch
 from torch import Tensor
-
-"""(q_pos [query_len, 1], k_pos [1, key_len]) to bool [query_len, key_len]."""
 
 
 def attention_reference(

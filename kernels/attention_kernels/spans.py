@@ -73,9 +73,7 @@ class Spans:
             self._check_sizes()
 
     def _check_sizes(self) -> None:
-        for name, length in (("query_len", self.query_len), ("key_len", self.key_len)):
-            if length < 0:
-                raise ValueError(f"Spans: `{name}` must be at least 0, got {length}; pass the number of tokens")
+        _check_lengths(self.query_len, self.key_len)
         if self.key_mask is not None and self.key_mask.shape[1:] != (self.key_len,):
             raise ValueError(
                 f"Spans: `key_mask` must be [batch or 1, key_len] with {self.key_len} keys, got "
@@ -125,11 +123,8 @@ class Spans:
             if size is not None and size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}")
         key_len = query_len if key_len is None else key_len
-        if not torch.compiler.is_compiling() and min(query_len, key_len) < 0:
-            raise ValueError(
-                f"Spans: `query_len` and `key_len` must be at least 0, got {query_len} and {key_len}; pass the numbers "
-                "of tokens"
-            )
+        if not torch.compiler.is_compiling():
+            _check_lengths(query_len, key_len)  # or counting positions would fail first
         if query_len == 1 and isinstance(offset, int) and not torch.compiler.is_compiling():  # each step of decoding
             first = 0 if left is None else min(max(0, offset - left), key_len)
             last = key_len if right is None else min(max(0, offset + right + 1), key_len)
@@ -446,6 +441,14 @@ def values_at_hand(tensor: Tensor) -> bool:
 
 def _constant(value: int, device: Device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int32, device=device)
+
+
+def _check_lengths(query_len: int, key_len: int) -> None:
+    if min(query_len, key_len) < 0:
+        raise ValueError(
+            f"Spans: `query_len` and `key_len` must be at least 0, got {query_len} and {key_len}; pass the numbers of "
+            "tokens"
+        )
 
 
 def _positions(query_len: int, key_len: int, offset: Offset | None, device: Device) -> Tensor:

@@ -48,12 +48,7 @@ def attention_weights(
         ValueError: `lse` or `spans` is of another shape, heads do not group, or dropout has no seed.
     """
     query, key = cast_for_autocast(query, key)
-    _check(query, key, lse, dropout_p, dropout_seed)
-    if spans is not None and (spans.query_len, spans.key_len) != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"attention_weights: `spans` is for {spans.query_len} queries and {spans.key_len} keys, but the tensors "
-            f"have {query.shape[2]} and {key.shape[2]}; pass what `attention` was given"
-        )
+    _check(query, key, lse, spans, dropout_p, dropout_seed)
     scores = _scores(query, key, lse.dtype, scale, softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -69,7 +64,9 @@ def attention_weights(
     return weights.to(query.dtype)
 
 
-def _check(query: Tensor, key: Tensor, lse: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
+def _check(
+    query: Tensor, key: Tensor, lse: Tensor, spans: Spans | None, dropout_p: float, dropout_seed: Tensor | None
+) -> None:
     rows = (max(query.shape[0], key.shape[0]), *query.shape[1:3])
     wide = torch.promote_types(query.dtype, torch.float32)
     if tuple(lse.shape) != rows or lse.dtype != wide:
@@ -81,6 +78,11 @@ def _check(query: Tensor, key: Tensor, lse: Tensor, dropout_p: float, dropout_se
         raise ValueError(
             "attention_weights: the number of query heads must be a multiple of the number of key heads, got "
             f"{query.shape[1]} and {key.shape[1]}; pass what `attention` was given"
+        )
+    if spans is not None and (spans.query_len, spans.key_len) != (query.shape[2], key.shape[2]):
+        raise ValueError(
+            f"attention_weights: `spans` is for {spans.query_len} queries and {spans.key_len} keys, but the tensors "
+            f"have {query.shape[2]} and {key.shape[2]}; pass what `attention` was given"
         )
     if dropout_p and dropout_seed is None:
         raise ValueError(

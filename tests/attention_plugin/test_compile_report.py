@@ -141,6 +141,12 @@ def test_what_cannot_be_drawn_up_is_said(options, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("attention_plugin.compile_report.interpreting", lambda: True)
+    assert main(["compile-report", "--part", "merge", "--architecture", "sm_90"]) == 2
+    assert "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it" in capsys.readouterr().err
+
+
 @compiles
 def test_a_file_without_marks_is_refused(tmp_path, capsys):
     file = tmp_path / "plain.md"

@@ -521,7 +521,7 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     "fewer tokens than none": (
         lambda: Spans.full(-1),
-        ("`query_len` must be at least 0", "got -1", "number of tokens"),
+        ("`query_len` and `key_len` must be at least 0", "got -1 and -1"),
     ),
     "fewer keys than none": (
         lambda: Spans.causal(2, -3),

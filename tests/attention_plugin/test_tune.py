@@ -56,6 +56,24 @@ def test_what_was_saved_is_used_and_read_once(monkeypatch):
     assert chosen(64) == CONFIGS["sm_90"][2, 64, "spans"], "other rows are the tables'"
 
 
+def test_without_platformdirs_the_tables_serve(monkeypatch, caplog):
+    """As on machines where the package was not installed by pip: calls must not fail for what nobody has measured."""
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # what makes an import fail
+    tuned.forget()
+    for _ in range(2):
+        assert not tuned.tuned_rows(CPU)
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("attention: where `my-triton tune` leaves what it measures is not known (")
+    assert told.endswith("so the built-in tile shapes are used; pip install platformdirs")
+    tuned.forget()
+
+
+def test_showing_and_clearing_are_two_things(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["tune", "--show", "--clear"])
+    assert error.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
 def test_other_kernels_versions_and_devices_have_files_of_their_own(monkeypatch):
     file = save("interpreter", [measured()])
     assert tuned.tuned_file("another") != file

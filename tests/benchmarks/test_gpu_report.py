@@ -72,6 +72,19 @@ def is_running(pid: int) -> bool:
     return bool(found) and not found.startswith("Z")
 
 
+def test_the_checkpoint_is_trained_beside_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none, and then on the CPU; what is not done at the end is ended."""
+    monkeypatch.setattr(gpu_report, "CHECKPOINTS", tmp_path)
+    assert gpu_report.train_beside("cpu") is None, "a rehearsal trains in its own time"
+    training = gpu_report.train_beside("cuda")
+    assert training is not None and training.poll() is None
+    assert "model.checkpoint" in training.args and str(tmp_path / "reference") in training.args
+    gpu_report.end(training)
+    assert training.poll() is not None
+    monkeypatch.setattr(gpu_report, "is_checkpoint", lambda folder: True)
+    assert gpu_report.train_beside("cuda") is None
+
+
 def test_all_files_in_one(tmp_path: Path) -> None:
     archive, folder = tmp_path / "all.tar.gz", tmp_path / "run"
     arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(folder), "--seconds", "100"]

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 import triton
 
 from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
+from attention_kernels.write import write_kernel
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
 
@@ -143,6 +144,20 @@ def test_limits_are_noticed():
     assert large.shared_memory > SHARED_MEMORY["sm_90"]
     with pytest.raises(AssertionError):
         assert_within_limits(large, case)
+
+
+@compiles
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+def test_quantising_keeps_nan_and_rounds_as_torch_does(stored):
+    """Hopper's min and max pass over a NaN unless they are told not to, and its quick quotient is not the nearest."""
+    new, pages = torch.empty(8, 2, 64, dtype=torch.bfloat16), torch.empty(4, 16, 2, 64, dtype=stored)
+    slots, scale = torch.empty(8, dtype=torch.int64), torch.empty(1)
+    strides = *new.stride(), pages, *pages.stride(), scale, 0, 0, 0
+    given = (new, *strides, slots, 16, 448.0, 64, 64, stored == torch.int8)
+    arguments = dict(zip(write_kernel.arg_names, given, strict=True)) | {"num_warps": 4, "num_stages": 1}
+    code = compile_ahead(write_kernel, "sm_90", arguments).binary["ptx"]
+    assert "max.NaN.f32" in code and "min.NaN.f32" in code and "div.rn.f32" in code
+    assert "max.f32" not in code and "min.f32" not in code and "div.full.f32" not in code
 
 
 def test_every_architecture_has_every_row_and_every_row_its_reason():

@@ -15,7 +15,7 @@ from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
 
-from attention_kernels import configs, decode, forward
+from attention_kernels import backward, configs, decode, forward
 
 recorded = pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="kernels that record run on CPUs")
 
@@ -262,6 +262,37 @@ def test_wrong_arguments_are_found_after_right_ones(kernels):
         attention(query, key, value, spans, sinks=torch.zeros(4, dtype=torch.int32), softcap=2.0)
     with pytest.raises(ValueError, match="`softcap` must be a positive number"):
         attention(query, key, value, spans, sinks=torch.zeros(4), softcap=0.0)
+
+
+@recorded
+@pytest.mark.parametrize("query_len", [1, 16])
+def test_grids_hold_as_many_heads_as_there_are(kernels, query_len):
+    """CUDA takes 65,535 programs at most in the second and the third dimension of a grid."""
+    query, key = torch.randn(8192, 8, query_len, 16).half(), torch.randn(8192, 8, 4, 16).half()
+    spans = Spans.full(query_len, 4)
+    for _ in range(2):
+        attention(query, key, key, spans)
+    grids = [grid for kernel in kernels for grid, _, _ in kernel.calls]
+    assert max(grid[0] for grid in grids) >= 8192 * 8
+    assert all(max(grid[1:]) <= 65535 for grid in grids)
+
+
+@recorded
+def test_grids_of_gradients_hold_as_many_heads_as_there_are(monkeypatch):
+    names = [name for name in vars(backward) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(backward, name), runs=False) for name in names}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(backward, name, recorder)
+    query = torch.zeros(65536, 1, 2, 16, dtype=torch.float16)
+    bounds = torch.zeros(65536, 2, dtype=torch.int32), torch.full((65536, 1), 2, dtype=torch.int32)
+    bias, lse = torch.zeros(65536, 1, 2, 2, dtype=torch.float16), torch.zeros(65536, 1, 2)
+    backward.backward(
+        query, lse, torch.empty(0).half(), query, None, True, True, True, query, query, query, *bounds, None, None,
+        None, bias, None, None, 0.25, None, 0.0,
+    )  # fmt: skip
+    grids = {name: [grid for grid, _, _ in recorder.calls] for name, recorder in recorders.items()}
+    assert {"row_bounds_kernel", "bias_kernel", "key_value_kernel", "query_kernel"} <= {n for n in grids if grids[n]}
+    assert all(max(grid[1:]) <= 65535 for each in grids.values() for grid in each)
 
 
 @recorded
