@@ -74,9 +74,10 @@ def test_pieces_cover_what_is_visible(seed):
 
 
 @pytest.mark.parametrize("smallest", [192, 384])
-@pytest.mark.parametrize("rows", [100, 383, 384, 767, 1025, 3000, 6144])
-def test_large_triangles_are_halved(rows, smallest, monkeypatch):
+@pytest.mark.parametrize("rows", [100, 383, 384, 767, 1025, 2048, 3000, 6144])
+def test_triangles_are_halved(rows, smallest, monkeypatch):
     monkeypatch.setattr(blockwise.pieces, "SMALLEST_HALF", smallest)
+    monkeypatch.setattr(blockwise.pieces, "LARGEST_HALVED", 6144)
     plan = plan_batch(*bounds_of(Spans.causal(rows, rows + 10)), 1, rows, tiles_only=False)
     ((whole,), (halved,)) = ([group.pieces for group in groups] for groups in (plan.groups, plan.halved))
     assert torch.equal(drawn_area(whole, rows, rows + 10), drawn_area(halved, rows, rows + 10))
@@ -89,6 +90,11 @@ def test_large_triangles_are_halved(rows, smallest, monkeypatch):
         own = range(piece.rows.start, piece.rows.stop)
         assert piece.follows == any(row in earlier for earlier in seen for row in (own[0], own[-1]))
         seen.append(own)
+
+
+def test_triangles_whose_halves_spare_little_stay_whole():
+    plan = plan_batch(*bounds_of(Spans.causal(4096, 4096)), 1, 4096, tiles_only=False)
+    assert plan.halved == plan.groups
 
 
 @pytest.mark.parametrize(("rows", "window"), [(192, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])

@@ -76,13 +76,16 @@ def is_multiplied_as_given(problem: Problem) -> bool:
     return any(tensor.stride(0) == 0 for tensor in (problem.query, problem.key, problem.value))
 
 
-def may_have_wrong_nan(value: Tensor, output: Tensor, lse: Tensor) -> bool:
+def may_have_wrong_nan(value: Tensor, output: Tensor, lse: Tensor, *, last_sees_all: bool = False) -> bool:
     """Whether a row of a fused result may be NaN for a key that it does not see.
 
     Fused attention adds -inf to a hidden score, and multiplies a hidden value by 0: either may make NaN, in the output.
-    Where values are finite (as far as their sum tells: that of large ones may not be) and fewer, they and the
-    log-sum-exp, which is NaN where a score is, are less to look at.
+    Where values are finite, the log-sum-exp, which is NaN where a score is, is less to look at. They are if their sum
+    is (that of large ones may not be), or, with `last_sees_all`, if the last row of each head is: a weight of 0 makes
+    NaN of a value that is not.
     """
+    if last_sees_all and math.isfinite(output[:, :, -1].sum()):
+        return has_nan(lse)
     if value.numel() < output.numel() and math.isfinite(value.sum()):
         return has_nan(lse)
     return has_nan(output)

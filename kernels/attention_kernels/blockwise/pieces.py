@@ -41,6 +41,10 @@ SMALLEST_HALF = 384 if processor.AVX512 else 192
 """Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are. The wider a
 processor's instructions, the larger a product must be to be worth its call."""
 
+LARGEST_HALVED = 2048
+"""Rows of a causal triangle up to which it is halved at all: the more rows, the smaller the part of a triangle that
+halves spare, and of 4,096 rows merging takes longer."""
+
 SHORTEST_RUN = 64
 """Rows that must share one simple pattern to be worth a call of their own."""
 
@@ -405,10 +409,10 @@ def _part_of_band(piece: Piece, first: int, last: int) -> Piece:
 
 
 def halves_of(piece: Piece) -> Iterator[Piece]:
-    """A large causal triangle as small ones of equal size, squares, and a strip of the few rows that are left."""
+    """A causal triangle as small ones of equal size, squares, and a strip of the few rows that are left."""
     rows, first, first_key = piece.shape[0], piece.rows.start, piece.keys.start
     halvings = max(0, (rows // SMALLEST_HALF).bit_length() - 1)
-    if not halvings:
+    if not halvings or rows > LARGEST_HALVED:
         yield piece
         return
     smallest, count = rows >> halvings, 1 << halvings

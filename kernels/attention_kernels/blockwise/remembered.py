@@ -163,7 +163,7 @@ def attend_at_once(
         key, value = key[:, :, keys], value[:, :, keys]
     output, lse = call(query, key, value, scale)
     hides = call.causal or call.mask is not None or key.shape[2] < FEWEST_FOUND
-    if hides and may_have_wrong_nan(value, output, lse):
+    if hides and may_have_wrong_nan(value, output, lse, last_sees_all=call.causal):
         return None
     by_token = output.transpose(1, 2)
     if not by_token.is_contiguous():  # the output is stored as the queries are
