@@ -16,7 +16,7 @@ from attention_kernels.operators import interpreting
 
 from ..command import UsageError, require
 from .rows import PARTS, Row, broken_limits, draw_up
-from .show import as_json, show, write_tables
+from .show import around_marks, as_json, show, write_tables
 
 __all__ = ["Row", "add_arguments", "broken_limits", "draw_up", "run"]
 
@@ -41,8 +41,10 @@ def run(options: argparse.Namespace) -> int:
     parts = _known("--part", options.part, PARTS)
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
-    if options.write is not None and not options.write.is_file():
-        raise UsageError(f"--write must be a file with the marks of the tables in it, got {str(options.write)!r}")
+    if options.write is not None:
+        if not options.write.is_file():
+            raise UsageError(f"--write must be a file with the marks of the tables in it, got {str(options.write)!r}")
+        around_marks(options.write)  # before minutes of compiling
     if not options.json:
         require("rich", "compile-report without --json")
     rows = draw_up(architectures, parts, options.head_dim, options.dtype, jobs=options.jobs, quiet=options.json)

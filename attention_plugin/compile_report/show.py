@@ -136,8 +136,17 @@ def write_tables(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UsageError: the file has no marks.
     """
+    before, after = around_marks(path)
+    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{after}")
+
+
+def around_marks(path: Path) -> tuple[str, str]:
+    """What a file has before the first mark, and from the last on.
+
+    Raises:
+        UsageError: the file has no marks.
+    """
     text = path.read_text()
     if BEGIN not in text or END not in text:
         raise UsageError(f"--write: {str(path)!r} must have the lines {BEGIN!r} and {END!r}, between which tables go")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{after}")
+    return text[: text.index(BEGIN)], text[text.index(END) :]

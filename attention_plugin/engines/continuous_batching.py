@@ -54,10 +54,16 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         The model itself.
 
     Raises:
+        TypeError: the model is none.
         ValueError: no part of the model uses this attention, or a part has layers that such a name rules out.
         RuntimeError: the installed transformers decides by something else than the name. In a batch, where an error is
             the request's: the model keeps the cache from its attention layers.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            "attention_plugin.enable_continuous_batching: `model` must be a loaded model of transformers, got "
+            f'{type(model).__name__}; load one with from_pretrained(..., attn_implementation="my_triton")'
+        )
     parts = list(_parts(model))
     _check_model(model, parts)
     for name in _own_names(model):

@@ -99,10 +99,13 @@ def warm_up(
 def _show(compiled: list[dict[str, Any]], target: str) -> None:
     console = require("rich.console", "warmup").Console()
     table = require("rich.table", "warmup").Table(box=None, pad_edge=False)
-    for column in ("kernel", "for", "seconds"):
+    for column in ("kernel", "for", "variants", "seconds"):  # variants: of lengths, batches and parts
         table.add_column(column, overflow="fold")
+    seconds: dict[tuple[str, str], list[float]] = {}
     for row in compiled:
-        table.add_row(row["kernel"], row["for"], f"{row['seconds']:.2f}")
+        seconds.setdefault((row["kernel"], row["for"]), []).append(row["seconds"])
+    for (kernel, calls), own in seconds.items():
+        table.add_row(kernel, calls, str(len(own)), f"{sum(own):.2f}")
     console.print(table)
     total, slowest = sum(row["seconds"] for row in compiled), max(row["seconds"] for row in compiled)
     words = (

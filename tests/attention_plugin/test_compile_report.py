@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from attention_kernels.ahead_of_time.chips import resident
 from attention_kernels.ahead_of_time.machine_code import Instruction, in_flight, kind_of, main_loop, read_amd, read_sass
 from attention_kernels.ahead_of_time.roofline import loop_products, tile_products
+from attention_plugin import compile_report
 from attention_plugin.compile_report import broken_limits, draw_up
 from attention_plugin.compile_report.show import BEGIN, END
 
@@ -148,7 +149,8 @@ def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
 
 
 @compiles
-def test_a_file_without_marks_is_refused(tmp_path, capsys):
+def test_a_file_without_marks_is_refused_before_anything_is_compiled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_report, "draw_up", lambda *given, **options: pytest.fail("compiled"))
     file = tmp_path / "plain.md"
     file.write_text("text")
     assert main(["compile-report", "--part", "merge", "--architecture", "sm_90", "--write", str(file)]) == 2

@@ -367,6 +367,11 @@ def test_nothing_of_the_name_is_saved(tmp_path: Any):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation != "my_triton_flash"
 
 
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match="must be a loaded model of transformers, got str; load one with"):
+        attention_plugin.enable_continuous_batching("llama")
+
+
 def test_a_model_without_this_attention():
     with pytest.raises(ValueError, match=r"no part of `model` uses this attention.*\['eager'\].*my_triton"):
         attention_plugin.enable_continuous_batching(build("llama", "eager"))
