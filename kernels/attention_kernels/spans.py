@@ -51,6 +51,10 @@ class Spans:
             key that it shows. The kernel reads it on the device to treat a batch element without gaps at full speed.
 
     `start` and `end` may each be broadcast, so a left-padded causal batch shares one `end` row between its elements.
+
+    Raises:
+        ValueError: a tensor has another dtype or shape, a length is negative, or only one of `key_mask` and `gap_count`
+            is there.
     """
 
     start: Tensor
@@ -101,6 +105,9 @@ class Spans:
         """Row `i` sees the keys up to its own position `i + offset`.
 
         `offset` defaults to `key_len - query_len`: the last row stands at the last key, as with a growing cache.
+
+        Raises:
+            ValueError: a length is negative.
         """
         return cls.sliding(query_len, key_len, left=None, right=0, offset=offset, device=device)
 
@@ -118,6 +125,9 @@ class Spans:
         """Row at position `p` sees keys `p - left .. p + right`, both included; None is unbounded.
 
         A causal window of `w` keys, the row's own included, is `left=w - 1, right=0`.
+
+        Raises:
+            ValueError: a length, `left` or `right` is negative.
         """
         for name, size in (("left", left), ("right", right)):
             if size is not None and size < 0:
@@ -149,10 +159,15 @@ class Spans:
 
         `first` may be an integer tensor `[batch]`: the number of left-padding tokens of each sequence. Llama 4's
         chunked attention is this `&` `Spans.causal`.
+
+        Raises:
+            ValueError: a length is negative, or `chunk_size` is less than 1.
         """
         if chunk_size < 1:
             raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}")
         key_len = query_len if key_len is None else key_len
+        if not torch.compiler.is_compiling():
+            _check_lengths(query_len, key_len)
         position = _positions(query_len, key_len, offset, device)
         if isinstance(first, Tensor):
             first = first.to(position.device, torch.int32).reshape(-1, 1)
@@ -167,10 +182,13 @@ class Spans:
         Args:
             block_ids: integer `[batch, key_len]`; consecutive equal ids form one block. Block-bidirectional attention
                 of image tokens inside causal text is `Spans.causal(...) | Spans.blocks(...)`.
+
+        Raises:
+            ValueError: `block_ids` have not two dimensions.
         """
+        run_start, run_end = _runs(block_ids)
         key_len = block_ids.shape[1]
         query_len = key_len if query_len is None else query_len
-        run_start, run_end = _runs(block_ids)
         position = _positions(query_len, key_len, offset, block_ids.device).long().clamp_(0, max(key_len - 1, 0))
         position = position.expand(block_ids.shape[0], -1)
         inside = block_ids.gather(1, position) >= 0
@@ -184,6 +202,9 @@ class Spans:
 
         Args:
             document_ids: integer `[batch, tokens]`, constant within a document and different in neighbouring ones.
+
+        Raises:
+            ValueError: `document_ids` have not two dimensions.
         """
         run_start, run_end = _runs(document_ids)
         tokens = document_ids.shape[1]
@@ -191,7 +212,11 @@ class Spans:
 
     @classmethod
     def packed_lengths(cls, lengths: Sequence[int], *, device: Device = None) -> Spans:
-        """Documents of the given lengths, one after the other, in a batch of one."""
+        """Documents of the given lengths, one after the other, in a batch of one.
+
+        Raises:
+            ValueError: there are no lengths, or one is negative.
+        """
         if not lengths or min(lengths) < 0:
             raise ValueError(f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {list(lengths)}")
         counts = torch.tensor(lengths, device=device)
@@ -205,6 +230,9 @@ class Spans:
             query_offsets: integer `[documents + 1]`, row `i` belongs to document `d` if it lies in
                 `[query_offsets[d], query_offsets[d + 1])`. Rows beyond the last offset see nothing.
             key_offsets: integer `[documents + 1]`, likewise for keys.
+
+        Raises:
+            ValueError: the offsets have not one dimension, one length and at least 2 numbers.
         """
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
@@ -228,6 +256,9 @@ class Spans:
                 both sides is spans alone; padding in the middle is kept as `Spans.key_mask`. On a device other than the
                 CPU, and under a compiler's tracing, the mask is always kept, with its count of gaps: looking would cost
                 a synchronisation, or cannot be done.
+
+        Raises:
+            ValueError: `key_mask` is not bool or has not two dimensions.
         """
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
@@ -262,7 +293,19 @@ class Spans:
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> Spans | None:
-        """Spans of a boolean mask `[batch, query_len, key_len]`, or None if a row sees more than one run of keys."""
+        """Spans of a mask, or None if a row sees more than one run of keys.
+
+        Args:
+            mask: bool `[batch, query_len, key_len]`, True where a row sees a key.
+
+        Raises:
+            ValueError: `mask` is not bool or has not three dimensions.
+        """
+        if mask.dtype != torch.bool or mask.ndim != 3:
+            raise ValueError(
+                f"Spans.from_dense: `mask` must be bool [batch, query_len, key_len], got {mask.dtype} "
+                f"{list(mask.shape)}; of an additive mask pass `mask == 0`, of one with heads one head's"
+            )
         key_len = mask.shape[-1]
         index = torch.arange(key_len, device=mask.device, dtype=torch.int32)
         count = mask.sum(-1, dtype=torch.int32)
@@ -274,7 +317,11 @@ class Spans:
     # ------------------------------------------------------------------ composition
 
     def __and__(self, other: Spans) -> Spans:
-        """Keys that both let a row see. Always spans again."""
+        """Keys that both let a row see. Always spans again.
+
+        Raises:
+            ValueError: the two have other numbers of queries or keys.
+        """
         self._require_same_lengths(other)
         start, end = torch.maximum(self.start, other.start), torch.minimum(self.end, other.end)
         if self.key_mask is None or other.key_mask is None:
@@ -287,8 +334,9 @@ class Spans:
         """Keys that either lets a row see.
 
         Raises:
-            ValueError: if the union of some row has a gap (it is no span then: use a dense mask), or if one side hides
-                keys in the middle. The check reads the spans, which on a GPU is a synchronisation.
+            ValueError: the union of some row has a gap (it is no span then: use a dense mask), one side hides keys in
+                the middle, or the two have other numbers of queries or keys. The check reads the spans, which on a GPU
+                is a synchronisation.
         """
         union = self.union_touching(other)
         both = (self.end > self.start) & (other.end > other.start)
@@ -300,6 +348,9 @@ class Spans:
         """Union of spans known to touch or overlap wherever neither is empty (causal and the row's own block, say).
 
         No check and so no synchronisation: rows whose runs do not touch would silently gain the keys between them.
+
+        Raises:
+            ValueError: one side hides keys in the middle, or the two have other numbers of queries or keys.
         """
         self._require_same_lengths(other)
         if self.key_mask is not None or other.key_mask is not None:
@@ -322,6 +373,9 @@ class Spans:
         """The mask of some consecutive rows and keys, whose numbers then count from the first row and key kept.
 
         Of a whole sequence's mask it is what a device needs that holds those queries and those keys.
+
+        Raises:
+            ValueError: a slice has a step.
         """
         row, last_row, row_step = rows.indices(self.query_len)
         first, last, key_step = keys.indices(self.key_len)
@@ -463,7 +517,7 @@ def _positions(query_len: int, key_len: int, offset: Offset | None, device: Devi
 def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Start and end, each int64 `[batch, tokens]`, of the run of equal ids that each token lies in."""
     if ids.ndim != 2:
-        raise ValueError(f"Spans: ids must be [batch, tokens], got {list(ids.shape)}")
+        raise ValueError(f"Spans: ids must be [batch, tokens], got {list(ids.shape)}; put a batch of one before them")
     tokens = ids.shape[1]
     index = torch.arange(tokens, device=ids.device)
     # Not slices of one token less: a compiler would have to tell two tokens, whose slice broadcasts, from more.

@@ -548,6 +548,19 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "padding of one dimension": (lambda: Spans.padded(torch.ones(3, dtype=torch.bool), 3), ("torch.bool [3]",)),
     "ids of one dimension": (lambda: Spans.packed(int32(3)), ("ids must be [batch, tokens]", "got [3]")),
     "block ids of one dimension": (lambda: Spans.blocks(int32(1, 2, 3)), ("ids must be [batch, tokens]", "[1, 2, 3]")),
+    "block ids without a batch": (lambda: Spans.blocks(int32(3)), ("got [3]", "put a batch of one before them")),
+    "chunks of fewer tokens than none": (
+        lambda: Spans.chunked(-1, chunk_size=2),
+        ("`query_len` and `key_len` must be at least 0", "got -1 and -1"),
+    ),
+    "additive mask": (
+        lambda: Spans.from_dense(torch.zeros(1, 2, 3)),
+        ("`mask` must be bool [batch, query_len, key_len]", "torch.float32 [1, 2, 3]", "pass `mask == 0`"),
+    ),
+    "mask with heads": (
+        lambda: Spans.from_dense(torch.ones(1, 1, 2, 3, dtype=torch.bool)),
+        ("torch.bool [1, 1, 2, 3]", "one head's"),
+    ),
     "union with a gap": (
         lambda: Spans.packed_lengths([1, 2]) | Spans.full(3) & Spans(int32(1, 1) + 2, int32(1, 1) + 3, 3, 3),
         ("leaves a gap", "dense `mask`"),
