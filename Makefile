@@ -48,18 +48,20 @@ test: $(STAMP)
 
 # What would take `make test` beyond ten minutes on two cores: every tile shape for every chip, ...
 test-chips: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m exhaustive
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'exhaustive and not engines'
 
-# ... and more random problems in the interpreter, which would take `.ci/run` beyond an hour on a slow machine.
-test-exhaustive: test-chips
+# ... and more random problems in the interpreter, and of SGLang what its own attention shows as well, which would take
+# `.ci/run` beyond an hour on a slow machine.
+test-exhaustive: test-chips test-engines
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
+	$(BIN)/python -m pytest -n 2 -q -m 'engines and exhaustive' tests/engines
 
 # Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
 # is slow the first time takes some minutes more.
 test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/tokenizer.json
 	$(BIN)/python tests/engines/environment.py vllm .venv-vllm & \
 	$(BIN)/python tests/engines/environment.py sglang .venv-sglang && wait $$!
-	$(BIN)/python -m pytest -n 2 -q -m engines --durations 5 tests/engines
+	$(BIN)/python -m pytest -n 2 -q -m 'engines and not exhaustive' --durations 5 tests/engines
 	$(BIN)/python tests/engines/engine_table.py check
 
 # Every model family of transformers against eager; a quarter of them with the Triton kernels in the interpreter.

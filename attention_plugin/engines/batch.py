@@ -26,7 +26,8 @@ class Batch:
         page_size: tokens of a page.
         num_rows: rows of the batch, those that belong to nobody included.
         max_query_len: at least the most rows of a request.
-        causal: whether a row sees keys up to its own position, or all of its request; also bool `[requests]`.
+        causal: whether a row sees keys up to its own position, or all of its request; also `[requests]`, 0 for the
+            latter. A window bounds the keys after a row as it does those before it.
         blocks: int32 `[requests, blocks, 2]` or None; first and last position of runs of tokens (images) that see each
             other in both directions. A run whose first and last position are equal is none.
         held: keeps spans at fixed addresses, where CUDA graphs were captured with them.
@@ -48,7 +49,7 @@ class Batch:
 
         Args:
             window: number of keys that a row sees at most, its own among them; None is all.
-            window_cuts_blocks: whether the window also bounds what a row sees of its own block.
+            window_cuts_blocks: whether the window also bounds what a row sees of its own block, of the keys before it.
         """
         kind = (window, window_cuts_blocks)
         if kind not in self._spans:
@@ -63,10 +64,11 @@ class Batch:
         position = rows + (self.seq_lens - self.query_offsets[1:])[request]
         key_len = self.block_table.shape[1] * self.page_size
         end = position + 1
-        if self.causal is False:
-            end = self.seq_lens[request]
-        elif isinstance(self.causal, Tensor):
-            end = torch.where(self.causal[request], end, self.seq_lens[request])
+        if self.causal is not True:
+            ahead = self.seq_lens[request]
+            if window is not None:
+                ahead = torch.minimum(ahead, position + window)
+            end = torch.where(self.causal[request] != 0, end, ahead) if isinstance(self.causal, Tensor) else ahead
         first_of_window = position * 0 if window is None else position - (window - 1)
         start = first_of_window
         if self.blocks is not None:
@@ -76,7 +78,7 @@ class Batch:
             end = torch.minimum(end, self.seq_lens[request])
             start = torch.minimum(start, torch.where(inside, first, key_len).amin(1))
             if window is not None and window_cuts_blocks:
-                start, end = torch.maximum(start, first_of_window), torch.minimum(end, position + window)
+                start = torch.maximum(start, first_of_window)
         start, end = (bound.clamp(0, key_len).to(torch.int32)[None] for bound in (start, end))
         return Spans(start, end, self.num_rows, key_len)
 

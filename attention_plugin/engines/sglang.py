@@ -7,6 +7,8 @@ keys and values itself; a request's row in `req_to_token` says where each of its
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +21,15 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_parallel, get_spec
 from torch import Tensor
 
 from attention_kernels import PagedCache
 from attention_kernels.configs import unsupported_device
 
 from .batch import Batch, HeldSpans, pages_of
+
+logger = logging.getLogger(__name__)
 
 NAME = "my_triton"
 
@@ -42,8 +46,8 @@ class MyTritonBackend(AttentionBackend):
     """Prefill, pieces of long prompts, decoding and mixtures of them, over keys in SGLang's pools.
 
     Served: grouped heads, windows (also in a pool of their own), sinks, softcap, encoders, float8 pools, the
-    verification of drafts that form a chain. Refused by name: multi-head latent attention, cross attention, trees of
-    drafts, score functions.
+    verification of drafts that form a chain. Refused by name: multi-head latent attention, cross attention, chunked
+    attention, context parallelism, pools with scales of blocks, trees of drafts, score functions.
     """
 
     needs_cpu_seq_lens = False
@@ -61,13 +65,18 @@ class MyTritonBackend(AttentionBackend):
         self.page_size = runner.page_size or 1
         self.context_len = runner.model_config.context_len
         self.windowed_pool = isinstance(self.pool, SWAKVPool)
-        layers = (module for module in runner.model.modules() if isinstance(module, RadixAttention))
+        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
         self.windows = {_window(layer) for layer in layers}
         self.num_draft_tokens = get_spec().speculative_num_draft_tokens or 0
-        self._refuse_unserved(runner)
+        self._refuse_unserved(runner, layers)
+        if hasattr(runner.model, "prepare_attn_masks"):  # which SGLang calls for a backend of its own alone
+            logger.warning(
+                "my_triton attention: SGLang hands masks of images over to its own Triton backend only, so tokens of "
+                "an image see those before them, and not each other in both directions; --attention-backend triton"
+            )
         self.forward_metadata: _Metadata | None = None
 
-    def _refuse_unserved(self, runner: Any) -> None:
+    def _refuse_unserved(self, runner: Any, layers: list[RadixAttention]) -> None:
         if runner.model_config.attention_arch == AttentionArch.MLA:
             _refuse("multi-head latent attention is not served", "flashinfer")
         if (get_spec().speculative_eagle_topk or 1) > 1:
@@ -76,8 +85,20 @@ class MyTritonBackend(AttentionBackend):
                 "speculative_ngram_max_bfs_breadth of 1)",
                 "triton",
             )
-        if getattr(self.pool, "use_hnd", False):
-            _refuse("a pool of head-major pages (SGLANG_USE_HND_KVCACHE) is not served", "trtllm_mha")
+        if max(get_parallel().attn_dcp_size, get_parallel().attn_cp_size) > 1:
+            _refuse("context parallelism (--dcp-size, --attn-cp-size) is not served", "fa3")
+        chunk = runner.model_config.attention_chunk_size
+        if any(layer.use_irope for layer in layers) and chunk is not None and chunk < self.context_len:
+            _refuse(
+                f"chunked attention (attention_chunk_size={chunk}) is not served, and not needed up to "
+                f"--context-length {chunk}",
+                "triton",
+            )
+        for pool in _pools(self.pool):
+            if getattr(pool, "use_hnd", False):
+                _refuse("a pool of head-major pages (SGLANG_USE_HND_KVCACHE) is not served", "trtllm_mha")
+            if getattr(pool, "k_scale_buffer", None) is not None:
+                _refuse("a pool with scales of blocks (--kv-cache-dtype mxfp8) is not served, fp8_e4m3 is", "fa4")
         if self.device.type == "cuda" and (reason := unsupported_device(self.device)) is not None:
             _refuse(reason, "torch_native")
 
@@ -89,13 +110,11 @@ class MyTritonBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Describe a batch that runs layer by layer."""
-        longest = self.context_len
-        if forward_batch.seq_lens_cpu is not None and len(forward_batch.seq_lens_cpu):
-            longest = int(forward_batch.seq_lens_cpu.max()) + self._drafts(forward_batch)
-        table = self._block_table(forward_batch.req_pool_indices, longest)
+        table, slots = self._block_table(forward_batch), self._window_slots(forward_batch)
         offsets, rows, most = self._queries(forward_batch)
         batch = Batch(offsets, self._seq_lens(forward_batch), table, self.page_size, rows, most)
-        self.forward_metadata = self._metadata(batch, forward_batch)
+        self.forward_metadata = self._metadata(batch, None if slots is None else self._in_window_pool(table), slots)
+        self._refuse_encoder(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the tensors that captured graphs read, for up to `max_bs` requests."""
@@ -103,52 +122,70 @@ class MyTritonBackend(AttentionBackend):
         self.held_table = torch.zeros(max_bs, pages, dtype=torch.int32, device=self.device)
         self.held_window_table = torch.zeros_like(self.held_table) if self.windowed_pool else None
         self.held_lengths = torch.zeros(max_bs, dtype=torch.int32, device=self.device)
-        self.held_offsets: dict[int, Tensor] = {}
-        self.held_write_slots = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
+        self.held_offsets: dict[tuple[int, int], Tensor] = {}
+        self.held_window_slots = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
         self.held_spans = HeldSpans(max_num_tokens, self.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of the requests that fill up a captured batch."""
         return 1
 
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """The same where SGLang fills up a batch on the CPU."""
+        return 1
+
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Bring the tensors that captured layers read up to date, before a capture and before each replay.
 
-        Every request of a captured batch has equally many rows: one while decoding, all drafts while verifying.
+        Every request of a captured batch has equally many rows: one while decoding, all drafts while verifying. A
+        replay may have fewer requests than were captured. SGLang fills up their lengths, which lead to its page of
+        nobody, and not the slots of their new tokens.
+
+        Raises:
+            ValueError: the batch is a prefill.
         """
+        self._refuse_encoder(forward_batch)
+        if not self._rows_each(forward_batch):
+            _refuse("a prefill in a CUDA graph (--cuda-graph-backend-prefill full) is not served", "triton")
         requests = forward_batch.batch_size
         offsets, rows, most = self._queries(forward_batch)
-        offsets = self.held_offsets.setdefault(rows, offsets)  # the same numbers each time
+        offsets = self.held_offsets.setdefault((rows, most), offsets)  # the same numbers each time
         lengths, table = self.held_lengths[:requests], self.held_table[:requests]
         lengths.copy_(self._seq_lens(forward_batch))
-        table.copy_(self._block_table(forward_batch.req_pool_indices, self.context_len))
+        now = self._block_table(forward_batch)
+        table[:, : now.shape[1]] = now  # beyond the longest request nothing is read
+        window_table = slots = None
+        found = self._window_slots(forward_batch)
+        if self.held_window_table is not None and found is not None:
+            window_table = self.held_window_table[:requests]
+            window_table[:, : now.shape[1]] = self._in_window_pool(now)
+            slots = self.held_window_slots[:rows]
+            slots[: found.shape[0]] = found
+            slots[found.shape[0] :] = 0
         batch = Batch(offsets, lengths, table, self.page_size, rows, most, held=self.held_spans)
-        self.forward_metadata = self._metadata(batch, forward_batch, self.held_window_table, self.held_write_slots)
+        self.forward_metadata = self._metadata(batch, window_table, slots)
 
-    def _metadata(
-        self,
-        batch: Batch,
-        forward_batch: ForwardBatch,
-        held_table: Tensor | None = None,
-        held_slots: Tensor | None = None,
-    ) -> _Metadata:
+    def _metadata(self, batch: Batch, window_table: Tensor | None, window_slots: Tensor | None) -> _Metadata:
         """The batch as layers without and with a pool of windows see it."""
-        if getattr(forward_batch, "encoder_lens", None) is not None:
-            _refuse("an encoder's keys in the cache (cross attention) are not served", "torch_native")
         for window in self.windows:  # here and not in a layer: a captured graph replays its layers without Python
             batch.spans(window)
+        in_windows = batch if window_table is None else replace(batch, block_table=window_table)
+        return _Metadata(batch, in_windows, window_slots)
+
+    def _window_slots(self, forward_batch: ForwardBatch) -> Tensor | None:
+        """Where the new tokens go in the pool of windows, if there is one."""
         if not self.windowed_pool or forward_batch.out_cache_loc is None:
-            return _Metadata(batch, batch, None)
-        # A token's slot in the pool of windows. Entries of tokens that are no longer there are not read.
-        first_slots = (batch.block_table.long() * self.page_size).clamp(
-            max=self.pool.full_to_swa_index_mapping.numel() - 1
-        )
-        table = (self.pool.translate_loc_from_full_to_swa(first_slots) // self.page_size).to(torch.int32)
-        slots = self.pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
-        if held_table is not None and held_slots is not None:
-            table = held_table[: table.shape[0]].copy_(table)
-            slots = held_slots[: slots.shape[0]].copy_(slots)
-        return _Metadata(batch, replace(batch, block_table=table), slots)
+            return None
+        return self.pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+
+    def _in_window_pool(self, table: Tensor) -> Tensor:
+        """The pages in the pool of windows. Entries of tokens that are no longer there are not read."""
+        first_slots = (table.long() * self.page_size).clamp(max=self.pool.full_to_swa_index_mapping.numel() - 1)
+        return (self.pool.translate_loc_from_full_to_swa(first_slots) // self.page_size).to(torch.int32)
+
+    def _refuse_encoder(self, forward_batch: ForwardBatch) -> None:
+        if getattr(forward_batch, "encoder_lens", None) is not None:
+            _refuse("an encoder's keys in the cache (cross attention) are not served", "torch_native")
 
     def _drafts(self, forward_batch: ForwardBatch) -> int:
         """New tokens of each request that its length does not count yet."""
@@ -160,19 +197,27 @@ class MyTritonBackend(AttentionBackend):
     def _queries(self, forward_batch: ForwardBatch) -> tuple[Tensor, int, int]:
         """Offsets of each request's rows, int32 `[requests + 1]`, the number of rows, the most rows of a request."""
         requests = forward_batch.batch_size
-        each = self._drafts(forward_batch) or int(forward_batch.forward_mode.is_decode_or_idle())
-        if each:
+        if each := self._rows_each(forward_batch):
             offsets = torch.arange(requests + 1, dtype=torch.int32, device=self.device) * each
             return offsets, requests * each, each
         offsets = torch.zeros(requests + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(forward_batch.extend_seq_lens, 0, out=offsets[1:])
+        # Not the rows of `input_ids`: SGLang may have padded those, and hands the layers fewer.
         known = forward_batch.extend_seq_lens_cpu
-        most = max(known) if known is not None else int(forward_batch.extend_seq_lens.max())
-        return offsets, forward_batch.input_ids.shape[0], most
+        if known is None:
+            known = forward_batch.extend_seq_lens.tolist()
+        return offsets, sum(known), max(known)
 
-    def _block_table(self, req_pool_indices: Tensor, longest: int) -> Tensor:
-        """Pages of each request, int32 `[requests, pages]`, for `longest` tokens."""
-        first_slots = self.req_to_token[req_pool_indices, :longest][:, :: self.page_size]
+    def _rows_each(self, forward_batch: ForwardBatch) -> int:
+        """Rows of each request, where they are equally many by the kind of the batch; 0 for others."""
+        return self._drafts(forward_batch) or int(forward_batch.forward_mode.is_decode_or_idle())
+
+    def _block_table(self, forward_batch: ForwardBatch) -> Tensor:
+        """Pages of each request, int32 `[requests, pages]`, as far as its tokens are known to reach."""
+        longest = self.context_len
+        if forward_batch.seq_lens_cpu is not None and len(forward_batch.seq_lens_cpu):
+            longest = min(longest, int(forward_batch.seq_lens_cpu.max()) + self._drafts(forward_batch))
+        first_slots = self.req_to_token[:, : longest : self.page_size][forward_batch.req_pool_indices]
         return (first_slots // self.page_size).to(torch.int32)
 
     # ------------------------------------------------------------------ layers
@@ -237,7 +282,10 @@ class MyTritonBackend(AttentionBackend):
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if key.dtype.itemsize == 1:
             scales = tuple(
-                key.new_ones(1, dtype=torch.float32) if scale is None else scale.reshape(1)
+                scale.reshape(1)
+                if isinstance(scale, Tensor)
+                # Some models load numbers (--quantization-param-path): filled on the device, for captured graphs.
+                else key.new_full((1,), 1.0 if scale is None else scale, dtype=torch.float32)
                 for scale in (layer.k_scale, layer.v_scale)
             )  # type: ignore[assignment]
         key, value = (each.view(-1, self.page_size, *each.shape[1:]) for each in (key, value))
@@ -250,6 +298,14 @@ class _Metadata:
     def __init__(self, batch: Batch, window_batch: Batch, window_slots: Tensor | None) -> None:
         """The batch, the same in the pool of windows, and where that pool's new tokens go."""
         self.batch, self.window_batch, self.window_slots = batch, window_batch, window_slots
+
+
+def _pools(pool: Any) -> Iterator[Any]:
+    """A pool, and those in it: of full and of windowed layers."""
+    yield pool
+    for name in ("full_kv_pool", "swa_kv_pool"):
+        if (part := getattr(pool, name, None)) is not None:
+            yield part
 
 
 def _window(layer: RadixAttention) -> int | None:

@@ -104,8 +104,12 @@ class MyTritonBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Sizes of pages. vLLM splits a larger block, as hybrid models have, into several of these."""
-        return list(range(1, MAX_PAGE_SIZE + 1))
+        """Sizes of pages. vLLM splits another block, as hybrid models have, into several of these.
+
+        Powers of two alone, of which its size has one greatest divisor: vLLM aligns caches by another rule than it
+        chooses a size by, and the two agree there.
+        """
+        return [1 << bit for bit in range(MAX_PAGE_SIZE.bit_length())]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -235,6 +239,7 @@ class MyTritonImpl(AttentionImpl[Batch]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
+        chunk_lookback: int = -1,
     ) -> None:
         """As vLLM describes a layer.
 
@@ -245,6 +250,11 @@ class MyTritonImpl(AttentionImpl[Batch]):
             raise ValueError(
                 f"{NAME}: `alibi_slopes` are not served over a paged cache; choose another backend for this model, "
                 "such as --attention-backend TRITON_ATTN"
+            )
+        if chunk_lookback > -1:
+            raise ValueError(
+                f"{NAME}: chunked attention with `chunk_lookback`={chunk_lookback} is not served; choose another "
+                "backend for this model, such as --attention-backend TRITON_ATTN"
             )
         if not current_platform.is_cpu() and (reason := unsupported_device(torch.device("cuda"))) is not None:
             raise ValueError(f"{NAME}: {reason}")
@@ -257,7 +267,8 @@ class MyTritonImpl(AttentionImpl[Batch]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        self._pages: tuple[Tensor, PagedCache] | None = None
+        # vLLM empties an attribute of this name when it drops a cache, whose memory it would hold.
+        self._k_scale_cache: tuple[Tensor, Tensor | None, PagedCache] | None = None
 
     def forward(
         self,
@@ -305,15 +316,17 @@ class MyTritonImpl(AttentionImpl[Batch]):
         write_cache(key[:tokens], value[:tokens], self._pages_in(layer, kv_cache), slot_mapping)
 
     def _pages_in(self, layer: Any, kv_cache: Tensor) -> PagedCache:
-        """The layer's cache as the kernels take it; a view, made anew only when vLLM gives the layer another cache."""
-        if self._pages is None or self._pages[0] is not kv_cache:
-            key, value = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            scales: tuple[Tensor | None, Tensor | None] = (None, None)
-            if self.page_dtype is not None:
-                key, value = key.view(self.page_dtype), value.view(self.page_dtype)
-                scales = layer._k_scale, layer._v_scale
-            self._pages = kv_cache, pages_of(key, value, *scales)
-        return self._pages[1]
+        """The layer's cache as the kernels take it; a view, made anew only when vLLM gives the layer another."""
+        key_scale, value_scale = (None, None) if self.page_dtype is None else (layer._k_scale, layer._v_scale)
+        known = self._k_scale_cache
+        if known is not None and known[0] is kv_cache and known[1] is key_scale:
+            return known[2]
+        key, value = kv_cache.transpose(1, 2).tensor_split([self.head_size], dim=-1)
+        if self.page_dtype is not None:
+            key, value = key.view(self.page_dtype), value.view(self.page_dtype)
+        pages = pages_of(key, value, key_scale, value_scale)
+        self._k_scale_cache = kv_cache, key_scale, pages
+        return pages
 
     def _encode(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> Tensor:
         """Attention of each request's tokens to each other, without a cache."""

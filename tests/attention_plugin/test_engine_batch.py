@@ -45,11 +45,12 @@ def dense(batch, window=None, window_cuts_blocks=False):
             position = length - rows + row
             for key in range(length):
                 in_window = window is None or key > position - window
+                in_window &= causal or window is None or key < position + window
                 block = False
                 for first, last in [] if batch.blocks is None else batch.blocks[request].tolist():
                     block |= first < last and first <= position <= last and first <= key <= last
                 if window_cuts_blocks:
-                    block &= window is None or abs(key - position) < window
+                    block &= window is None or key > position - window
                 mask[row, key] = ((key <= position or not causal) and in_window) or block
         masks.append(mask)
     return masks
@@ -72,7 +73,8 @@ def test_rows_see_their_own_request(window, causal):
         batch = random_batch(draw)
         batch.causal = causal
         if causal == "each its own":
-            batch.causal = torch.tensor([draw.random() < 0.5 for _ in batch.seq_lens], device=DEVICE)
+            dtype = draw.choice([torch.bool, torch.int32])  # vLLM has both
+            batch.causal = torch.tensor([draw.random() < 0.5 for _ in batch.seq_lens], device=DEVICE, dtype=dtype)
         for found, expected in zip(shown(batch, batch.spans(window)), dense(batch, window), strict=True):
             assert torch.equal(found, expected)
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our backend against vLLM's own parts, in vLLM's environment: what it says of itself, and graphs' addresses."""
 
+import gc
 import pickle
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.utils import clear_layer_kv_caches, customize_attention_spec, select_common_block_size
 
 load_general_plugins()
 
@@ -81,6 +86,12 @@ def test_alibi_is_refused_by_name():
         impl(alibi_slopes=[1.0] * 4)
 
 
+def test_chunks_are_refused_by_name():
+    impl(chunk_lookback=-1)
+    with pytest.raises(ValueError, match=r"chunked attention with `chunk_lookback`=1 is not served; .* TRITON_ATTN"):
+        impl(chunk_lookback=1)
+
+
 class Common:
     """The part of vLLM's description of a batch that the builder reads."""
 
@@ -122,6 +133,26 @@ def test_images_see_each_other():
     assert batch.spans(None).end.tolist() == [[1, 4, 4, 4, 5, 1, 2]]
 
 
+@pytest.mark.parametrize("causal", [False, torch.tensor([1, 0], dtype=torch.int32), torch.tensor([True, False])])
+def test_windows_of_what_is_not_causal_have_two_sides(causal):
+    """vLLM's flag for each request is an int32."""
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    spans = builder({(2, False)}).build(0, Common([5, 2], [5, 2], table, causal=causal)).spans(2)
+    ends = [2, 3, 4, 5, 5] if causal is False else [1, 2, 3, 4, 5]
+    assert spans.start.tolist() == [[0, 0, 1, 2, 3, 0, 0]] and spans.end.tolist() == [[*ends, 2, 2]]
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 24, 256, 272, 528, 784, 1056])
+def test_pages_of_the_size_that_vllm_aligns_caches_for(block_size):
+    """It cuts a block into pages by the largest divisor that is served, and aligns by a common one."""
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    spec = customize_attention_spec(MyTritonBackend, spec)
+    page = select_common_block_size(block_size, [MyTritonBackend], [spec])
+    assert page <= 256 and block_size % page == 0
+    if page < block_size:
+        assert spec.get_block_stride_alignment() % (spec.page_size_bytes // block_size * page) == 0
+
+
 class Layer:
     _k_scale, _v_scale = torch.tensor(0.5), torch.tensor(0.25)
 
@@ -146,6 +177,19 @@ def test_a_step_writes_and_reads_the_cache_as_vllm_lays_it_out(kv_cache_dtype):
         q, k, v = (each[rows].transpose(0, 1) for each in (query, key, value))
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)
         torch.testing.assert_close(output[rows].transpose(0, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_vllm_drops_is_let_go_of():
+    ours, cache = impl(kv_cache_dtype="fp8"), torch.zeros(6, 2, 4, 16, dtype=torch.uint8)
+    pages = ours._pages_in(Layer, cache)
+    assert ours._pages_in(Layer, cache) is pages
+    layer = SimpleNamespace(_k_scale=torch.tensor(2.0), _v_scale=torch.tensor(2.0), impl=ours, kv_cache=cache)
+    assert ours._pages_in(layer, cache).key_scale is layer._k_scale, "weights were loaded anew"
+    dropped = weakref.ref(cache)
+    del cache, pages
+    clear_layer_kv_caches([layer])
+    gc.collect()
+    assert dropped() is None
 
 
 @pytest.mark.parametrize("window", [None, 2])
