@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -156,8 +157,9 @@ def test_quantising_keeps_nan_and_rounds_as_torch_does(stored):
     given = (new, *strides, slots, 16, 448.0, 64, 64, stored == torch.int8)
     arguments = dict(zip(write_kernel.arg_names, given, strict=True)) | {"num_warps": 4, "num_stages": 1}
     code = compile_ahead(write_kernel, "sm_90", arguments).binary["ptx"]
-    assert "max.NaN.f32" in code and "min.NaN.f32" in code and "div.rn.f32" in code
-    assert "max.f32" not in code and "min.f32" not in code and "div.full.f32" not in code
+    bounds = re.findall(r"\b(?:min|max)\.[\w.]*f32", code)  # Triton 3.9 has one instruction for both
+    assert bounds and all(".NaN." in instruction for instruction in bounds)
+    assert "div.rn.f32" in code and "div.full.f32" not in code
 
 
 def test_every_architecture_has_every_row_and_every_row_its_reason():
