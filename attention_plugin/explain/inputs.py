@@ -169,6 +169,8 @@ def _channels(config: Any) -> int:
 
 
 def _pixels(config: Any, prompts: Prompts, parameters: Any) -> Tensor:
+    if (patches := _patches(config, prompts, parameters)) is not None:
+        return patches
     frames = getattr(config, "num_frames", None)
     shape = (*((frames,) if isinstance(frames, int) else ()), _channels(config), *_size(config))
     return torch.zeros(shape).expand(prompts.shape[0], *shape)
@@ -198,9 +200,10 @@ GRID = (16, 24)
 
 
 def _patches(config: Any, prompts: Prompts, parameters: Any) -> Tensor | None:
-    if "grid_thw" not in parameters:
+    side = getattr(config, "patch_size", None)
+    if "grid_thw" not in parameters or not isinstance(side, int):
         return None
-    width = _channels(config) * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
+    width = _channels(config) * getattr(config, "temporal_patch_size", 1) * side**2
     return torch.zeros(prompts.shape[0] * GRID[0] * GRID[1], width)
 
 

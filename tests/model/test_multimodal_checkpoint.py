@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention_plugin.__main__ import main
 from model import checkpoint, squares
 from model.configuration_multimodal import ReferenceMultimodalConfig
 from model.modeling_multimodal import ReferenceForConditionalGeneration
@@ -73,6 +74,13 @@ def test_the_directory_is_complete(multimodal_checkpoint_dir: Path) -> None:
         "AutoImageProcessor": "image_processing_reference.ReferenceImageProcessor",
     }
     assert config["architectures"] == ["ReferenceForConditionalGeneration"] and config["is_mm_prefix_lm"]
+
+
+def test_its_vision_tower_is_explained(multimodal_checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["explain", str(multimodal_checkpoint_dir), "--trust-remote-code", "--prompt-lengths", "30", "--json"]
+    assert main(command) == 0
+    reached = [name for row in json.loads(capsys.readouterr().out)["layers"] for name in row["names"]]
+    assert [name for name in reached if name.startswith("vision_tower.layers.")], reached
 
 
 @pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="its AutoImageProcessor cannot do without torchvision")
