@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
+from attention_kernels.spans import values_at_hand
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
@@ -214,5 +215,11 @@ def _within_lengths(
             "my_triton attention: `cu_seq_lens_q` and `cu_seq_lens_k` go together and describe a batch of 1, got "
             f"{'only one of them' if batch == 1 else f'a batch of {batch}'}; pack the documents into one row"
         )
+    for name, offsets in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if values_at_hand(offsets) and (offsets[:1].any() or (offsets.diff() < 0).any()):
+            raise ValueError(
+                f"my_triton attention: `{name}` must be cumulative lengths, from 0 on and never falling, got "
+                f"{offsets.tolist()}; of lengths pass torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+            )
     documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len)
     return spans & documents.to(spans.device)

@@ -234,6 +234,27 @@ class ReferenceForConditionalGeneration(ReferenceMultimodalPreTrainedModel, Gene
                 inputs.pop(name, None)
         return inputs
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Each text as often as there are beams or answers, with its images and videos, which are no rows."""
+        media = {}
+        if input_ids is not None and expand_size > 1:
+            names = (("pixel_values", "image_grid_thw", "image"), ("pixel_values_videos", "video_grid_thw", "video"))
+            for values, grids, kind in names:
+                if kwargs.get(values) is None or kwargs.get(grids) is None:
+                    continue
+                of_text = (input_ids == getattr(self.config, f"{kind}_token_id")).sum(1).cumsum(0)
+                of_grid = kwargs[grids].prod(1).cumsum(0)
+                last_grid = torch.searchsorted(of_grid, of_text.to(of_grid.device), right=True)
+                for name, ends in ((values, of_text), (grids, last_grid)):
+                    parts = torch.tensor_split(kwargs.pop(name), ends[:-1].tolist())
+                    media[name] = torch.cat([part for part in parts for _ in range(expand_size)])
+        input_ids, expanded = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**expanded, **media}
+
     @staticmethod
     def create_masks_for_generate(
         config: ReferenceMultimodalConfig, attention_mask: Any, is_first_iteration: bool | None = False, **kwargs

@@ -107,6 +107,16 @@ class ReferenceProcessor(ProcessorMixin):
                 raise ValueError(
                     f"each {token} of the text needs one of its own, got {places} and {given} to fill them."
                 )
+        for token, nested in ((IMAGE, images), (VIDEO, videos)):
+            depth = 1 if token == IMAGE else 2  # a video is a sequence of frames itself
+            if _depth(nested) <= depth or len(nested) != len(texts):
+                continue
+            for one, own in zip(texts, nested, strict=True):
+                if one.count(token) != len(own):
+                    raise ValueError(
+                        f"each {token} of a text needs one of its own, got {one.count(token)} and {len(own)} to fill "
+                        f"them in {one!r}."
+                    )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that one image becomes."""
@@ -140,6 +150,11 @@ class ReferenceProcessor(ProcessorMixin):
                 size[0] * rows * columns for size, (rows, columns) in zip(video_sizes, grids, strict=True)
             ]
         return MultiModalData(**counted)
+
+
+def _depth(given: Any) -> int:
+    """How many lists lie in one another before something else begins."""
+    return 1 + _depth(given[0]) if isinstance(given, (list, tuple)) and len(given) else 0
 
 
 ReferenceProcessor.register_for_auto_class("AutoProcessor")

@@ -130,6 +130,12 @@ def test_lengths_of_packed_documents():
 
 
 # ---------------------------------------------------------------------- every message of the plugin
+def packed(offsets: list[int]) -> Any:
+    """A batch of one with these offsets of documents, of queries and of keys."""
+    one = [tensor[:1] for tensor in tensors()]
+    given = torch.tensor(offsets)
+    return attention_forward(torch.nn.Module().eval(), *one, None, cu_seq_lens_q=given, cu_seq_lens_k=given)
+
 
 QUERIES = torch.zeros(BATCH, HEADS, TOKENS, 1)
 OFFSETS = torch.tensor([0, 6])
@@ -191,6 +197,12 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         ValueError,
         ("`cu_seq_lens_q` and `cu_seq_lens_k` go together", "got a batch of 2; pack the documents into one row"),
     ),
+    "lengths that are not cumulated": (
+        lambda: packed([2, 4]),
+        ValueError,
+        ("`cu_seq_lens_q` must be cumulative lengths, from 0 on and never falling", "got [2, 4]", "lengths.cumsum(0)"),
+    ),
+    "cumulated lengths that fall": (lambda: packed([0, 4, 2, 6]), ValueError, ("`cu_seq_lens_q`", "got [0, 4, 2, 6]")),
     "selected keys": (
         lambda: call(indices=torch.zeros(BATCH, TOKENS, 3)),
         ValueError,

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -181,6 +182,29 @@ def test_a_second_image_may_follow_a_cached_conversation(
         cache = outputs.past_key_values
         logits.append(outputs.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, **TOLERANCE)
+
+
+def test_beams_and_several_answers_have_their_texts_images(
+    model: ReferenceForConditionalGeneration, processor: ReferenceProcessor
+) -> None:
+    """A text without images between two with one and two of them, of other sizes."""
+    pictures = [Image.new("RGB", size, (90 * n, 30, 30)) for n, size in enumerate(((24, 40), (30, 30), (48, 24)))]
+    texts = ["a <|image|> b", "none", "<|image|> and <|image|>"]
+    own = [pictures[:1], None, pictures[1:]]
+    together = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+    answers = model.generate(**together, **options)[:, together["input_ids"].shape[1] :].unflatten(0, (3, 2))
+    for text, images, answer in zip(texts, own, answers, strict=True):
+        alone = processor(text=text, images=images, return_tensors="pt")
+        assert torch.equal(model.generate(**alone, **options)[:, alone["input_ids"].shape[1] :], answer)
+    ids, expanded = model._expand_inputs_for_generation(expand_size=2, **together)
+    again = processor(
+        text=[text for text in texts for _ in range(2)],
+        images=[*pictures[:1] * 2, *pictures[1:] * 2], padding=True, padding_side="left", return_tensors="pt",
+    )  # fmt: skip
+    assert torch.equal(ids, again["input_ids"])
+    assert all(torch.equal(expanded[name], again[name]) for name in ("pixel_values", "image_grid_thw"))
 
 
 def test_features_take_the_place_of_tokens(

@@ -97,6 +97,10 @@ def test_arrays_and_tensors_are_images_too() -> None:
     ("arguments", "message"),
     [
         ({"text": "<|image|>", "images": None}, r"1 <\|image\|> tokens|needs one of its own, got 1 and 0"),
+        (
+            {"text": ["<|image|>", "<|image|><|image|>"], "images": [[picture(24, 24)] * 2, [picture(24, 24)]]},
+            r"each <\|image\|> of a text needs one of its own, got 1 and 2 to fill them in '<\|image\|>'",
+        ),
         ({"text": "none", "images": [picture(24, 24)]}, r"should be the same|needs one of its own, got 0 and 1"),
         ({"text": "<|video|>", "videos": None}, r"1 <\|video\|> tokens|needs one of its own, got 1 and 0"),
         (
