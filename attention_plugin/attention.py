@@ -216,10 +216,12 @@ def _within_lengths(
             f"{'only one of them' if batch == 1 else f'a batch of {batch}'}; pack the documents into one row"
         )
     for name, offsets in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
-        if values_at_hand(offsets) and (offsets[:1].any() or (offsets.diff() < 0).any()):
+        is_tensor = isinstance(offsets, Tensor)
+        if not is_tensor or (values_at_hand(offsets) and (offsets[:1].any() or (offsets.diff() < 0).any())):
             raise ValueError(
-                f"my_triton attention: `{name}` must be cumulative lengths, from 0 on and never falling, got "
-                f"{offsets.tolist()}; of lengths pass torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+                f"my_triton attention: `{name}` must be a tensor of cumulative lengths, from 0 on and never falling, "
+                f"got {offsets.tolist() if is_tensor else offsets}; of lengths pass "
+                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
     documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len)
     return spans & documents.to(spans.device)

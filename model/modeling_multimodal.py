@@ -244,10 +244,12 @@ class ReferenceForConditionalGeneration(ReferenceMultimodalPreTrainedModel, Gene
             for values, grids, kind in names:
                 if kwargs.get(values) is None or kwargs.get(grids) is None:
                     continue
-                of_text = (input_ids == getattr(self.config, f"{kind}_token_id")).sum(1).cumsum(0)
-                of_grid = kwargs[grids].prod(1).cumsum(0)
-                last_grid = torch.searchsorted(of_grid, of_text.to(of_grid.device), right=True)
-                for name, ends in ((values, of_text), (grids, last_grid)):
+                # After how many patches, and so after how many images, each text ends.
+                patches = (input_ids == getattr(self.config, f"{kind}_token_id")).sum(1).cumsum(0)
+                images = torch.searchsorted(
+                    kwargs[grids].prod(1).cumsum(0), patches.to(kwargs[grids].device), right=True
+                )
+                for name, ends in ((values, patches), (grids, images)):
                     parts = torch.tensor_split(kwargs.pop(name), ends[:-1].tolist())
                     media[name] = torch.cat([part for part in parts for _ in range(expand_size)])
         input_ids, expanded = super()._expand_inputs_for_generation(

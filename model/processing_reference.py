@@ -154,7 +154,7 @@ class ReferenceProcessor(ProcessorMixin):
 
 def _depth(given: Any) -> int:
     """How many lists lie in one another before something else begins."""
-    return 1 + _depth(given[0]) if isinstance(given, (list, tuple)) and len(given) else 0
+    return 1 + max(map(_depth, given), default=0) if isinstance(given, (list, tuple)) else 0
 
 
 ReferenceProcessor.register_for_auto_class("AutoProcessor")

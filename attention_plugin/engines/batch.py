@@ -26,8 +26,8 @@ class Batch:
         page_size: tokens of a page.
         num_rows: rows of the batch, those that belong to nobody included.
         max_query_len: at least the most rows of a request.
-        causal: whether a row sees keys up to its own position, or all of its request; also `[requests]`, 0 for the
-            latter. A window bounds the keys after a row as it does those before it.
+        causal: whether a row sees keys up to its own position, or all of its request; for each request by itself as
+            bool or integer `[requests]`. With a window the latter sees `window - 1` keys on either side.
         blocks: int32 `[requests, blocks, 2]` or None; first and last position of runs of tokens (images) that see each
             other in both directions. A run whose first and last position are equal is none.
         held: keeps spans at fixed addresses, where CUDA graphs were captured with them.
@@ -49,7 +49,8 @@ class Batch:
 
         Args:
             window: number of keys that a row sees at most, its own among them; None is all.
-            window_cuts_blocks: whether the window also bounds what a row sees of its own block, of the keys before it.
+            window_cuts_blocks: whether the window also bounds which keys before it a row sees of its own block. Those
+                behind it stay visible, as in transformers' Gemma 4.
         """
         kind = (window, window_cuts_blocks)
         if kind not in self._spans:

@@ -54,7 +54,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         The model itself.
 
     Raises:
-        TypeError: the model is none.
+        TypeError: `model` is no module of torch.
         ValueError: no part of the model uses this attention, or a part has layers that such a name rules out.
         RuntimeError: the installed transformers decides by something else than the name. In a batch, where an error is
             the request's: the model keeps the cache from its attention layers.

@@ -109,12 +109,16 @@ class MyTritonBackend(AttentionBackend):
     # ------------------------------------------------------------------ metadata
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Describe a batch that runs layer by layer."""
+        """Describe a batch that runs layer by layer.
+
+        Raises:
+            ValueError: it has an encoder's keys.
+        """
+        self._refuse_encoder(forward_batch)
         table, slots = self._block_table(forward_batch), self._window_slots(forward_batch)
         offsets, rows, most = self._queries(forward_batch)
         batch = Batch(offsets, self._seq_lens(forward_batch), table, self.page_size, rows, most)
         self.forward_metadata = self._metadata(batch, None if slots is None else self._in_window_pool(table), slots)
-        self._refuse_encoder(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the tensors that captured graphs read, for up to `max_bs` requests."""
@@ -142,7 +146,7 @@ class MyTritonBackend(AttentionBackend):
         nobody, and not the slots of their new tokens.
 
         Raises:
-            ValueError: the batch is a prefill.
+            ValueError: the batch is a prefill, or has an encoder's keys.
         """
         self._refuse_encoder(forward_batch)
         if not self._rows_each(forward_batch):

@@ -200,7 +200,18 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
     "lengths that are not cumulated": (
         lambda: packed([2, 4]),
         ValueError,
-        ("`cu_seq_lens_q` must be cumulative lengths, from 0 on and never falling", "got [2, 4]", "lengths.cumsum(0)"),
+        ("`cu_seq_lens_q` must be a tensor of cumulative lengths, from 0 on", "got [2, 4]", "lengths.cumsum(0)"),
+    ),
+    "lengths in a list": (
+        lambda: attention_forward(
+            torch.nn.Module().eval(),
+            *[tensor[:1] for tensor in tensors()],
+            None,
+            cu_seq_lens_q=[0, 6],
+            cu_seq_lens_k=[0, 6],
+        ),
+        ValueError,
+        ("`cu_seq_lens_q` must be a tensor of cumulative lengths", "got [0, 6]"),
     ),
     "cumulated lengths that fall": (lambda: packed([0, 4, 2, 6]), ValueError, ("`cu_seq_lens_q`", "got [0, 4, 2, 6]")),
     "selected keys": (

@@ -98,6 +98,10 @@ def test_arrays_and_tensors_are_images_too() -> None:
     [
         ({"text": "<|image|>", "images": None}, r"1 <\|image\|> tokens|needs one of its own, got 1 and 0"),
         (
+            {"text": ["<|image|>", "none"], "images": [[], [picture(24, 24)]]},
+            r"each <\|image\|> of a text needs one of its own, got 1 and 0 to fill them in '<\|image\|>'",
+        ),
+        (
             {"text": ["<|image|>", "<|image|><|image|>"], "images": [[picture(24, 24)] * 2, [picture(24, 24)]]},
             r"each <\|image\|> of a text needs one of its own, got 1 and 2 to fill them in '<\|image\|>'",
         ),

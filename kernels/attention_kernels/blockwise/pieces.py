@@ -142,11 +142,11 @@ class Plan:
 
     @cached_property
     def halved(self) -> list[Group]:
-        """The groups, with bands likewise, and with causal triangles as two triangles and a square, again and again.
+        """The groups, with bands likewise, and causal triangles of few rows as two and a square, again and again.
 
         Torch's fused attention computes 512 keys at a time, seen or not: of a triangle of 1,024 rows half as much again
-        as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own.
-        Squares of one size share a call, and so do the small triangles.
+        as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own,
+        but merging takes time: `LARGEST_HALVED`. Squares of one size share a call, and so do the small triangles.
         """
         return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece, BAND_TILES))
 
