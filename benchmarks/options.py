@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -155,6 +156,8 @@ def parse(section: str | None, arguments: Sequence[str], description: str | None
     parser = parser_of(section, description, epilog)
     run = parser.parse_args(arguments)
     if section is None:
+        if run.tp is not None and run.only not in (None, "tp"):
+            parser.error(f"--tp {run.tp} is of the section tp, and --only names {run.only}; leave one of them out")
         section = run.only or (None if run.tp is None else "tp")
         if section is not None:
             # Once more as that section, whose own defaults then hold.
@@ -171,7 +174,7 @@ def parse(section: str | None, arguments: Sequence[str], description: str | None
     run.device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if getattr(run, "tokens", None) is not None and run.tokens < 64:
         parser.error(f"--tokens must be at least 64, got {run.tokens}")
-    if run.seconds is not None and run.seconds <= 0:
+    if run.seconds is not None and not run.seconds > 0:
         parser.error(f"--seconds must be positive, got {run.seconds:g}; leave it out for all the time it takes")
     if run.plot.suffix != ".png":
         parser.error(f"--plot must end in .png, got {run.plot}")
@@ -186,7 +189,22 @@ def parse(section: str | None, arguments: Sequence[str], description: str | None
         # Trained for seconds only: the full run must not find it in the place of its own.
         run.checkpoint = CHECKPOINTS / "reference-quick"
     check_ranks(run, parser)
+    if not run.list:
+        check_files(run, parser)
     return run
+
+
+def check_files(run: Run, parser: OneLineParser) -> None:
+    """What cannot be written is told before the measuring, and not after it."""
+    for option, path in (("--json", run.json), ("--plot", run.plot)):
+        if path.is_dir():
+            parser.error(f"{option} must be a file, and {path} is a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{option} {path} cannot be written: {error.strerror}")
+        if not os.access(path.parent, os.W_OK):
+            parser.error(f"{option} {path} cannot be written: its folder takes no files")
 
 
 def check_against(run: Run, parser: OneLineParser) -> None:

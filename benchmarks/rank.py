@@ -46,7 +46,7 @@ def load_config(model: str) -> PreTrainedConfig:
     file = Path(model) / "config.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == ReferenceConfig.model_type:
         return ReferenceConfig.from_pretrained(model)
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model, trust_remote_code=False)  # else it asks on the terminal
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -130,12 +130,12 @@ def write_checkpoint(
     the machine's. Training runs on the accelerator where there is one. Returns the trained model.
 
     Raises:
-        UnusableInput: for an `out` that is in the way, a time that is not above 0, an unknown attention implementation,
-            or a Python without documentation.
+        UnusableInput: for an `out` that is in the way, a time that is not above 0, a seed that is not an int64 of 0 or
+            more, an unknown attention implementation, or a Python without documentation.
+        ImportError: from transformers, where an attention implementation's package is not installed.
         OSError: where `out` cannot be written.
     """
-    out = prepare(out, train_seconds, attn_implementation)
-    torch.manual_seed(seed)
+    out = prepare(out, ReferenceConfig.model_type, train_seconds, seed, attn_implementation)
     print("reading the standard library's documentation", flush=True)
     documents = collect_documents()
     tokenizer = train_tokenizer(documents)
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         write = write_multimodal_checkpoint if options.multimodal else write_checkpoint
         seconds = {} if options.train_seconds is None else {"train_seconds": options.train_seconds}
         write(options.out, seed=options.seed, attn_implementation=options.attn_implementation, **seconds)
-    except (UnusableInput, OSError) as error:
+    except (UnusableInput, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -78,6 +78,9 @@ class ReferenceConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "num_attention_heads", "num_key_value_heads"):
+            if (number := getattr(self, name)) is None or number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
@@ -92,6 +95,11 @@ class ReferenceConfig(PreTrainedConfig):
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_attention_heads} and {self.num_key_value_heads}."
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be one of the {self.vocab_size} token ids of vocab_size, or None, got "
+                f"{self.pad_token_id}."
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even, since rotary embeddings turn pairs, got {self.head_dim}.")

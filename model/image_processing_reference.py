@@ -77,6 +77,8 @@ class ReferenceImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         """Images [channels, height, width] to what the class says a call returns."""
+        if not images:
+            raise ValueError("images must hold at least one image, got none; leave the argument out.")
         patches, grids = [], []
         for image in images:
             rows, columns = self.grid_of(*image.shape[-2:], size=size, patch_size=patch_size)

@@ -125,6 +125,12 @@ class ReferenceMultimodalModel(ReferenceMultimodalPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        for values, grids, names in (
+            (pixel_values, image_grid_thw, ("pixel_values", "image_grid_thw")),
+            (pixel_values_videos, video_grid_thw, ("pixel_values_videos", "video_grid_thw")),
+        ):
+            if values is not None and grids is None:
+                raise ValueError(f"{names[0]} need {names[1]}, got None; the processor returns both.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         blocks = None

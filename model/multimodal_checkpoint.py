@@ -177,8 +177,7 @@ def write_multimodal_checkpoint(
     Arguments, errors and what repeats are as in `model.checkpoint.write_checkpoint`. Prints how many questions about
     pairs of colour and place that no training example showed are answered right to the letter.
     """
-    out = prepare(out, train_seconds, attn_implementation)
-    torch.manual_seed(seed)
+    out = prepare(out, ReferenceMultimodalConfig.model_type, train_seconds, seed, attn_implementation)
     generator = random.Random(seed)
     processor = build_processor()
     model = ReferenceForConditionalGeneration(multimodal_config(processor))

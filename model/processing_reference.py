@@ -17,7 +17,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.video_utils import make_batched_videos
 
-from .image_processing_reference import ReferenceImageProcessor
+from .image_processing_reference import ReferenceImageProcessor, ReferenceImagesKwargs
 
 IMAGE, VIDEO = "<|image|>", "<|video|>"
 IMAGE_START, IMAGE_END = "<|image_start|>", "<|image_end|>"
@@ -31,6 +31,7 @@ class ReferenceVideoProcessor:
     """Videos as frames, each an image: what engines ask of a processor's `video_processor`."""
 
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    valid_kwargs = ReferenceImagesKwargs
     temporal_patch_size = 1  # no frames are merged into one
     do_sample_frames = False  # every frame is kept
 
@@ -45,11 +46,13 @@ class ReferenceVideoProcessor:
     def __call__(self, videos: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Videos, each a sequence of frames of one size, to `pixel_values_videos` and `video_grid_thw`.
 
-        Both are as an image processor's, with the frames of a video behind one another and their number in the grid.
+        Both are as an image processor's, with the frames of a video behind one another and their number in the grid;
+        so are the keywords, such as `size`.
         """
+        options = {name: value for name, value in kwargs.items() if name in self.valid_kwargs.__annotations__}
         patches, grids = [], []
         for video in make_batched_videos(videos):
-            frames = self.image_processor(images=list(video), return_tensors="np")
+            frames = self.image_processor(images=list(video), **options, return_tensors="np")
             rows, columns = frames["image_grid_thw"][0, 1:]
             patches.append(frames["pixel_values"])
             grids.append((len(frames["image_grid_thw"]), rows, columns))
@@ -90,6 +93,11 @@ class ReferenceProcessor(ProcessorMixin):
         """Every key that a call may return for the model."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         return [*names, *ReferenceVideoProcessor.model_input_names, "mm_token_type_ids"]
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> tuple:
+        """As transformers prepares inputs, for which lists without an image or a video are not what None is."""
+        images, videos = (None if _is_empty(given) else given for given in (images, videos))
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
         """`ValueError` unless each image and video has its place in the text, and each place its image or video."""
@@ -150,6 +158,11 @@ class ReferenceProcessor(ProcessorMixin):
                 size[0] * rows * columns for size, (rows, columns) in zip(video_sizes, grids, strict=True)
             ]
         return MultiModalData(**counted)
+
+
+def _is_empty(given: Any) -> bool:
+    """Whether lists in one another hold nothing else."""
+    return isinstance(given, (list, tuple)) and all(map(_is_empty, given))
 
 
 def _depth(given: Any) -> int:

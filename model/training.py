@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerFast
 
-from .configuration_multimodal import ReferenceMultimodalConfig
 from .configuration_reference import ReferenceConfig
 
 BOS, EOS, PAD = SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
@@ -147,40 +146,46 @@ def train_on(
     return loss_average
 
 
-def prepare_out(out: Path) -> None:
-    """Make the directory `out`. `UnusableInput` unless it is new, empty, or an earlier checkpoint of this model."""
+def prepare_out(out: Path, model_type: str) -> None:
+    """Make the directory `out`. `UnusableInput` unless it is new, empty, or an earlier checkpoint of that model."""
     if out.exists() and not out.is_dir():
         raise UnusableInput(f"OUT must be a directory, but {out} is a file; give another path.")
     # Now and not after the training: a place that cannot be written to should cost nobody a minute.
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not is_checkpoint(out):
-        raise UnusableInput(f"OUT must be new, empty or an earlier checkpoint, but {out} holds other files.")
+    # Files of another model would stay beside the new ones, and be loaded with them.
+    if any(out.iterdir()) and not is_checkpoint(out, model_type):
+        raise UnusableInput(
+            f"OUT must be new, empty or an earlier checkpoint of {model_type}, but {out} holds other files; give "
+            "another path."
+        )
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds the configuration of a reference model."""
+def is_checkpoint(folder: Path, model_type: str = ReferenceConfig.model_type) -> bool:
+    """Whether `folder` holds the configuration of such a model."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        return model_type in (ReferenceConfig.model_type, ReferenceMultimodalConfig.model_type)
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == model_type
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def prepare(out: str | Path, train_seconds: float, attn_implementation: str) -> Path:
-    """Check the arguments of a training and make the directory `out`.
+def prepare(out: str | Path, model_type: str, train_seconds: float, seed: int, attn_implementation: str) -> Path:
+    """Check the arguments of a training, seed torch and make the directory `out`.
 
     Raises:
-        UnusableInput: for an `out` that is in the way, a time that is not above 0, or an unknown attention
-            implementation.
+        UnusableInput: for an `out` that is in the way, a time that is not above 0, a seed that torch does not take, or
+            an unknown attention implementation.
         OSError: where `out` cannot be written.
     """
     if not 0.0 < train_seconds < math.inf:
         raise UnusableInput(f"train_seconds must be above 0 and finite, got {train_seconds}.")
+    if not 0 <= seed < 2**63:
+        raise UnusableInput(f"seed must be at least 0 and below 2**63, got {seed}.")
     known = ["eager", *AttentionInterface().valid_keys()]
     if attn_implementation not in known:
         raise UnusableInput(f"Unknown attention implementation {attn_implementation!r}; known are {', '.join(known)}.")
     out = Path(out)
-    prepare_out(out)
+    prepare_out(out, model_type)
+    torch.manual_seed(seed)
     return out
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..command import UsageError, one_line
 
@@ -72,10 +73,14 @@ def _from_file(path: Path, trust_remote_code: bool) -> Any:
             f"{str(path)!r} belongs to a model with Python files of its own (auto_map); pass --trust-remote-code if "
             "you trust them"
         )
-    # transformers finds the Python files of a model beside a config.json by the name of its folder.
-    where = path.parent if path.name == "config.json" else path
     try:
-        return AutoConfig.from_pretrained(str(where), trust_remote_code=trust_remote_code)
+        # transformers looks for a model's Python files in its folder, and there for a configuration of this name only.
+        if path.name == "config.json":
+            return AutoConfig.from_pretrained(str(path.parent), trust_remote_code=trust_remote_code)
+        if "AutoConfig" in content.get("auto_map", {}) and not known:
+            config_class: Any = get_class_from_dynamic_module(content["auto_map"]["AutoConfig"], str(path.parent))
+            return config_class.from_dict(content | {"name_or_path": str(path.parent)})
+        return AutoConfig.from_pretrained(str(path))
     except Exception as error:
         raise UsageError(f"transformers cannot read {str(path)!r}: {one_line(error)}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,17 @@ def test_a_checkpoint_with_code_of_its_own(checkpoint_dir):
     report = explain(str(checkpoint_dir / "config.json"), [200, 50], trust_remote_code=True)
     assert report.model == "ReferenceModel"
     assert [row.mask.name for row in report.rows] == ["causal, window 128, padding", "causal, padding"]
+
+
+def test_a_configuration_of_another_name_finds_the_code_beside_it(checkpoint_dir, tmp_path):
+    shutil.copytree(checkpoint_dir, tmp_path, dirs_exist_ok=True)
+    other = (tmp_path / "config.json").rename(tmp_path / "other.json")
+    with pytest.raises(UsageError, match="pass --trust-remote-code"):
+        explain(str(other))
+    report = explain(str(other), [200, 50], trust_remote_code=True)
+    expected = explain(str(checkpoint_dir), [200, 50], trust_remote_code=True)
+    assert report.model == expected.model
+    assert [row.mask.name for row in report.rows] == [row.mask.name for row in expected.rows]
 
 
 def test_nothing_stays_registered():

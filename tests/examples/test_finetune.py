@@ -86,6 +86,19 @@ def test_documents_are_distinct_and_fit(checkpoint_dir: Path, example: dict) -> 
     assert ends == {(tokenizer.bos_token_id, tokenizer.eos_token_id)}
 
 
+def test_a_model_of_images_is_not_tuned_on_text(
+    multimodal_checkpoint_dir: Path,
+    example: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, str(multimodal_checkpoint_dir)])
+    with pytest.raises(SystemExit) as stopped:
+        example["main"]()
+    assert stopped.value.code == 2
+    assert "holds no language model of text, but " in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +106,7 @@ def test_documents_are_distinct_and_fit(checkpoint_dir: Path, example: dict) -> 
         (["CHECKPOINT", "--steps", "1"], "--steps must be at least 2 and --lora-rank 1, got 1 and 8"),
         (["CHECKPOINT", "--lora-rank", "0"], "--steps must be at least 2 and --lora-rank 1, got 80 and 0"),
         (["CHECKPOINT", "--attn-implementation", "no_such"], "choose from"),
+        (["CHECKPOINT", "--output", str(SCRIPT)], "--output cannot be written: "),
     ],
 )
 def test_bad_arguments_are_named(

@@ -2,6 +2,7 @@
 """The checkpoint command: what it writes, who can load it, and what it refuses."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -220,6 +221,8 @@ def test_the_stream_is_every_document_between_its_marks() -> None:
         (["--train-seconds", "0"], "train_seconds must be above 0 and finite, got 0.0"),
         (["--train-seconds", "-3"], "train_seconds must be above 0 and finite, got -3.0"),
         (["--train-seconds", "nan"], "train_seconds must be above 0 and finite, got nan"),
+        (["--seed", "-1"], "seed must be at least 0 and below 2**63, got -1"),
+        (["--seed", str(2**64)], f"seed must be at least 0 and below 2**63, got {2**64}"),
         (["--attn-implementation", "no_such"], "Unknown attention implementation 'no_such'; known are eager, "),
     ],
 )
@@ -244,6 +247,25 @@ def test_out_is_never_somebody_elses(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_an_earlier_checkpoint_may_be_replaced(checkpoint_dir: Path, tmp_path: Path) -> None:
-    training.prepare_out(checkpoint_dir)
-    training.prepare_out(tmp_path / "new" / "nested")
+    training.prepare_out(checkpoint_dir, ReferenceConfig.model_type)
+    training.prepare_out(tmp_path / "new" / "nested", ReferenceConfig.model_type)
     assert (tmp_path / "new" / "nested").is_dir()
+
+
+def test_one_models_checkpoint_does_not_replace_the_others(
+    checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it would leave of the first would be loaded with the second."""
+    before = sorted(checkpoint_dir.iterdir())
+    assert checkpoint.main([str(checkpoint_dir), "--multimodal"]) == 2
+    assert "an earlier checkpoint of my_reference_multimodal, but" in capsys.readouterr().err
+    assert sorted(checkpoint_dir.iterdir()) == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_that_is_not_installed_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint.main([str(tmp_path / "out"), "--attn-implementation", "flash_attention_2"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and "flash" in line.lower()

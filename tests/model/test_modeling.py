@@ -220,6 +220,10 @@ def test_tied_and_untied_embeddings_survive_saving(tied: bool, tmp_path: Path) -
     ("arguments", "message"),
     [
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple of num_key_value_heads, got 6 and 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"num_key_value_heads": None}, "num_key_value_heads must be at least 1, got None"),
+        ({"vocab_size": 2}, "pad_token_id must be one of the 2 token ids of vocab_size, or None, got 2"),
         ({"head_dim": 7}, "head_dim must be even, .* got 7"),
         ({"layer_types": ["full_attention"]}, "each of the 4 layers, got 1"),
         ({"layer_types": ["chunked_attention"] * 4}, r"got \['chunked_attention'\]"),

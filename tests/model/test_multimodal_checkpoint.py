@@ -174,5 +174,5 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_multimodal_checkpoint_may_be_replaced(multimodal_checkpoint_dir: Path) -> None:
-    prepare_out(multimodal_checkpoint_dir)
-    assert is_checkpoint(multimodal_checkpoint_dir)
+    prepare_out(multimodal_checkpoint_dir, ReferenceMultimodalConfig.model_type)
+    assert not is_checkpoint(multimodal_checkpoint_dir), "the one that reads text is another"

@@ -53,6 +53,29 @@ def test_without_images_nothing_is_counted(processor: ReferenceProcessor) -> Non
     assert set(inputs) == {"input_ids", "attention_mask"} and inputs["input_ids"].shape[0] == 2
 
 
+def test_no_images_are_lists_without_images_too(processor: ReferenceProcessor) -> None:
+    texts = ["only text", "and more of it"]
+    expected = processor(text=texts, padding=True)["input_ids"]
+    for empty in ([], [[], []]):
+        inputs = processor(text=texts, images=empty, videos=empty, padding=True)
+        assert inputs["input_ids"] == expected and "pixel_values" not in inputs
+    with pytest.raises(ValueError, match="images must hold at least one image, got none; leave the argument out"):
+        processor.image_processor([])
+
+
+def test_videos_heed_what_images_do(processor: ReferenceProcessor) -> None:
+    frames = [picture(24, 24, seed) for seed in range(2)]
+    for options, grid in (({}, [1, 3, 3]), ({"size": {"max_height": 16, "max_width": 16}}, [1, 2, 2])):
+        for more in ({}, {"do_rescale": False, "do_normalize": False}):
+            given = options | more
+            video = processor(text=processor.video_token, videos=[frames], return_tensors="pt", **given)
+            images = processor(text=processor.image_token * 2, images=frames, return_tensors="pt", **given)
+            assert images["image_grid_thw"].tolist() == [grid] * 2
+            assert video["video_grid_thw"].tolist() == [[2, *grid[1:]]]
+            assert torch.equal(video["pixel_values_videos"], images["pixel_values"])
+            assert (images["pixel_values"].max() > 100) == bool(more)
+
+
 def test_special_tokens_are_one_token_each_and_features_have_the_lowest_ids(processor: ReferenceProcessor) -> None:
     ids = [processor.tokenizer(token)["input_ids"] for token in VISION_TOKENS]
     assert [len(one) for one in ids] == [1] * len(VISION_TOKENS)
