@@ -96,20 +96,14 @@ def row_of(case: Case) -> Row:
 
 
 def broken_limits(rows: Sequence[Row]) -> list[str]:
-    """What must hold and does not: shared memory everywhere; no spills on sm_90 up to head dim 256.
-
-    Of the Gluon kernel with 256 columns, which is off by default, this is asked of its loop alone.
-    """
+    """What must hold and does not: shared memory everywhere; no spills on sm_90 up to head dim 256."""
     broken = []
     for row in rows:
         limit = SHARED_MEMORY[row.case.architecture]
         if row.shared_memory > limit:
             broken.append(f"{row.case.name}: {row.shared_memory} bytes of shared memory, at most {limit}")
-        spills = row.code.spills
-        if (row.case.part, row.case.dim) == ("gluon", 256) and row.code.loop is not None:
-            spills = row.code.loop.counts.get("spill", 0)
-        if row.case.architecture == "sm_90" and row.case.dim <= 256 and spills:
-            broken.append(f"{row.case.name}: {spills} instructions that spill registers")
+        if row.case.architecture == "sm_90" and row.case.dim <= 256 and row.code.spills:
+            broken.append(f"{row.case.name}: {row.code.spills} instructions that spill registers")
     return broken
 
 

@@ -354,4 +354,5 @@ def finish(m, l, acc):
     """Output `[M, V]` and natural log-sum-exp `[M]`. A row whose sum is 0 saw nothing: output 0, log-sum-exp -inf."""
     empty = l == 0.0
     total = tl.where(empty, 1.0, l)
-    return acc / total[:, None], tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)
+    # One division for a row. Its sum is about 1 or more, since the largest weight is 1: the inverse is no infinity.
+    return acc * (1.0 / total)[:, None], tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)

@@ -420,7 +420,7 @@ def language(program: Program) -> dict[str, Any]:
         at_head=lambda operand, b, h: operand._replace(ptr=operand.ptr + b * operand.stride_b + h * operand.stride_h),
         fence_async_shared=program.fence,
         gl=gl,
-        gluon=SimpleNamespace(jit=lambda function: function),
+        gluon=SimpleNamespace(jit=lambda function: function, constexpr_function=lambda function: function),
         mbarrier=mbarrier,
         range=lambda *bounds: map(number, builtins.range(*map(int, bounds))),
         tma=tma,

@@ -71,9 +71,7 @@ def spills_allowed(case: Case) -> int:
 
 def assert_within_limits(compiled, case: Case) -> None:
     assert compiled.shared_memory <= SHARED_MEMORY[case.architecture]
-    if (case.part, case.dim) == ("gluon", 256):
-        assert compiled.code.loop.counts.get("spill", 0) == 0
-    elif case.architecture == "sm_90" and (case.dim <= 256 or case.part == "backward"):
+    if case.architecture == "sm_90" and (case.dim <= 256 or case.part == "backward"):
         assert compiled.spills <= spills_allowed(case)
 
 

@@ -32,6 +32,9 @@ GROUP_ROWS = gl.constexpr(64)
 
 GROUPS = gl.constexpr(2)
 
+MANY_TURNS = gl.constexpr(1 << 30)
+"""More tiles of keys than a program has time for: at a microsecond each, a quarter of an hour."""
+
 PIECE = gl.constexpr(64)
 """Columns that are looked at together where keys are looked at one by one."""
 
@@ -103,13 +106,24 @@ def bounds_of(start, end, inside):
     return gl.minimum(gl.min(gl.where(sees, start, FAR), 0), last), last
 
 
+@gluon.constexpr_function
+def every_warp(num_warps):
+    """Rows in every warp, so that what is reduced over them takes no shared memory, no barrier and no register."""
+    return gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, num_warps], [0, 1]))
+
+
 @gluon.jit
-def seen_keys(spans, b, first_row, query_len, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """First and last key that a tile's rows see; the first is a multiple of BLOCK_N. All partitions agree on it."""
-    q_pos = first_row + gl.arange(0, GROUPS * GROUP_ROWS, layout=layout)
-    start, end = load_spans(spans, b, q_pos, query_len)
-    first, last = bounds_of(start, end, q_pos < query_len)
-    return first // BLOCK_N * BLOCK_N, last
+def seen_keys(spans, b, first_row, query_len, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """First and last key that a tile's rows see, and those that all rows of a group see.
+
+    The first is a multiple of BLOCK_N; all partitions agree on it and on the last.
+    """
+    row = gl.arange(0, GROUPS * GROUP_ROWS, layout=every_warp(gl.num_warps()))
+    start, end = load_spans(spans, b, first_row + row, query_len)
+    first, last = bounds_of(start, end, first_row + row < query_len)
+    own = row // GROUP_ROWS == GROUP
+    body_first, body_last = gl.max(gl.where(own, start, 0), 0), gl.min(gl.where(own, end, FAR), 0)
+    return first // BLOCK_N * BLOCK_N, last, body_first, body_last
 
 
 # ---------------------------------------------------------------------- the warp that brings tiles
@@ -118,12 +132,11 @@ def seen_keys(spans, b, first_row, query_len, BLOCK_N: gl.constexpr, layout: gl.
 @gluon.jit
 def produce(query, key, value, spans, buffers, work, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Fill buffers as they become free, tile after tile. `query`, `key` and `value` are descriptors."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     turn, round_number = 0, 0
     for tile in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
         b, h, first_row = place_of(tile, work)
         kv_head = h // work.group_size
-        first, last = seen_keys(spans, b, first_row, work.query_len, BLOCK_N, layout)
+        first, last, _, _ = seen_keys(spans, b, first_row, work.query_len, BLOCK_N, 0)
         for group in gl.static_range(GROUPS):
             mbarrier.wait(buffers.q_free.index(group), (round_number & 1) ^ 1)
             place = [b, h, first_row + group * GROUP_ROWS, 0]
@@ -156,8 +169,15 @@ def wait_for(ready, turn, STAGES: gl.constexpr, pred=True):
 
 
 @gluon.jit
-def start_scores(q, k_tiles, turn, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
-    """Begin the product of the queries `[64, D]` and a tile of keys that is there."""
+def start_scores(
+    q_tiles, k_tiles, turn, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr
+):
+    """Begin the product of a group's queries `[64, D]` and a tile of keys that is there."""
+    # The assembler keeps from turn to turn where each sixteen columns of the queries lie, which for 256 columns takes
+    # more registers than there are. There the place is made to depend on the turn: none is MANY_TURNS, but that it
+    # cannot know.
+    group = GROUP + (turn // MANY_TURNS if HEAD_DIM > 128 else 0)
+    q = q_tiles.index(group).reshape([GROUP_ROWS, HEAD_DIM])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     keys = k_tiles.index(turn & (STAGES - 1)).reshape([BLOCK_N, HEAD_DIM]).permute((1, 0))
     nothing = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, layout=layout)
@@ -238,10 +258,9 @@ def consume(
     turn, round_number, bad_tiles = 0, 0, 0
     for tile in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
         b, h, first_row = place_of(tile, work)
-        first, last = seen_keys(spans, b, first_row, work.query_len, BLOCK_N, score_rows)
+        first, last, body_first, body_last = seen_keys(spans, b, first_row, work.query_len, BLOCK_N, GROUP)
         q_pos = first_row + GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, layout=score_rows)
         start, end = load_spans(spans, b, q_pos, work.query_len)
-        body_first, body_last = gl.max(start, 0), gl.min(end, 0)
         if spans.gap_count_ptr is not None:
             has_gaps = gl.load(spans.gap_count_ptr + b * spans.gap_count_stride_b) != 0
             body_last = gl.where(has_gaps, 0, body_last)
@@ -251,7 +270,7 @@ def consume(
         mbarrier.wait(buffers.q_ready.index(GROUP), round_number & 1)
         if first < last:
             wait_for(buffers.k_ready, turn, STAGES)
-            s = start_scores(q, k_tiles, turn, BLOCK_N, HEAD_DIM, STAGES)
+            s = start_scores(q_tiles, k_tiles, turn, GROUP, BLOCK_N, HEAD_DIM, STAGES)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(buffers.k_free.index(turn & (STAGES - 1)), count=1)
             s = mask_scores(
@@ -261,7 +280,7 @@ def consume(
             wait_for(buffers.k_ready, turn + 1, STAGES, first + BLOCK_N < last)
             for first_key in range(first + BLOCK_N, last, BLOCK_N):
                 turn += 1
-                s = start_scores(q, k_tiles, turn, BLOCK_N, HEAD_DIM, STAGES)
+                s = start_scores(q_tiles, k_tiles, turn, GROUP, BLOCK_N, HEAD_DIM, STAGES)
                 wait_for(buffers.v_ready, turn - 1, STAGES)
                 running = start_output(p, acc, v_tiles, turn - 1, BLOCK_N, HEAD_DIM, STAGES)
                 s = warpgroup_mma_wait(1, deps=(s,))
@@ -283,12 +302,12 @@ def consume(
 
         total, lse = finish(m, l)
         # A NaN may have come from a key that its row does not see (0 x NaN). Such tiles are left to `mend`.
-        bad = gl.max(gl.max((acc != acc).to(gl.int32), 1), 0)
-        bad_tiles += bad
+        bad = any_nan(acc)
         lse = gl.where(bad > 0, float("nan"), lse)
         gl.store(lse_row(lse_ptr, b, h, work) + q_pos, lse, mask=q_pos < work.query_len)
+        bad_tiles += bad
         if bad == 0:
-            acc = acc / gl.convert_layout(total, rows)[:, None]
+            acc *= gl.convert_layout(1.0 / total, rows)[:, None]
             # The queries have been read: the output leaves through their buffer.
             place = [b, h, first_row + GROUP * GROUP_ROWS, 0]
             take_away(output, place, acc, q, q_tiles.index(GROUP))
@@ -298,6 +317,13 @@ def consume(
         round_number += 1  # noqa: SIM113, since Gluon has no enumerate
     flags: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     buffers.troubles.index(GROUP).store(gl.full([1], 0, gl.int32, layout=flags) + bad_tiles)
+
+
+@gluon.jit
+def any_nan(acc):
+    """1 if a group's output has a NaN, else 0; all of its warps agree."""
+    of_row = gl.max((acc != acc).to(gl.int32), 1)
+    return gl.max(gl.convert_layout(of_row, every_warp(gl.num_warps())), 0)
 
 
 @gluon.jit
