@@ -105,6 +105,7 @@ BACK_HOPPER_ROWS = "128 rows for the matrix instructions of two warp groups; 32 
 BACK_HOPPER_KEYS = "64 keys fill a warp group's matrix instruction; two programs fit, and work while the other waits"
 BACK_HOPPER_ONCE = "64 rows fill a warp group's matrix instruction; one read of each tile, so one stage"
 BACK_GROUPS = "without masks, bias, softcap and dropout there is room for whole warp groups"
+BACK_GROUPS_WIDE = "as above; with a second stage the assembler waits for every matrix instruction"
 ONE_WARP_BRINGS = "two groups of 64 rows share a warp that brings tiles; the most keys whose scores fit the registers"
 MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
 MEMORY_HOPPER = "few rows wait for memory: 227 KB hold one more stage than elsewhere"
@@ -264,7 +265,13 @@ _BACKWARD_HOPPER_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
     (2, 64, "key_value"): BackwardConfig(64, 128, 8, 2, reason=BACK_GROUPS),
     (2, 128, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
     (2, 128, "key_value"): BackwardConfig(32, 128, 8, 2, reason=BACK_GROUPS),
-    (2, 256, "query"): BackwardConfig(64, 32, 8, 2, reason=BACK_GROUPS),
+    (2, 256, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_GROUPS),
+    (2, 256, "key_value"): BackwardConfig(32, 64, 8, 1, reason=BACK_GROUPS_WIDE),
+}
+
+_BACKWARD_BLACKWELL_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
+    **_BACKWARD_HOPPER_SPANS,
+    (2, 256, "key_value"): BackwardConfig(32, 64, 8, 2, reason=BACK_GROUPS),  # results lie in memory of their own
 }
 
 GLUON_CONFIGS: dict[str, dict[int, ForwardConfig]] = {
@@ -280,7 +287,7 @@ GLUON_CONFIGS: dict[str, dict[int, ForwardConfig]] = {
 
 BACKWARD_SPANS_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
     "sm_90": _BACKWARD_HOPPER_SPANS,
-    "sm_100": _BACKWARD_HOPPER_SPANS,
+    "sm_100": _BACKWARD_BLACKWELL_SPANS,
 }
 """Faster ones for calls with spans alone, where there are such."""
 

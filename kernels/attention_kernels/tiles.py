@@ -355,4 +355,6 @@ def finish(m, l, acc):
     empty = l == 0.0
     total = tl.where(empty, 1.0, l)
     # One division for a row. Its sum is about 1 or more, since the largest weight is 1: the inverse is no infinity.
-    return acc * (1.0 / total)[:, None], tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)
+    # Accumulators that fill the registers are divided one number after the other: this the compiler does in place.
+    out = acc * (1.0 / total)[:, None] if acc.shape[1] <= 256 else acc / total[:, None]
+    return out, tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)
