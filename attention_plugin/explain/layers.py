@@ -141,8 +141,9 @@ def tile_of(call: Call, target: Target) -> tuple[int, int]:
     assert target.architecture is not None
     has_tiles = call.dense is not None or call.bias is not None or call.softcap is not None
     config = forward_config(
-        target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2], has_tiles=has_tiles
-    )
+        target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2], has_tiles=has_tiles,
+        wants_rounding=False,
+    )  # fmt: skip
     return config.block_m, config.block_n
 
 

@@ -87,6 +87,7 @@ OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assembler waits for every matrix instruction"
 ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for what rounding the output took"
+WIDE_OVERLAPPED = "128 rows of 256 columns, and products beside exponentials, where rounding takes no registers"
 HOPPER_SHORT = "the widest key tile that spills nothing; three or two programs fit a multiprocessor"
 THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
 AMPERE_EXTRAS = "as with spans alone, with half the keys: masks, bias and softcap take registers"
@@ -195,6 +196,12 @@ CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "interpreter": _INTERPRETED,
 }
 """Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
+
+INFERENCE_CONFIGS: dict[str, dict[tuple[int, int], ForwardConfig]] = {
+    # By (bytes per element, widest head).
+    "sm_90": {(2, 256): ForwardConfig(128, 32, 8, 3, reason=WIDE_OVERLAPPED, overlap=True)},
+}
+"""Faster ones for calls with spans alone that write down nothing but the output: those that need no gradients."""
 
 _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
     # (bytes per element, widest head, kernel). These fit the smallest shared memory of all, and every extra there is.

@@ -15,6 +15,7 @@ from .config_tables import (
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
+    INFERENCE_CONFIGS,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
@@ -36,16 +37,20 @@ def forward_config(
     query_len: int,
     *,
     has_tiles: bool,
+    wants_rounding: bool = True,
     device: torch.device | None = None,
 ) -> ForwardConfig:
     """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans.
 
-    With `device`, what was measured on it goes before the tables.
+    `wants_rounding` as in `forward.forward`. With `device`, what was measured on it goes before the tables.
     """
     widest = widest_row(head_dim, value_dim)
     work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
     own: Any = device and tuned_rows(device).get(("forward", dtype.itemsize, widest, work))
-    config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
+    inference = INFERENCE_CONFIGS.get(architecture, {}).get((dtype.itemsize, widest)) if work == "spans" else None
+    if inference is not None and wants_rounding:
+        own = inference = None  # measured, too, are calls without gradients
+    config: ForwardConfig = own or inference or CONFIGS[architecture][dtype.itemsize, widest, work]
     # A head narrower than a piece is multiplied whole.
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 

@@ -19,6 +19,7 @@ from ..config_tables import (
     CONFIGS,
     DECODE_CONFIGS,
     GLUON_CONFIGS,
+    INFERENCE_CONFIGS,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
@@ -44,8 +45,8 @@ class Case:
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
         work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
-            and no bias; the backward kernel, with " (spans)" for the faster row of calls with spans alone; "few" or
-            "many"; "" where there is one only.
+            and no bias, and " (inference)" for the faster row of calls that need no gradients; the backward kernel,
+            with " (spans)" for the faster row of calls with spans alone; "few" or "many"; "" where there is one only.
         config: the tile shape, or None where the kernel has none.
     """
 
@@ -84,6 +85,8 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         yield Case(architecture, "forward", size, dim, work, config)
         if config.overlap and work != "spans":
             yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
+    for (size, dim), config in INFERENCE_CONFIGS.get(architecture, {}).items():
+        yield Case(architecture, "forward", size, dim, "spans (inference)", config)
     for dim, config in GLUON_CONFIGS.get(architecture, {}).items():
         yield Case(architecture, "gluon", 2, dim, "spans", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
@@ -131,14 +134,15 @@ def _whole(config: Any, dim: int) -> Any:
 
 
 def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
-    work, *overlap = case.work.split()
+    work, _, variant = case.work.partition(" ")
     query_len = 8 if work == "short" else QUERY_LEN
     query, key, value, output = tensors(case.dtype, case.dim, query_len)
     given = spans_alone(query_len) if work == "spans" else extras(case.dtype, query_len)
-    if overlap:
+    if variant == "(overlap)":
         given |= {"mask": None, "bias": None}
+    rounding = output if case.element_size == 2 and variant != "(inference)" else None
     return forwarding.forward_kernel, forwarding.kernel_arguments(
-        query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
+        query, key, value, output, rounding, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
     )  # fmt: skip
 
