@@ -111,7 +111,7 @@ def score_gradients(
         x, left, right, first_left, left_inside, first_right, right_inside, HEAD_DIM, BLOCK_LEFT, BLOCK_RIGHT, BLOCK_D,
         CHUNK_D, CHECK, PRECISION,
     )  # fmt: skip
-    capped = score_tile(s, scale, softcap)
+    capped = score_tile(s, scale, softcap, left.ptr.dtype.element_ty == tl.float32)
     s = bias_and_mask(capped, bias, mask, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, CHECK)
     if partial:
         s = span_mask(s, spans, b, start, end, k_pos, key_len)

@@ -100,7 +100,7 @@ def decode_step(
             s = product(q_piece, k_piece, s, PRECISION)
     if key_scales is not None:
         s = s * row_scales(key_scales, pages, b, kv_head, k_pos, inside)[None, :]
-    s = score_tile(s, scale, softcap)
+    s = score_tile(s, scale, softcap, query_rows.dtype.element_ty == tl.float32)
     both = query_inside[:, None] & inside[None, :]
     if bias_rows is not None:
         added = tl.load(bias_rows[:, None] + k_pos[None, :] * bias_stride_n, mask=both, other=0.0).to(tl.float32)

@@ -68,10 +68,10 @@ def right_tile(
 @triton.jit
 def mask_scores(
     s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-    body_last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    body_last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Scores `[M, N]` in base 2 from products, -inf where hidden. All rows see keys `body_first` to `body_last`."""
-    s = score_tile(s, scale, softcap)
+    s = score_tile(s, scale, softcap, EXACT)
     s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
     if (first_key < body_first) | (first_key >= body_last):
         k_pos = first_key + tl.arange(0, BLOCK_N)
@@ -109,7 +109,7 @@ def attend_keys(
     )  # fmt: skip
     s = mask_scores(
         s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-        body_last, BLOCK_M, BLOCK_N,
+        body_last, BLOCK_M, BLOCK_N, value.ptr.dtype.element_ty == tl.float32,
     )  # fmt: skip
     v = load_tile(
         value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, True,
@@ -154,7 +154,7 @@ def attend_overlapped(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         s = mask_scores(
             s, spans, None, None, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-            body_last, BLOCK_M, BLOCK_N,
+            body_last, BLOCK_M, BLOCK_N, value.ptr.dtype.element_ty == tl.float32,
         )  # fmt: skip
         m, l, alpha, p = softmax_weights(m, l, s)
         if dropout is not None:

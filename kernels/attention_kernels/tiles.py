@@ -163,8 +163,13 @@ def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """tanh in exp2, accurate to a few units in the last place (libdevice has none that the interpreter can run)."""
+def tanh(x, EXACT: tl.constexpr):
+    """tanh in exp2 (libdevice has none that the interpreter can run).
+
+    EXACT: to a few units in the last place. Else to about 4e-7, however small it is itself, in half the instructions.
+    """
+    if not EXACT:
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
     # Near 0 the quotient cancels; the Taylor series does not.
@@ -239,12 +244,16 @@ def left_tile(
 
 
 @triton.jit
-def score_tile(s, scale, softcap):
-    """Scores `[M, N]` in base 2 from products of queries and keys."""
+def score_tile(s, scale, softcap, EXACT: tl.constexpr):
+    """Scores `[M, N]` in base 2 from products of queries and keys.
+
+    Unless EXACT, softcap moves them by its own size times what `tanh` is off: next to nothing of what rounding weights
+    to 16 bits does.
+    """
     if softcap is None:
         return s * (scale * LOG2E)
     else:
-        return tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        return tanh(s * (scale / softcap), EXACT) * (softcap * LOG2E)
 
 
 @triton.jit
