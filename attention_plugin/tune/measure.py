@@ -81,8 +81,8 @@ def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> st
     name = architecture(device)
     if part == "backward":
         kind += " (spans)"
-    elif part == "forward" and (size, dim) in INFERENCE_CONFIGS.get(name, {}):
-        kind += " (inference)"
+    elif part == "forward":
+        kind += " (inference, softcap)" if (size, dim) in INFERENCE_CONFIGS.get(name, {}) else " (softcap)"
     case = Case(name, part, size, dim, kind, candidate)
     try:
         kernel, arguments = case.kernel()

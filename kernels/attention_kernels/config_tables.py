@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 Work = Literal["spans", "tiles", "short"]
-"""What a call needs: spans alone; tiles of a mask, a bias or a softcap besides; or few query rows, with either."""
+"""What a call needs: spans, and perhaps a softcap; a mask, a bias or dropout besides; or few query rows, with any."""
 
 
 class ForwardConfig(NamedTuple):
@@ -201,7 +201,7 @@ INFERENCE_CONFIGS: dict[str, dict[tuple[int, int], ForwardConfig]] = {
     # By (bytes per element, widest head).
     "sm_90": {(2, 256): ForwardConfig(128, 32, 8, 3, reason=WIDE_OVERLAPPED, overlap=True)},
 }
-"""Faster ones for calls with spans alone that write down nothing but the output: those that need no gradients."""
+"""Faster ones for calls with spans, and perhaps a softcap, that need no gradients: only the output is written down."""
 
 _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
     # (bytes per element, widest head, kernel). These fit the smallest shared memory of all, and every extra there is.

@@ -40,7 +40,7 @@ def forward_config(
     wants_rounding: bool = True,
     device: torch.device | None = None,
 ) -> ForwardConfig:
-    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or a softcap besides its spans.
+    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or dropout besides its spans.
 
     `wants_rounding` as in `forward.forward`. With `device`, what was measured on it goes before the tables.
     """
@@ -65,7 +65,7 @@ def backward_config(
     has_tiles: bool,
     device: torch.device | None = None,
 ) -> BackwardConfig:
-    """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, dropout included."""
+    """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, a softcap included."""
     key = (dtype.itemsize, widest_row(head_dim, value_dim), kernel)
     own: Any = None if device is None or has_tiles else tuned_rows(device).get(("backward", *key))
     if own is not None:

@@ -309,7 +309,7 @@ def forward(
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
         spans = span_operand(start, end, key_mask, gap_count)
-        has_tiles = mask is not None or bias is not None or softcap is not None or key_mask is not None
+        has_tiles = mask is not None or bias is not None or key_mask is not None
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
             has_tiles=has_tiles or dropout_seed is not None, wants_rounding=wants_rounding, device=query.device,

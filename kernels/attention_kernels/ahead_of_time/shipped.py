@@ -45,8 +45,9 @@ class Case:
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
         work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
-            and no bias, and " (inference)" for the faster row of calls that need no gradients; the backward kernel,
-            with " (spans)" for the faster row of calls with spans alone; "few" or "many"; "" where there is one only.
+            and no bias, " (softcap)" for calls that have one, and " (inference)" for the faster row of calls that need
+            no gradients; the backward kernel, with " (spans)" for the faster row of calls with spans alone; "few" or
+            "many"; "" where there is one only.
         config: the tile shape, or None where the kernel has none.
     """
 
@@ -83,10 +84,13 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         raise ValueError(f"architecture must be one of {', '.join(SHARED_MEMORY)}, got {architecture!r}")
     for (size, dim, work), config in CONFIGS[architecture].items():
         yield Case(architecture, "forward", size, dim, work, config)
-        if config.overlap and work != "spans":
+        if work == "spans":
+            yield Case(architecture, "forward", size, dim, "spans (softcap)", config)
+        elif config.overlap:
             yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
     for (size, dim), config in INFERENCE_CONFIGS.get(architecture, {}).items():
         yield Case(architecture, "forward", size, dim, "spans (inference)", config)
+        yield Case(architecture, "forward", size, dim, "spans (inference, softcap)", config)
     for dim, config in GLUON_CONFIGS.get(architecture, {}).items():
         yield Case(architecture, "gluon", 2, dim, "spans", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
@@ -140,7 +144,9 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
     given = spans_alone(query_len) if work == "spans" else extras(case.dtype, query_len)
     if variant == "(overlap)":
         given |= {"mask": None, "bias": None}
-    rounding = output if case.element_size == 2 and variant != "(inference)" else None
+    if "softcap" in variant:
+        given |= {"softcap": 30.0}
+    rounding = output if case.element_size == 2 and "inference" not in variant else None
     return forwarding.forward_kernel, forwarding.kernel_arguments(
         query, key, value, output, rounding, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
