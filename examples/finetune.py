@@ -142,13 +142,13 @@ def parse_arguments() -> argparse.Namespace:
     own_classes = json.loads((options.checkpoint / "config.json").read_text(encoding="utf-8")).get("auto_map")
     if own_classes is not None and "AutoModelForCausalLM" not in own_classes:
         parser.error(f"{options.checkpoint} holds no language model of text, but {', '.join(own_classes)}")
+    if options.steps < 2 or options.lora_rank < 1:
+        parser.error(f"--steps must be at least 2 and --lora-rank 1, got {options.steps} and {options.lora_rank}")
     if options.output is not None:
         try:
             options.output.mkdir(parents=True, exist_ok=True)  # now, and not after the training
         except OSError as error:
             parser.error(f"--output cannot be written: {error}")
-    if options.steps < 2 or options.lora_rank < 1:
-        parser.error(f"--steps must be at least 2 and --lora-rank 1, got {options.steps} and {options.lora_rank}")
     return options
 
 

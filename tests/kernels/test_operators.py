@@ -49,6 +49,21 @@ def test_wide_heads(head_dim, value_dim, dtype):
     Problem(query, key, tensor(1, 1, 37, value_dim, dtype=dtype), Spans.causal(19, 37, device=DEVICE)).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [5.0, 50.0])
+def test_softcap_moves_a_score_by_what_its_tanh_is_off(softcap, dtype):
+    """A row that sees one key has its capped score for a log-sum-exp; small ones and large ones, of either sign."""
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 1, 96, 16, dtype=dtype) for _ in range(3))
+    query = query * torch.logspace(-4, 2, 96, device=DEVICE)[:, None].to(dtype)
+    spans = Spans.sliding(96, left=0, device=DEVICE)
+    _, lse = attention(query, key, value, spans, softcap=softcap, return_lse=True)
+    exact = softcap * torch.tanh((query.double() * key.double()).sum(-1) / 4 / softcap)
+    assert exact.abs().min() < 1e-3 < 0.99 * softcap < exact.abs().max()
+    off = 1e-6 * softcap if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=off)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_give_the_same_bits(layout):
     torch.manual_seed(0)

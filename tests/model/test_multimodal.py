@@ -227,6 +227,19 @@ def test_features_take_the_place_of_tokens(
     assert (model(**inputs).logits - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("case", "values", "grids"),
+    [("one", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")],
+)
+def test_pixels_without_their_grid_are_refused(
+    model: ReferenceForConditionalGeneration, processor: ReferenceProcessor, case: str, values: str, grids: str
+) -> None:
+    inputs = inputs_of(processor, case)
+    del inputs[grids]
+    with pytest.raises(ValueError, match=f"{values} need {grids}, got None; the processor returns both"):
+        model(**inputs)
+
+
 def test_a_video_is_its_frames(model: ReferenceForConditionalGeneration, processor: ReferenceProcessor) -> None:
     model.set_attn_implementation("sdpa")
     inputs = inputs_of(processor, "video")
