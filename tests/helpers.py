@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +14,9 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
-from attention_kernels import Spans, attention, attention_reference
+from attention_kernels import Spans, attention, attention_reference, tuned
+from attention_kernels.config_tables import CONFIGS
+from attention_kernels.configs import architecture
 from attention_kernels.operators import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
@@ -127,6 +130,16 @@ class Problem:
         # Statistics are float32; torch's fused attention computes exp less exactly for 16-bit inputs.
         tolerance = 2e-5 if self.query.dtype == torch.float32 else 1e-4
         torch.testing.assert_close(lse.cpu().double(), exact_lse.cpu(), rtol=tolerance, atol=tolerance)
+
+
+@contextmanager
+def forward_rows(**changes: bool | int) -> Iterator[None]:
+    """Tile shapes of all rows of the forward kernel, changed."""
+    device = torch.empty(0, device=DEVICE).device
+    with ExitStack() as stack:
+        for key, config in CONFIGS[architecture(device)].items():
+            stack.enter_context(tuned.overriding(device, ("forward", *key), config._replace(**changes)))
+        yield
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "heads") -> Tensor:

@@ -142,7 +142,6 @@ def tile_of(call: Call, target: Target) -> tuple[int, int]:
     has_tiles = call.dense is not None or call.bias is not None
     config = forward_config(
         target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2], has_tiles=has_tiles,
-        wants_rounding=False,
     )  # fmt: skip
     return config.block_m, config.block_n
 

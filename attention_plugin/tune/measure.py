@@ -74,15 +74,12 @@ def _try(
 def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> str | None:
     """Why a shape cannot serve every call of its row on a chip, or None: it is compiled with every extra."""
     from attention_kernels.ahead_of_time import Case, compile_ahead
-    from attention_kernels.config_tables import INFERENCE_CONFIGS, SHARED_MEMORY
+    from attention_kernels.config_tables import SHARED_MEMORY
     from attention_kernels.configs import architecture
 
     part, size, dim, kind = problem.key
     name = architecture(device)
-    if part == "backward":
-        kind += " (spans)"
-    elif part == "forward":
-        kind += " (inference, softcap)" if (size, dim) in INFERENCE_CONFIGS.get(name, {}) else " (softcap)"
+    kind += {"forward": " (softcap)", "backward": " (spans)"}.get(part, "")
     case = Case(name, part, size, dim, kind, candidate)
     try:
         kernel, arguments = case.kernel()

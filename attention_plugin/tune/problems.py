@@ -17,7 +17,6 @@ from attention_kernels.config_tables import (
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
-    INFERENCE_CONFIGS,
     BackwardConfig,
     DecodeConfig,
     ForwardConfig,
@@ -78,7 +77,7 @@ def rows_to_measure(
 def _default(name: str, part: str, size: int, dim: int, kind: str) -> Any:
     key: Any = (size, dim, kind)
     if part == "forward":
-        return (INFERENCE_CONFIGS.get(name, {}).get((size, dim)) or CONFIGS[name][key])._replace(reason="")
+        return CONFIGS[name][key]._replace(reason="")
     if part == "decode":
         return DECODE_CONFIGS[name][key]._replace(reason="")
     return (BACKWARD_SPANS_CONFIGS.get(name, {}).get(key) or BACKWARD_CONFIGS[name][key])._replace(reason="")
@@ -97,7 +96,7 @@ def _shapes(name: str, part: str, kind: str, default: Any) -> Iterator[tuned.Con
             yield ForwardConfig(*shape, default.chunk_d)
         if default.chunk_d:
             return  # these loops multiply whole heads
-        for shape in ((64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)):
+        for shape in ((64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)):
             yield ForwardConfig(*shape, overlap=True)
             if name in WITH_TMA:
                 yield ForwardConfig(*shape, overlap=True, descriptors=True)

@@ -127,8 +127,8 @@ class Call(NamedTuple):
 
     @property
     def has_tiles(self) -> bool:
-        """Whether tiles take more than spans: a mask, a bias, a softcap, hidden keys or dropout."""
-        extras = (self.mask, self.bias, self.softcap, self.dropout, self.spans.key_mask_ptr)
+        """Whether tiles take more than spans and a softcap: a mask, a bias, hidden keys or dropout."""
+        extras = (self.mask, self.bias, self.dropout, self.spans.key_mask_ptr)
         return any(extra is not None for extra in extras)
 
     def config(self, kernel: Pass) -> BackwardConfig:
@@ -140,6 +140,7 @@ class Call(NamedTuple):
             *dims,
             kernel,
             has_tiles=self.has_tiles,
+            has_softcap=self.softcap is not None,
             device=self.query.device,
         )
 

@@ -82,12 +82,15 @@ FITS_ALL = "fits 64 KB, the smallest shared memory, with every extra; 4 warps of
 FEW_ROWS = "16 rows are all that a matrix instruction needs; wide key tiles and two stages hide the wait for memory"
 WIDE_HEAD = "256 columns of queries, keys and values fill 64 KB in one stage; 8 warps share the accumulator's registers"
 IN_PIECES = "512 columns of queries and keys would fill the shared memory: they are multiplied 64 columns at a time"
+FEWER_READS = "as elsewhere, with 32 keys for 16: the pieces of the queries are read half as often"
+WHOLE_HEAD = "227 KB hold queries, and keys and values twice; nearly all that spills is beside the loop"
 EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
 OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside its own exponentials, without spills"
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assembler waits for every matrix instruction"
-ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for what rounding the output took"
-WIDE_OVERLAPPED = "128 rows of 256 columns, and products beside exponentials, where rounding takes no registers"
+GROUPS_WIDE = "128 rows read each key half as often as 64; the output is written in halves, for want of registers"
+ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for masks, bias and dropout"
+BLACKWELL_WIDE = "128 rows spill here: their products' results pass through the registers"
 HOPPER_SHORT = "the widest key tile that spills nothing; three or two programs fit a multiprocessor"
 THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
 AMPERE_EXTRAS = "as with spans alone, with half the keys: masks, bias and dropout take registers"
@@ -105,7 +108,7 @@ BACK_HOPPER = "8 warps share two gradients without spills, with every extra"
 BACK_HOPPER_ROWS = "128 rows for the matrix instructions of two warp groups; 32 keys leave registers for every extra"
 BACK_HOPPER_KEYS = "64 keys fill a warp group's matrix instruction; two programs fit, and work while the other waits"
 BACK_HOPPER_ONCE = "64 rows fill a warp group's matrix instruction; one read of each tile, so one stage"
-BACK_GROUPS = "without masks, bias, softcap and dropout there is room for whole warp groups"
+BACK_GROUPS = "without masks, bias and dropout there is room for whole warp groups"
 BACK_GROUPS_WIDE = "as above; with a second stage the assembler waits for every matrix instruction"
 ONE_WARP_BRINGS = "two groups of 64 rows share a warp that brings tiles; the most keys whose scores fit the registers"
 MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
@@ -149,10 +152,18 @@ _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=OVERLAPPED, overlap=True),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
     (2, 128, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
-    # 128 rows would leave no registers to write down what rounding the output took.
-    (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=ONE_GROUP_WIDE),
+    (2, 256, "spans"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_WIDE),
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
     (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
+    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
+    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
+}
+
+_BLACKWELL: dict[tuple[int, int, Work], ForwardConfig] = {
+    **_HOPPER,
+    (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=BLACKWELL_WIDE),
+    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
+    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
 }
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
@@ -161,6 +172,8 @@ _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3, reason=AMPERE_EXTRAS),
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
+    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
+    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
     (4, 64, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
     (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
 }
@@ -190,18 +203,12 @@ CONFIGS: dict[str, dict[tuple[int, int, Work], ForwardConfig]] = {
     "sm_86": _ANYWHERE | _CONSUMER,
     "sm_89": _ANYWHERE | _CONSUMER,  # as sm_86, and has the other float8, whose decoding is compiled for it
     "sm_90": _ANYWHERE | _HOPPER,
-    "sm_100": _ANYWHERE | _HOPPER,
+    "sm_100": _ANYWHERE | _BLACKWELL,
     "sm_120": _ANYWHERE | _CONSUMER,
     "gfx942": _ANYWHERE | _CDNA,
     "interpreter": _INTERPRETED,
 }
 """Every configuration that ships, by architecture and by (bytes per element, widest head, work)."""
-
-INFERENCE_CONFIGS: dict[str, dict[tuple[int, int], ForwardConfig]] = {
-    # By (bytes per element, widest head).
-    "sm_90": {(2, 256): ForwardConfig(128, 32, 8, 3, reason=WIDE_OVERLAPPED, overlap=True)},
-}
-"""Faster ones for calls with spans, and perhaps a softcap, that need no gradients: only the output is written down."""
 
 _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
     # (bytes per element, widest head, kernel). These fit the smallest shared memory of all, and every extra there is.
@@ -267,7 +274,7 @@ BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
 """Every backward configuration that serves any call, by architecture."""
 
 _BACKWARD_HOPPER_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
-    # Without masks, bias, softcap and dropout there is room for whole warp groups.
+    # Without masks, bias and dropout there is room for whole warp groups.
     (2, 64, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
     (2, 64, "key_value"): BackwardConfig(64, 128, 8, 2, reason=BACK_GROUPS),
     (2, 128, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
@@ -298,6 +305,13 @@ BACKWARD_SPANS_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] =
 }
 """Faster ones for calls with spans alone, where there are such."""
 
+_SOFTCAP_SPILLS = ((2, 64, "key_value"), (2, 256, "key_value"))
+
+BACKWARD_SOFTCAP_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
+    architecture: {key: config for key, config in configs.items() if key not in _SOFTCAP_SPILLS}
+    for architecture, configs in BACKWARD_SPANS_CONFIGS.items()
+}
+"""Those of them that a softcap leaves without spills, with every Triton that is supported."""
 
 _DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
     # (bytes per element of the queries, widest head, rows). Few rows wait for memory: deep pipelines, narrow tiles.

@@ -12,10 +12,10 @@ import torch
 
 from .config_tables import (
     BACKWARD_CONFIGS,
+    BACKWARD_SOFTCAP_CONFIGS,
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
-    INFERENCE_CONFIGS,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
@@ -37,20 +37,16 @@ def forward_config(
     query_len: int,
     *,
     has_tiles: bool,
-    wants_rounding: bool = True,
     device: torch.device | None = None,
 ) -> ForwardConfig:
     """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or dropout besides its spans.
 
-    `wants_rounding` as in `forward.forward`. With `device`, what was measured on it goes before the tables.
+    With `device`, what was measured on it goes before the tables.
     """
     widest = widest_row(head_dim, value_dim)
     work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
     own: Any = device and tuned_rows(device).get(("forward", dtype.itemsize, widest, work))
-    inference = INFERENCE_CONFIGS.get(architecture, {}).get((dtype.itemsize, widest)) if work == "spans" else None
-    if inference is not None and wants_rounding:
-        own = inference = None  # measured, too, are calls without gradients
-    config: ForwardConfig = own or inference or CONFIGS[architecture][dtype.itemsize, widest, work]
+    config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
     # A head narrower than a piece is multiplied whole.
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
@@ -63,15 +59,19 @@ def backward_config(
     kernel: Pass,
     *,
     has_tiles: bool,
+    has_softcap: bool,
     device: torch.device | None = None,
 ) -> BackwardConfig:
-    """The tile shape for a backward kernel; `has_tiles` as for `forward_config`, a softcap included."""
+    """The tile shape for a backward kernel; `has_tiles` and `device` as for `forward_config`.
+
+    What was measured serves calls with spans alone.
+    """
     key = (dtype.itemsize, widest_row(head_dim, value_dim), kernel)
-    own: Any = None if device is None or has_tiles else tuned_rows(device).get(("backward", *key))
-    if own is not None:
-        return own
-    spans_configs = {} if has_tiles else BACKWARD_SPANS_CONFIGS.get(architecture, {})
-    return spans_configs.get(key) or BACKWARD_CONFIGS[architecture][key]
+    if has_tiles:
+        return BACKWARD_CONFIGS[architecture][key]
+    own: Any = None if device is None or has_softcap else tuned_rows(device).get(("backward", *key))
+    faster = BACKWARD_SOFTCAP_CONFIGS if has_softcap else BACKWARD_SPANS_CONFIGS
+    return own or faster.get(architecture, {}).get(key) or BACKWARD_CONFIGS[architecture][key]
 
 
 def decode_config(

@@ -50,6 +50,9 @@ from .tiles import (
 NARROW = tl.constexpr(16)
 """Keys per step where values are searched for NaN: small, since that code must not cost the others registers."""
 
+FILLS_REGISTERS = tl.constexpr(128 * 128)
+"""Numbers of a tile's output: with more of them, more than half of the registers of 8 warps are full of it."""
+
 
 @triton.jit
 def right_tile(
@@ -181,6 +184,34 @@ def initial_state(sinks_ptr, h, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
+def store_output(
+    output, rounding, out, first_row, inside, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """Write down the output `[M, V]` and, unless `rounding` is None, what it loses by that.
+
+    Where it fills the registers it is written in halves: no more than one of them has to be there twice.
+    """
+    if BLOCK_M * BLOCK_DV > FILLS_REGISTERS:
+        left, right = out.reshape(BLOCK_M, 2, BLOCK_DV // 2).permute(0, 2, 1).split()
+        store_columns(output, rounding, left, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV // 2)
+        store_columns(output, rounding, right, first_row, inside, BLOCK_DV // 2, VALUE_DIM, BLOCK_M, BLOCK_DV // 2)
+    else:
+        store_columns(output, rounding, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
+
+
+@triton.jit
+def store_columns(
+    output, rounding, out, first_row, inside, first_column, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`store_output` of the columns from `first_column` on."""
+    store_tile(output, out, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
+    if rounding is not None:
+        lost = out - out.to(output.ptr.dtype.element_ty).to(tl.float32)
+        store_tile(rounding, lost, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
+
+
+@triton.jit
 def forward_kernel(
     query,
     key,
@@ -262,10 +293,7 @@ def forward_kernel(
     out, lse = finish(m, l, acc)
     inside = q_pos < query_len
     tl.store(lse_ptr + batch_head.to(tl.int64) * query_len + q_pos, lse, mask=inside)
-    store_tile(output, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
-    if rounding is not None:
-        lost = out - out.to(output.ptr.dtype.element_ty).to(tl.float32)
-        store_tile(rounding, lost, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    store_output(output, rounding, out, first_row, inside, VALUE_DIM, BLOCK_M, BLOCK_DV)
 
 
 def forward(
@@ -312,7 +340,7 @@ def forward(
         has_tiles = mask is not None or bias is not None or key_mask is not None
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
-            has_tiles=has_tiles or dropout_seed is not None, wants_rounding=wants_rounding, device=query.device,
+            has_tiles=has_tiles or dropout_seed is not None, device=query.device,
         )  # fmt: skip
         arguments = kernel_arguments(
             query, key, value, output, rounding if wants_rounding else None, lse, spans, mask, bias, sinks,

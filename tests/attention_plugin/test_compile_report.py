@@ -13,7 +13,15 @@ from attention_plugin.__main__ import main
 pytest.importorskip("triton")
 
 from attention_kernels.ahead_of_time.chips import resident
-from attention_kernels.ahead_of_time.machine_code import Instruction, in_flight, kind_of, main_loop, read_amd, read_sass
+from attention_kernels.ahead_of_time.machine_code import (
+    Instruction,
+    in_flight,
+    kind_of,
+    main_loop,
+    read_amd,
+    read_sass,
+    shared_bytes,
+)
 from attention_kernels.ahead_of_time.roofline import loop_products, tile_products
 from attention_plugin import compile_report
 from attention_plugin.compile_report import broken_limits, draw_up
@@ -40,6 +48,23 @@ def assembled(text):
 )  # fmt: skip
 def test_kinds_of_instructions(name, kind):
     assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "expected"),
+    [
+        ("HGMMA.64x32x16.F32.BF16", "R88, gdesc[UR8], RZ, !UPT", 16 * (64 + 32) * 2 / 4),
+        ("HGMMA.64x32x16.F32.BF16", "R88, gdesc[UR8], R88, gsb0", 16 * (64 + 32) * 2 / 4),
+        ("HGMMA.64x128x16.F32.BF16", "R24, R124, gdesc[UR8].tnspB, R24", 16 * 128 * 2 / 4),
+        ("LDS", "R1, [R2]", 32 * 4), ("STS.64", "[R2], R4", 32 * 8), ("LDS.U.128", "R4, [R2]", 32 * 16),
+        ("LDSM.16.MT88.4", "R4, [R2]", 4 * 8 * 8 * 2), ("STSM.16.M88", "[R2], R4", 8 * 8 * 2),
+        ("LDGSTS.E.BYPASS.LTC128B.64", "[R1], [R2.64]", 32 * 8),
+        ("LDG.E.128", "R4, [R2.64]", 0), ("FADD", "R1, R1, R2", 0),
+    ],
+)  # fmt: skip
+def test_bytes_of_shared_memory(name, operands, expected):
+    """A warp has a quarter of what its group's matrix instruction reads: the left operand only if not in registers."""
+    assert shared_bytes(Instruction(0, name, operands)) == expected
 
 
 def test_matrix_instructions_in_flight():
@@ -95,6 +120,10 @@ def test_a_row_of_the_report_holds_on_a_kernel_compiled_now():
     assert 32 <= loop.counts["special"] <= 40
     # The assembler does not wait for every matrix instruction, but once for the tile.
     assert sum(loop.matrix.values()) == 12 and loop.waits == 1
+    # Shared memory: queries and keys of each of 8 instructions, values of each of 4, and the next tiles as they arrive.
+    tiles = 2 * 64 * 128 * 2
+    products = 8 * 16 * (64 + 64) * 2 + 4 * 16 * 128 * 2
+    assert 2 * products + tiles <= loop.shared_bytes * 8 < 1.1 * (2 * products + tiles)
     assert row.resident == 1 and 0 < row.roofline.share_serial < row.roofline.share_overlapped <= 1
 
 

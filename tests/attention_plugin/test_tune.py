@@ -56,18 +56,6 @@ def test_what_was_saved_is_used_and_read_once(monkeypatch):
     assert chosen(64) == CONFIGS["sm_90"][2, 64, "spans"], "other rows are the tables'"
 
 
-def test_what_was_measured_without_gradients_serves_calls_without_them():
-    """Where those have a row of their own: the other calls write down more, and need the registers."""
-    before = forward_config("sm_90", torch.bfloat16, 256, 256, 4096, has_tiles=False, device=CPU)
-    save("interpreter", [measured(256)])
-    tuned.forget()
-    assert chosen(256) == before
-    inference = forward_config(
-        "sm_90", torch.bfloat16, 256, 256, 4096, has_tiles=False, wants_rounding=False, device=CPU
-    )
-    assert inference[:4] == (64, 64, 4, 2)
-
-
 def test_without_platformdirs_the_tables_serve(monkeypatch, caplog):
     """As on machines where the package was not installed by pip: calls must not fail for what nobody has measured."""
     monkeypatch.setitem(sys.modules, "platformdirs", None)  # what makes an import fail

@@ -15,10 +15,9 @@ from attention_kernels.config_tables import (
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
-    INFERENCE_CONFIGS,
     SHARED_MEMORY,
 )
-from attention_kernels.configs import forward_config
+from attention_kernels.configs import backward_config, forward_config
 from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
@@ -171,7 +170,7 @@ def test_every_architecture_has_every_row_and_every_row_its_reason():
     for table in tables:
         assert table.keys() == {*SHARED_MEMORY, "interpreter"}
         assert all(configs.keys() == table["sm_90"].keys() for configs in table.values())
-    for table in (*tables, INFERENCE_CONFIGS, BACKWARD_SPANS_CONFIGS):
+    for table in (*tables, BACKWARD_SPANS_CONFIGS):
         assert all(len(config.reason) > 20 for configs in table.values() for config in configs.values())
 
 
@@ -187,14 +186,13 @@ def test_a_configuration_for_every_head_dim(dim):
         assert config.chunk_d == 0 or config.chunk_d < max(dim, 32)
 
 
-@pytest.mark.parametrize(
-    "other", [{"wants_rounding": True}, {"architecture": "sm_80"}, {"dim": 128}, {"query_len": 8}, {"has_tiles": True}]
-)
-def test_calls_without_gradients_have_rows_of_their_own(other):
-    def chosen(architecture="sm_90", dim=256, query_len=100, has_tiles=False, wants_rounding=False):
-        return forward_config(
-            architecture, torch.bfloat16, dim, dim, query_len, has_tiles=has_tiles, wants_rounding=wants_rounding
-        )
+def test_a_softcap_has_the_rows_of_spans_where_it_spills_nothing():
+    def chosen(kernel, dim=128, **given):
+        return backward_config("sm_90", torch.bfloat16, dim, dim, kernel, **{"has_tiles": False, **given})
 
-    row = INFERENCE_CONFIGS["sm_90"][2, 256]
-    assert chosen() == row != chosen(**other)
+    for kernel in ("query", "key_value"):
+        spans, every = (table["sm_90"][2, 128, kernel] for table in (BACKWARD_SPANS_CONFIGS, BACKWARD_CONFIGS))
+        assert chosen(kernel, has_softcap=False) == chosen(kernel, has_softcap=True) == spans
+        assert chosen(kernel, has_softcap=True, has_tiles=True) == every
+    assert chosen("key_value", 256, has_softcap=True) == BACKWARD_CONFIGS["sm_90"][2, 256, "key_value"]
+    assert chosen("query", 256, has_softcap=True) == BACKWARD_SPANS_CONFIGS["sm_90"][2, 256, "query"]

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, tuned
+from attention_kernels import Spans, attention
 from attention_kernels.config_tables import CONFIGS
-from attention_kernels.configs import architecture
 from attention_kernels.operators import interpreting
 
-from helpers import DEVICE, DTYPES, LAYOUTS, SLOW_IN_INTERPRETER, Problem, random_problem, tensor
+from helpers import DEVICE, DTYPES, LAYOUTS, SLOW_IN_INTERPRETER, Problem, forward_rows, random_problem, tensor
 
 pytest.importorskip("triton")
 
@@ -36,16 +34,6 @@ LOOPS = [
         marks=pytest.mark.skipif(not HAS_TMA, reason="this GPU's hardware copies no tiles by itself"),
     ),
 ]
-
-
-@contextmanager
-def forward_rows(**changes):
-    """Tile shapes of all rows of the forward kernel, changed."""
-    device = torch.empty(0, device=DEVICE).device
-    with ExitStack() as stack:
-        for key, config in CONFIGS[architecture(device)].items():
-            stack.enter_context(tuned.overriding(device, ("forward", *key), config._replace(**changes)))
-        yield
 
 
 @pytest.fixture(params=LOOPS)

@@ -71,6 +71,7 @@ class Loop:
             not tell (instructions that the hardware orders by itself).
         waits: how often it waits for matrix instructions; as often as it has them where the assembler lets only one run
             at a time. None as for `in_flight`.
+        shared_bytes: bytes that a warp reads from shared memory or writes to it, as far as the code tells.
         nested: whether there are loops within, whose instructions are counted once.
     """
 
@@ -78,6 +79,7 @@ class Loop:
     matrix: dict[str, int]
     in_flight: int | None
     waits: int | None
+    shared_bytes: float
     nested: bool
 
     @property
@@ -172,7 +174,7 @@ def main_loop(code: Sequence[Instruction]) -> Loop | None:
     if not candidates:
         return None
     _, _, kinds, part, inner = min(candidates, key=lambda candidate: candidate[:2])
-    return Loop(dict(kinds), _matrix(part), in_flight(part), _waits(part), inner)
+    return Loop(dict(kinds), _matrix(part), in_flight(part), _waits(part), sum(map(shared_bytes, part)), inner)
 
 
 def without_detours(loop: Sequence[Instruction]) -> Sequence[Instruction]:
@@ -225,6 +227,28 @@ def _waits(loop: Sequence[Instruction]) -> int | None:
     if not any(each.name.startswith("HGMMA") for each in loop):
         return None
     return sum(each.name.startswith("WARPGROUP.DEPBAR") for each in loop)
+
+
+def shared_bytes(each: Instruction) -> float:
+    """Bytes of shared memory that an instruction of one warp reads or writes.
+
+    A Hopper matrix instruction reads its right operand from there, and its left one too unless it is in registers: 32
+    bytes of each of their rows, a quarter of which counts for each warp of the group. What a bulk copy moves is not
+    in the code.
+    """
+    if each.name.startswith("HGMMA"):
+        shape = re.match(r"HGMMA\.(\d+)x(\d+)x", each.name)
+        assert shape is not None
+        rows, columns = int(shape.group(1)), int(shape.group(2))
+        # Operands are the result, the left factor if it is in registers, and the descriptors of what is not.
+        left = re.match(r"R\w+,\s*gdesc", each.operands) is not None
+        return 32 * (columns + rows * left) / 4
+    if each.kind != "shared" and not each.name.startswith("LDGSTS"):
+        return 0
+    words = each.name.split(".")
+    if words[0] in ("LDSM", "STSM"):  # matrices of 8 x 8 numbers of 16 bits
+        return 128 * int(words[-1]) if words[-1].isdigit() else 128
+    return 32 * (16 if "128" in words else 8 if "64" in words else 4)
 
 
 def _volume(name: str) -> int:

@@ -49,7 +49,7 @@ def roofline(case: Case, compiled: Compiled) -> Roofline | None:
         "exp": cycles(("special",), chip.special),
         "float": cycles(("float",), chip.float32),
         "simple": cycles(("integer", "compare", "convert"), chip.simple),
-        "shared": shared_bytes(case, loop, warps) / SHARED_BYTES,
+        "shared": (loop.shared_bytes * warps + (copied_bytes(case) if compiled.code.bulk_copies else 0)) / SHARED_BYTES,
         "issue": loop.instructions * warps / ISSUE,
     }
     others = max(length for pipe, length in busy.items() if pipe != "matrix")
@@ -87,15 +87,7 @@ def matrix_shape(name: str) -> tuple[int, int, int] | None:
     return None
 
 
-def shared_bytes(case: Case, loop: Loop, warps: int) -> float:
-    """Bytes read from and written to shared memory in one turn, as far as the loop tells.
-
-    A Hopper matrix instruction reads its right operand from shared memory itself; loads count 16 bytes a thread, the
-    most that one moves.
-    """
-    total = float(loop.counts.get("shared", 0) * 32 * 16 * warps)
-    for name, number in loop.matrix.items():
-        shape = matrix_shape(name)
-        if name.startswith("HGMMA") and shape is not None:
-            total += number * warps / 4 * shape[1] * shape[2] * case.element_size
-    return total
+def copied_bytes(case: Case) -> int:
+    """Bytes of the tiles of keys and values that a turn has copied into shared memory."""
+    assert case.config is not None
+    return case.config.block_n * 2 * case.dim * case.element_size

@@ -15,11 +15,11 @@ from .. import decode as decoding
 from .. import forward as forwarding
 from ..config_tables import (
     BACKWARD_CONFIGS,
+    BACKWARD_SOFTCAP_CONFIGS,
     BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
     GLUON_CONFIGS,
-    INFERENCE_CONFIGS,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
@@ -45,8 +45,8 @@ class Case:
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
         work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
-            and no bias, " (softcap)" for calls that have one, and " (inference)" for the faster row of calls that need
-            no gradients; the backward kernel, with " (spans)" for the faster row of calls with spans alone; "few" or
+            and no bias, and " (softcap)" for calls that have one; the backward kernel, with " (spans)" for the faster
+            row of calls with spans alone, and " (spans, softcap)" for those that have a softcap besides; "few" or
             "many"; "" where there is one only.
         config: the tile shape, or None where the kernel has none.
     """
@@ -88,15 +88,14 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
             yield Case(architecture, "forward", size, dim, "spans (softcap)", config)
         elif config.overlap:
             yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
-    for (size, dim), config in INFERENCE_CONFIGS.get(architecture, {}).items():
-        yield Case(architecture, "forward", size, dim, "spans (inference)", config)
-        yield Case(architecture, "forward", size, dim, "spans (inference, softcap)", config)
     for dim, config in GLUON_CONFIGS.get(architecture, {}).items():
         yield Case(architecture, "gluon", 2, dim, "spans", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
         yield Case(architecture, "backward", size, dim, kernel, row)
     for (size, dim, kernel), row in BACKWARD_SPANS_CONFIGS.get(architecture, {}).items():
         yield Case(architecture, "backward", size, dim, f"{kernel} (spans)", row)
+    for (size, dim, kernel), row in BACKWARD_SOFTCAP_CONFIGS.get(architecture, {}).items():
+        yield Case(architecture, "backward", size, dim, f"{kernel} (spans, softcap)", row)
     for (size, dim, rows), few_or_many in DECODE_CONFIGS[architecture].items():
         yield Case(architecture, "decode", size, dim, rows, few_or_many)
     for part in ("merge", "statistics"):
@@ -144,11 +143,10 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
     given = spans_alone(query_len) if work == "spans" else extras(case.dtype, query_len)
     if variant == "(overlap)":
         given |= {"mask": None, "bias": None}
-    if "softcap" in variant:
+    if variant == "(softcap)":
         given |= {"softcap": 30.0}
-    rounding = output if case.element_size == 2 and "inference" not in variant else None
     return forwarding.forward_kernel, forwarding.kernel_arguments(
-        query, key, value, output, rounding, torch.empty(2, 4, query_len),
+        query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
     )  # fmt: skip
 
@@ -164,10 +162,12 @@ def _gluon(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
-    kernel, *spans_only = case.work.split()
+    kernel, _, variant = case.work.partition(" ")
     query, key, value, output = tensors(case.dtype, case.dim)
     row = torch.empty(2, 4, QUERY_LEN)
-    given = spans_alone() if spans_only else extras(case.dtype)
+    given = spans_alone() if variant else extras(case.dtype)
+    if "softcap" in variant:
+        given |= {"softcap": 30.0}
     call = backward.Call(query, key, value, output, row, row, scale=0.1, **given)
     config = case.config
     assert isinstance(config, BackwardConfig)
