@@ -213,7 +213,9 @@ def _tiles(device: torch.device) -> Iterator[Finding]:
     for dtype in (torch.bfloat16, torch.float32):
         shapes = []
         for dim in (64, 128, 256, 512):
-            config = configs.forward_config(name, dtype, dim, dim, 1024, has_tiles=False, device=device)
+            config = configs.forward_config(
+                name, dtype, dim, dim, 1024, has_tiles=False, has_dropout=False, device=device
+            )
             decode = configs.decode_config(name, dtype, dim, dim, 1, device)
             shapes.append(f"{dim}: {config.block_m}x{config.block_n}, decoding {decode.block_m}x{decode.block_n}")
         words = "; ".join(shapes)

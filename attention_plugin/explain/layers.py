@@ -142,6 +142,7 @@ def tile_of(call: Call, target: Target) -> tuple[int, int]:
     has_tiles = call.dense is not None or call.bias is not None
     config = forward_config(
         target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2], has_tiles=has_tiles,
+        has_dropout=False,
     )  # fmt: skip
     return config.block_m, config.block_n
 

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from attention_kernels import Spans, attention_reference, tuned
 from attention_kernels.config_tables import (
-    BACKWARD_CONFIGS,
-    BACKWARD_SPANS_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
     BackwardConfig,
     DecodeConfig,
     ForwardConfig,
 )
-from attention_kernels.configs import architecture
+from attention_kernels.configs import architecture, backward_config
 
 PASSES = ("forward", "backward", "decode")
 WITH_TMA = ("sm_90", "sm_100", "sm_120", "interpreter")
@@ -80,7 +78,8 @@ def _default(name: str, part: str, size: int, dim: int, kind: str) -> Any:
         return CONFIGS[name][key]._replace(reason="")
     if part == "decode":
         return DECODE_CONFIGS[name][key]._replace(reason="")
-    return (BACKWARD_SPANS_CONFIGS.get(name, {}).get(key) or BACKWARD_CONFIGS[name][key])._replace(reason="")
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    return backward_config(name, dtype, dim, dim, kind)._replace(reason="")  # type: ignore[arg-type]
 
 
 def _shapes(name: str, part: str, kind: str, default: Any) -> Iterator[tuned.Config]:

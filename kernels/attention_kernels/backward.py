@@ -17,7 +17,7 @@ from .backward_kernels import (
     row_bounds_kernel,
     statistics_kernel,
 )
-from .configs import BackwardConfig, Pass, architecture, backward_config, padded_dim
+from .configs import BackwardConfig, Extra, Pass, architecture, backward_config, padded_dim
 from .launch import INTERPRETED, dropout_operand, launching_on, operand, score_operand, span_operand
 from .tiles import DropoutOperand, SpanOperand
 
@@ -126,23 +126,21 @@ class Call(NamedTuple):
         return (*self.query.shape[:3], self.key.shape[2])
 
     @property
-    def has_tiles(self) -> bool:
-        """Whether tiles take more than spans and a softcap: a mask, a bias, hidden keys or dropout."""
-        extras = (self.mask, self.bias, self.dropout, self.spans.key_mask_ptr)
-        return any(extra is not None for extra in extras)
+    def extras(self) -> frozenset[Extra]:
+        """What the call has besides spans."""
+        given: dict[Extra, object] = {
+            "mask": self.mask,
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "hidden keys": self.spans.key_mask_ptr,
+            "dropout": self.dropout,
+        }
+        return frozenset(name for name, extra in given.items() if extra is not None)
 
     def config(self, kernel: Pass) -> BackwardConfig:
         """Tile shape of one of the kernels."""
-        dims = self.query.shape[-1], self.value.shape[-1]
-        return backward_config(
-            architecture(self.query.device),
-            self.query.dtype,
-            *dims,
-            kernel,
-            has_tiles=self.has_tiles,
-            has_softcap=self.softcap is not None,
-            device=self.query.device,
-        )
+        device, dims = self.query.device, (self.query.shape[-1], self.value.shape[-1])
+        return backward_config(architecture(device), self.query.dtype, *dims, kernel, self.extras, device)
 
     def arguments(self, config: BackwardConfig, *, transposed: bool = False) -> dict[str, Any]:
         """Arguments that all kernels take."""

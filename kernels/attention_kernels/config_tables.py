@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Work = Literal["spans", "tiles", "short"]
-"""What a call needs: spans, and perhaps a softcap; a mask, a bias or dropout besides; or few query rows, with any."""
+Work = Literal["spans", "tiles", "dropout", "short"]
+"""What a call needs: spans, and perhaps a softcap; a mask, a bias or hidden keys between besides; dropout, with any of
+these; or few query rows, with anything."""
 
 
 class ForwardConfig(NamedTuple):
@@ -54,6 +55,26 @@ class BackwardConfig(NamedTuple):
     reason: str = ""
 
 
+Extra = Literal["mask", "bias", "softcap", "hidden keys", "dropout"]
+"""What a call can have besides spans; hidden keys are those between the first and the last that a row sees."""
+
+SERVES: dict[str, frozenset[Extra]] = {
+    "spans": frozenset(),
+    "hidden keys": frozenset({"hidden keys"}),
+    "softcap": frozenset({"hidden keys", "softcap"}),
+    "all but bias": frozenset({"hidden keys", "softcap", "mask"}),
+    "all but dropout": frozenset({"hidden keys", "softcap", "mask", "bias"}),
+}
+"""The most that a row serves which does not serve everything, by name."""
+
+
+class FasterRow(NamedTuple):
+    """A tile shape that has no room for everything, or spills; and the most that it serves: a name in `SERVES`."""
+
+    config: BackwardConfig
+    serves: str
+
+
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -87,13 +108,15 @@ WHOLE_HEAD = "227 KB hold queries, and keys and values twice; nearly all that sp
 EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
 OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside its own exponentials, without spills"
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
+GROUPS_TILES = "128 rows for two warp groups; two stages leave room for tiles of a mask and of a bias in float32"
 GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assembler waits for every matrix instruction"
 GROUPS_WIDE = "128 rows read each key half as often as 64; the output is written in halves, for want of registers"
-ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for masks, bias and dropout"
+ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for dropout"
 BLACKWELL_WIDE = "128 rows spill here: their products' results pass through the registers"
 HOPPER_SHORT = "the widest key tile that spills nothing; three or two programs fit a multiprocessor"
 THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
-AMPERE_EXTRAS = "as with spans alone, with half the keys: masks, bias and dropout take registers"
+AMPERE_TILES = "as with spans alone; two stages leave room for tiles of a mask and of a bias in float32"
+AMPERE_EXTRAS = "as with spans alone, with half the keys: dropout takes registers"
 AMPERE_WIDE = "8 warps share the accumulator of 256 columns; 163 KB hold two stages"
 AMPERE_EXACT = "8 warps share 64 rows; room for a second stage"
 SHALLOW = "as Ampere, with shallower pipelines for 99 KB of shared memory"
@@ -108,8 +131,9 @@ BACK_HOPPER = "8 warps share two gradients without spills, with every extra"
 BACK_HOPPER_ROWS = "128 rows for the matrix instructions of two warp groups; 32 keys leave registers for every extra"
 BACK_HOPPER_KEYS = "64 keys fill a warp group's matrix instruction; two programs fit, and work while the other waits"
 BACK_HOPPER_ONCE = "64 rows fill a warp group's matrix instruction; one read of each tile, so one stage"
-BACK_GROUPS = "without masks, bias and dropout there is room for whole warp groups"
+BACK_GROUPS = "what it does not serve would take the registers of whole warp groups"
 BACK_GROUPS_WIDE = "as above; with a second stage the assembler waits for every matrix instruction"
+BACK_FEW_ROWS = "16 rows leave registers for dropout beside everything else"
 ONE_WARP_BRINGS = "two groups of 64 rows share a warp that brings tiles; the most keys whose scores fit the registers"
 MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
 MEMORY_HOPPER = "few rows wait for memory: 227 KB hold one more stage than elsewhere"
@@ -119,71 +143,93 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
     (2, 64, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
     (2, 64, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 64, "dropout"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
     (2, 64, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
     (2, 128, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
     (2, 128, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    (2, 128, "dropout"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
     (2, 128, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
+    (2, 256, "dropout"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
     (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=FEW_ROWS),
     # 512 columns of queries and keys together would fill the shared memory: they are multiplied in pieces.
     (2, 512, "spans"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
     (2, 512, "tiles"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
+    (2, 512, "dropout"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
     (2, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=IN_PIECES),
     # Exact float32 products run on the ordinary units, which hold their operands in registers: small tiles, in pieces.
     (4, 64, "spans"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
     (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
+    (4, 64, "dropout"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
     (4, 64, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
     (4, 128, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
     (4, 128, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 128, "dropout"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
     (4, 128, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
     (4, 256, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
     (4, 256, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    (4, 256, "dropout"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
     (4, 256, "short"): ForwardConfig(16, 32, 8, 1, 32, reason=EXACT),
     (4, 512, "spans"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
     (4, 512, "tiles"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
+    (4, 512, "dropout"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
     (4, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
 }
 
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=TWO_PROGRAMS),
-    (2, 64, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
+    (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_TILES),
+    (2, 64, "dropout"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=OVERLAPPED, overlap=True),
-    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
+    (2, 128, "tiles"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_TILES),
+    (2, 128, "dropout"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
     (2, 128, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
     (2, 256, "spans"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_WIDE),
-    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
+    (2, 256, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_TILES),
+    (2, 256, "dropout"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
     (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
     (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
     (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
+    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
 }
 
 _BLACKWELL: dict[tuple[int, int, Work], ForwardConfig] = {
     **_HOPPER,
     (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=BLACKWELL_WIDE),
+    (2, 256, "tiles"): ForwardConfig(64, 64, 8, 2, reason=BLACKWELL_WIDE),
     (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
     (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
+    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
 }
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
     # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
+    (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=AMPERE_TILES),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
-    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 3, reason=AMPERE_EXTRAS),
+    (2, 128, "tiles"): ForwardConfig(128, 64, 8, 2, reason=AMPERE_TILES),
+    (2, 128, "dropout"): ForwardConfig(128, 32, 8, 3, reason=AMPERE_EXTRAS),
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
+    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
     (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
     (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
+    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
     (4, 64, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
     (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
+    (4, 64, "dropout"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
 }
 
 _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
     # As Ampere, with shallower pipelines for 99 KB of shared memory.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
+    (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
     (2, 128, "spans"): ForwardConfig(128, 32, 8, 2, reason=SHALLOW),
+    (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=SHALLOW),
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
+    (2, 256, "dropout"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
 }
 
 _CDNA: dict[tuple[int, int, Work], ForwardConfig] = {
@@ -238,7 +284,7 @@ _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
 
 _BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
     (2, 64, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_HOPPER_ROWS),
-    (2, 64, "key_value"): BackwardConfig(32, 64, 4, 1, reason=BACK_HOPPER_KEYS),
+    (2, 64, "key_value"): BackwardConfig(16, 64, 4, 1, reason=BACK_FEW_ROWS),
     (2, 64, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
     (2, 128, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_HOPPER_ROWS),
     (2, 128, "key_value"): BackwardConfig(16, 64, 4, 1, reason=BACK_HOPPER_KEYS),
@@ -273,19 +319,24 @@ BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
 }
 """Every backward configuration that serves any call, by architecture."""
 
-_BACKWARD_HOPPER_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
-    # Without masks, bias and dropout there is room for whole warp groups.
-    (2, 64, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
-    (2, 64, "key_value"): BackwardConfig(64, 128, 8, 2, reason=BACK_GROUPS),
-    (2, 128, "query"): BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS),
-    (2, 128, "key_value"): BackwardConfig(32, 128, 8, 2, reason=BACK_GROUPS),
-    (2, 256, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_GROUPS),
-    (2, 256, "key_value"): BackwardConfig(32, 64, 8, 1, reason=BACK_GROUPS_WIDE),
+_BACKWARD_HOPPER_FASTER: dict[tuple[int, int, Pass], tuple[FasterRow, ...]] = {
+    # Without some of what a call can have there is room for whole warp groups.
+    (2, 64, "query"): (FasterRow(BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS), "all but dropout"),),
+    (2, 64, "key_value"): (
+        FasterRow(BackwardConfig(64, 128, 8, 2, reason=BACK_GROUPS), "hidden keys"),
+        FasterRow(BackwardConfig(32, 64, 4, 1, reason=BACK_HOPPER_KEYS), "all but dropout"),
+    ),
+    (2, 128, "query"): (FasterRow(BackwardConfig(128, 64, 8, 2, reason=BACK_GROUPS), "all but dropout"),),
+    (2, 128, "key_value"): (FasterRow(BackwardConfig(32, 128, 8, 2, reason=BACK_GROUPS), "softcap"),),
+    (2, 256, "query"): (FasterRow(BackwardConfig(128, 32, 8, 2, reason=BACK_GROUPS), "all but dropout"),),
+    (2, 256, "key_value"): (FasterRow(BackwardConfig(32, 64, 8, 1, reason=BACK_GROUPS_WIDE), "hidden keys"),),
 }
 
-_BACKWARD_BLACKWELL_SPANS: dict[tuple[int, int, Pass], BackwardConfig] = {
-    **_BACKWARD_HOPPER_SPANS,
-    (2, 256, "key_value"): BackwardConfig(32, 64, 8, 2, reason=BACK_GROUPS),  # results lie in memory of their own
+_BACKWARD_BLACKWELL_FASTER: dict[tuple[int, int, Pass], tuple[FasterRow, ...]] = {
+    **_BACKWARD_HOPPER_FASTER,
+    (2, 256, "query"): (FasterRow(BackwardConfig(128, 32, 8, 2, reason=BACK_GROUPS), "all but bias"),),  # 1 KB too much
+    # Results lie in memory of their own.
+    (2, 256, "key_value"): (FasterRow(BackwardConfig(32, 64, 8, 2, reason=BACK_GROUPS), "hidden keys"),),
 }
 
 GLUON_CONFIGS: dict[str, dict[int, ForwardConfig]] = {
@@ -299,19 +350,11 @@ GLUON_CONFIGS: dict[str, dict[int, ForwardConfig]] = {
 }
 """The forward pass in Gluon (`hopper`), which runs only where it has been asked for."""
 
-BACKWARD_SPANS_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
-    "sm_90": _BACKWARD_HOPPER_SPANS,
-    "sm_100": _BACKWARD_BLACKWELL_SPANS,
+BACKWARD_FASTER_CONFIGS: dict[str, dict[tuple[int, int, Pass], tuple[FasterRow, ...]]] = {
+    "sm_90": _BACKWARD_HOPPER_FASTER,
+    "sm_100": _BACKWARD_BLACKWELL_FASTER,
 }
-"""Faster ones for calls with spans alone, where there are such."""
-
-_SOFTCAP_SPILLS = ((2, 64, "key_value"), (2, 256, "key_value"))
-
-BACKWARD_SOFTCAP_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
-    architecture: {key: config for key, config in configs.items() if key not in _SOFTCAP_SPILLS}
-    for architecture, configs in BACKWARD_SPANS_CONFIGS.items()
-}
-"""Those of them that a softcap leaves without spills, with every Triton that is supported."""
+"""Faster ones for calls that have not everything, where there are such; the first that serves a call is taken."""
 
 _DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
     # (bytes per element of the queries, widest head, rows). Few rows wait for memory: deep pipelines, narrow tiles.

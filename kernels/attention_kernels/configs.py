@@ -12,13 +12,14 @@ import torch
 
 from .config_tables import (
     BACKWARD_CONFIGS,
-    BACKWARD_SOFTCAP_CONFIGS,
-    BACKWARD_SPANS_CONFIGS,
+    BACKWARD_FASTER_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
+    SERVES,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
+    Extra,
     ForwardConfig,
     Pass,
     Work,
@@ -37,14 +38,16 @@ def forward_config(
     query_len: int,
     *,
     has_tiles: bool,
+    has_dropout: bool,
     device: torch.device | None = None,
 ) -> ForwardConfig:
-    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or dropout besides its spans.
+    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or hidden keys besides its spans.
 
     With `device`, what was measured on it goes before the tables.
     """
     widest = widest_row(head_dim, value_dim)
-    work: Work = "short" if query_len <= SHORT else "tiles" if has_tiles else "spans"
+    work: Work = "dropout" if has_dropout else "tiles" if has_tiles else "spans"
+    work = "short" if query_len <= SHORT else work
     own: Any = device and tuned_rows(device).get(("forward", dtype.itemsize, widest, work))
     config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
     # A head narrower than a piece is multiplied whole.
@@ -57,21 +60,20 @@ def backward_config(
     head_dim: int,
     value_dim: int,
     kernel: Pass,
-    *,
-    has_tiles: bool,
-    has_softcap: bool,
+    extras: frozenset[Extra] = frozenset(),
     device: torch.device | None = None,
 ) -> BackwardConfig:
-    """The tile shape for a backward kernel; `has_tiles` and `device` as for `forward_config`.
+    """The tile shape for a backward kernel of a call that has `extras`.
 
-    What was measured serves calls with spans alone.
+    With `device`, what was measured on it goes before the tables, for calls with spans alone.
     """
     key = (dtype.itemsize, widest_row(head_dim, value_dim), kernel)
-    if has_tiles:
-        return BACKWARD_CONFIGS[architecture][key]
-    own: Any = None if device is None or has_softcap else tuned_rows(device).get(("backward", *key))
-    faster = BACKWARD_SOFTCAP_CONFIGS if has_softcap else BACKWARD_SPANS_CONFIGS
-    return own or faster.get(architecture, {}).get(key) or BACKWARD_CONFIGS[architecture][key]
+    own: Any = None if device is None or extras else tuned_rows(device).get(("backward", *key))
+    if own is not None:
+        return own
+    faster = BACKWARD_FASTER_CONFIGS.get(architecture, {}).get(key, ())
+    every = BACKWARD_CONFIGS[architecture][key]
+    return next((row.config for row in faster if extras <= SERVES[row.serves]), every)
 
 
 def decode_config(

@@ -340,7 +340,7 @@ def forward(
         has_tiles = mask is not None or bias is not None or key_mask is not None
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
-            has_tiles=has_tiles or dropout_seed is not None, device=query.device,
+            has_tiles=has_tiles, has_dropout=dropout_seed is not None, device=query.device,
         )  # fmt: skip
         arguments = kernel_arguments(
             query, key, value, output, rounding if wants_rounding else None, lse, spans, mask, bias, sinks,

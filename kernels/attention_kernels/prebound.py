@@ -209,7 +209,7 @@ def forward_first(
     lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
     config = forward.forward_config(
         forward.architecture(query.device), query.dtype, head_dim, value.shape[3], query_len,
-        has_tiles=spans.key_mask_ptr is not None, device=query.device,
+        has_tiles=spans.key_mask_ptr is not None, has_dropout=False, device=query.device,
     )  # fmt: skip
     named = forward.kernel_arguments(
         query, key, value, output, None, lse, spans, None, None, sinks, None, scale, softcap, config

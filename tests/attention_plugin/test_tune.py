@@ -41,7 +41,7 @@ def measured(dim=128, block_n=64):
 
 
 def chosen(dim=128):
-    return forward_config("sm_90", torch.bfloat16, dim, dim, 4096, has_tiles=False, device=CPU)
+    return forward_config("sm_90", torch.bfloat16, dim, dim, 4096, has_tiles=False, has_dropout=False, device=CPU)
 
 
 def test_what_was_saved_is_used_and_read_once(monkeypatch):

@@ -6,16 +6,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from attention_kernels.config_tables import (
     BACKWARD_CONFIGS,
-    BACKWARD_SPANS_CONFIGS,
+    BACKWARD_FASTER_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
     SHARED_MEMORY,
+    Work,
 )
 from attention_kernels.configs import backward_config, forward_config
 from attention_kernels.operators import interpreting
@@ -47,8 +49,8 @@ def cases() -> Iterator:
     for architecture in SHARED_MEMORY:
         last = {}
         for case in shipped_cases(architecture):
-            # Float32's few and many rows of a cache share their tile shapes, as do some rows of the forward pass.
-            alone = case.part == "backward" or (case.element_size == 2 and case.part == "decode") or "(" in case.work
+            # Float32's few and many rows of a cache share their tile shapes, as do rows of the forward pass.
+            alone = case.part == "backward" or (case.element_size == 2 and (case.part == "decode" or "(" in case.work))
             apart = case.work if alone else ""
             shape = None if case.config is None else case.config._replace(reason="")
             last[case.part, case.element_size, case.dim, shape, apart] = case
@@ -111,7 +113,7 @@ def test_overlapping_costs_no_exponentials(dim):
     """Where weights are wanted in two layouts the compiler computes them twice."""
     loops = []
     for overlap in (False, True):
-        (case,) = (case for case in shipped_cases("sm_90") if (case.dim, case.work) == (dim, "tiles (overlap)"))
+        (case,) = (case for case in shipped_cases("sm_90") if (case.dim, case.work) == (dim, "dropout (overlap)"))
         kernel, arguments = replace(case, config=case.config._replace(overlap=overlap)).kernel()
         loops.append(compile_ahead(kernel, "sm_90", arguments).code.loop)
     plain, overlapped = loops
@@ -170,7 +172,11 @@ def test_every_architecture_has_every_row_and_every_row_its_reason():
     for table in tables:
         assert table.keys() == {*SHARED_MEMORY, "interpreter"}
         assert all(configs.keys() == table["sm_90"].keys() for configs in table.values())
-    for table in (*tables, BACKWARD_SPANS_CONFIGS):
+    faster = {
+        architecture: {(*key, row.serves): row.config for key, rows in configs.items() for row in rows}
+        for architecture, configs in BACKWARD_FASTER_CONFIGS.items()
+    }
+    for table in (*tables, faster):
         assert all(len(config.reason) > 20 for configs in table.values() for config in configs.values())
 
 
@@ -182,17 +188,32 @@ def test_unknown_chips_have_no_cases():
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 65, 80, 129, 256, 300, 512])
 def test_a_configuration_for_every_head_dim(dim):
     for architecture in CONFIGS:
-        config = forward_config(architecture, torch.float32, dim, dim, 100, has_tiles=False)
+        config = forward_config(architecture, torch.float32, dim, dim, 100, has_tiles=False, has_dropout=False)
         assert config.chunk_d == 0 or config.chunk_d < max(dim, 32)
 
 
-def test_a_softcap_has_the_rows_of_spans_where_it_spills_nothing():
-    def chosen(kernel, dim=128, **given):
-        return backward_config("sm_90", torch.bfloat16, dim, dim, kernel, **{"has_tiles": False, **given})
+def test_a_row_for_what_a_call_has():
+    def chosen(query_len=100, has_tiles=False, has_dropout=False):
+        config = forward_config(
+            "sm_90", torch.bfloat16, 80, 128, query_len, has_tiles=has_tiles, has_dropout=has_dropout
+        )
+        return next(work for work in get_args(Work) if CONFIGS["sm_90"][2, 128, work] is config)
 
-    for kernel in ("query", "key_value"):
-        spans, every = (table["sm_90"][2, 128, kernel] for table in (BACKWARD_SPANS_CONFIGS, BACKWARD_CONFIGS))
-        assert chosen(kernel, has_softcap=False) == chosen(kernel, has_softcap=True) == spans
-        assert chosen(kernel, has_softcap=True, has_tiles=True) == every
-    assert chosen("key_value", 256, has_softcap=True) == BACKWARD_CONFIGS["sm_90"][2, 256, "key_value"]
-    assert chosen("query", 256, has_softcap=True) == BACKWARD_SPANS_CONFIGS["sm_90"][2, 256, "query"]
+    assert chosen() == "spans" and chosen(has_tiles=True) == "tiles"
+    assert chosen(has_dropout=True) == chosen(has_dropout=True, has_tiles=True) == "dropout"
+    assert chosen(query_len=16, has_dropout=True, has_tiles=True) == chosen(query_len=1) == "short"
+
+
+def test_the_first_faster_row_that_serves_a_call_is_taken():
+    def chosen(dim, kernel, *extras):
+        config = backward_config("sm_90", torch.bfloat16, dim, dim, kernel, frozenset(extras))
+        every = config is BACKWARD_CONFIGS["sm_90"][2, dim, kernel]
+        rows = BACKWARD_FASTER_CONFIGS["sm_90"][2, dim, kernel]
+        return "everything" if every else next(row.serves for row in rows if row.config is config)
+
+    assert chosen(64, "key_value") == chosen(64, "key_value", "hidden keys") == "hidden keys"
+    assert chosen(64, "key_value", "bias") == chosen(64, "key_value", "softcap", "mask") == "all but dropout"
+    assert chosen(128, "key_value", "softcap") == "softcap"
+    assert chosen(256, "query", "mask", "bias", "softcap", "hidden keys") == "all but dropout"
+    for dim, kernel, extra in ((64, "query", "dropout"), (128, "key_value", "bias"), (256, "key_value", "softcap")):
+        assert chosen(dim, kernel, extra) == "everything"

@@ -170,7 +170,7 @@ def test_a_change_of_kernels_is_noticed(kernels):
     """A tile shape that is being measured, and the Gluon kernel, take the place of what is remembered."""
     attention(*prompts(), Spans.causal(40))
     key = ("forward", 2, 64, "spans")
-    config = forward.forward_config("interpreter", torch.float16, 32, 32, 40, has_tiles=False)
+    config = forward.forward_config("interpreter", torch.float16, 32, 32, 40, has_tiles=False, has_dropout=False)
     with tuned.overriding(torch.device("cpu"), key, config._replace(block_m=2 * config.block_m)):
         attention(*prompts(), Spans.causal(40))
         attention(*prompts(), Spans.causal(40))

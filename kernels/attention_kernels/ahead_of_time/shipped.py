@@ -15,14 +15,15 @@ from .. import decode as decoding
 from .. import forward as forwarding
 from ..config_tables import (
     BACKWARD_CONFIGS,
-    BACKWARD_SOFTCAP_CONFIGS,
-    BACKWARD_SPANS_CONFIGS,
+    BACKWARD_FASTER_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
     GLUON_CONFIGS,
+    SERVES,
     SHARED_MEMORY,
     BackwardConfig,
     DecodeConfig,
+    Extra,
     ForwardConfig,
 )
 from ..configs import padded_dim
@@ -44,10 +45,10 @@ class Case:
         part: "forward", "gluon", "backward", "decode", "merge" or "statistics".
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
-        work: the row's own name: "spans", "tiles" or "short", with " (overlap)" for the loop of calls that have no mask
-            and no bias, and " (softcap)" for calls that have one; the backward kernel, with " (spans)" for the faster
-            row of calls with spans alone, and " (spans, softcap)" for those that have a softcap besides; "few" or
-            "many"; "" where there is one only.
+        work: the row's own name: "spans", "tiles", "dropout" or "short", with " (overlap)" for the loop of calls that
+            have no mask and no bias, and " (softcap)" for calls that have one; the backward kernel, with " (spans)" for
+            the faster row of calls with spans alone, or the most that such a row serves, by its name in `SERVES`; "few"
+            or "many"; "" where there is one only.
         config: the tile shape, or None where the kernel has none.
     """
 
@@ -92,10 +93,10 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         yield Case(architecture, "gluon", 2, dim, "spans", config)
     for (size, dim, kernel), row in BACKWARD_CONFIGS[architecture].items():
         yield Case(architecture, "backward", size, dim, kernel, row)
-    for (size, dim, kernel), row in BACKWARD_SPANS_CONFIGS.get(architecture, {}).items():
-        yield Case(architecture, "backward", size, dim, f"{kernel} (spans)", row)
-    for (size, dim, kernel), row in BACKWARD_SOFTCAP_CONFIGS.get(architecture, {}).items():
-        yield Case(architecture, "backward", size, dim, f"{kernel} (spans, softcap)", row)
+    for (size, dim, kernel), faster in BACKWARD_FASTER_CONFIGS.get(architecture, {}).items():
+        yield Case(architecture, "backward", size, dim, f"{kernel} (spans)", faster[0].config)
+        for each in faster:
+            yield Case(architecture, "backward", size, dim, f"{kernel} ({each.serves})", each.config)
     for (size, dim, rows), few_or_many in DECODE_CONFIGS[architecture].items():
         yield Case(architecture, "decode", size, dim, rows, few_or_many)
     for part in ("merge", "statistics"):
@@ -111,17 +112,26 @@ def tensors(dtype: torch.dtype, dim: int, query_len: int = QUERY_LEN) -> tuple[T
     )
 
 
-def extras(dtype: torch.dtype, query_len: int = QUERY_LEN) -> dict[str, Any]:
+def extras(query_len: int = QUERY_LEN) -> dict[str, Any]:
     """Everything that a call can have besides spans: a mask, a bias, a softcap and dropout; and spans with gaps."""
     spans = Spans.causal(query_len, KEY_LEN)
     hidden = torch.ones(2, KEY_LEN, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
     return {
         "spans": span_operand(spans.start, spans.end, *hidden),
         "mask": torch.ones(2, 1, query_len, KEY_LEN, dtype=torch.bool),
-        "bias": torch.zeros(2, 1, query_len, KEY_LEN, dtype=dtype),
+        "bias": torch.zeros(2, 1, query_len, KEY_LEN),  # in float32, which takes most room
         "dropout": dropout_operand(torch.zeros(1, dtype=torch.int64), 0.1),
         "softcap": 30.0,
     }
+
+
+def extras_of(names: frozenset[Extra]) -> dict[str, Any]:
+    """Of `extras` those with these names."""
+    everything, given = extras(), spans_alone()
+    for name in names:
+        operand_name = "spans" if name == "hidden keys" else name
+        given[operand_name] = everything[operand_name]
+    return given
 
 
 def spans_alone(query_len: int = QUERY_LEN) -> dict[str, Any]:
@@ -140,7 +150,9 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
     work, _, variant = case.work.partition(" ")
     query_len = 8 if work == "short" else QUERY_LEN
     query, key, value, output = tensors(case.dtype, case.dim, query_len)
-    given = spans_alone(query_len) if work == "spans" else extras(case.dtype, query_len)
+    given = spans_alone(query_len) if work == "spans" else extras(query_len)
+    if work == "tiles":
+        given |= {"dropout": None}
     if variant == "(overlap)":
         given |= {"mask": None, "bias": None}
     if variant == "(softcap)":
@@ -155,7 +167,7 @@ def _gluon(case: Case) -> tuple[Any, dict[str, Any]]:
     from ..hopper import gluon_forward, launching
 
     query, key, value, output = tensors(case.dtype, case.dim)
-    spans, row = extras(case.dtype)["spans"], torch.empty(2, 4, QUERY_LEN)
+    spans, row = extras()["spans"], torch.empty(2, 4, QUERY_LEN)
     return gluon_forward.forward_kernel, launching.kernel_arguments(
         query, key, value, output, output, row, spans, torch.zeros(4), 0.1
     )
@@ -165,9 +177,8 @@ def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
     kernel, _, variant = case.work.partition(" ")
     query, key, value, output = tensors(case.dtype, case.dim)
     row = torch.empty(2, 4, QUERY_LEN)
-    given = spans_alone() if variant else extras(case.dtype)
-    if "softcap" in variant:
-        given |= {"softcap": 30.0}
+    most = SERVES.get(variant.strip("()"))
+    given = extras() if most is None else extras_of(most)
     call = backward.Call(query, key, value, output, row, row, scale=0.1, **given)
     config = case.config
     assert isinstance(config, BackwardConfig)
@@ -189,7 +200,7 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
     # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
     kind = torch.float8_e5m2 if case.architecture in ("sm_80", "sm_86") else torch.float8_e4m3fn
     pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
-    given = extras(case.dtype, query_len)
+    given = extras(query_len)
     config = _whole(case.config, case.dim)
     return decoding.decode_kernel, decoding.decode_arguments(
         query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
