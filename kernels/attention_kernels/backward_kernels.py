@@ -22,6 +22,7 @@ from .tiles import (
     keep_tile,
     key_bounds,
     left_tile,
+    load_scores,
     load_spans,
     load_tile,
     score_tile,
@@ -112,7 +113,12 @@ def score_gradients(
         CHUNK_D, CHECK, PRECISION,
     )  # fmt: skip
     capped = score_tile(s, scale, softcap, left.ptr.dtype.element_ty == tl.float32)
-    s = bias_and_mask(capped, bias, mask, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, CHECK)
+    mask_tile, bias_tile = mask, bias
+    if mask is not None:
+        mask_tile = load_scores(mask, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, CHECK)
+    if bias is not None:
+        bias_tile = load_scores(bias, first_left, first_right, left_len, right_len, BLOCK_LEFT, BLOCK_RIGHT, CHECK)
+    s = bias_and_mask(capped, bias_tile, mask_tile)
     if partial:
         s = span_mask(s, spans, b, start, end, k_pos, key_len)
     p = tl.exp2(s - lse)

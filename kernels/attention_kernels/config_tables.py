@@ -113,7 +113,6 @@ GROUPS_EXTRAS = "128 rows for two warp groups; with wider key tiles the assemble
 GROUPS_WIDE = "128 rows read each key half as often as 64; the output is written in halves, for want of registers"
 ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for dropout"
 BLACKWELL_WIDE = "128 rows spill here: their products' results pass through the registers"
-HOPPER_SHORT = "the widest key tile that spills nothing; three or two programs fit a multiprocessor"
 THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
 AMPERE_TILES = "as with spans alone; two stages leave room for tiles of a mask and of a bias in float32"
 AMPERE_EXTRAS = "as with spans alone, with half the keys: dropout takes registers"
@@ -185,11 +184,10 @@ _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=OVERLAPPED, overlap=True),
     (2, 128, "tiles"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_TILES),
     (2, 128, "dropout"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_EXTRAS, overlap=True),
-    (2, 128, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
     (2, 256, "spans"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_WIDE),
     (2, 256, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_TILES),
     (2, 256, "dropout"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
-    (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=HOPPER_SHORT),
+    (2, 256, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
     (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
     (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
     (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),

@@ -37,6 +37,7 @@ from .tiles import (
     keep_tile,
     key_bounds,
     left_tile,
+    load_scores,
     load_spans,
     load_tile,
     product,
@@ -70,12 +71,12 @@ def right_tile(
 
 @triton.jit
 def mask_scores(
-    s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-    body_last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    s, spans, mask_tile, bias_tile, scale, softcap, b, start, end, key_len, first_key, body_first, body_last,
+    BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Scores `[M, N]` in base 2 from products, -inf where hidden. All rows see keys `body_first` to `body_last`."""
     s = score_tile(s, scale, softcap, EXACT)
-    s = bias_and_mask(s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
+    s = bias_and_mask(s, bias_tile, mask_tile)
     if (first_key < body_first) | (first_key >= body_last):
         k_pos = first_key + tl.arange(0, BLOCK_N)
         s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], key_len)
@@ -106,13 +107,20 @@ def attend_keys(
     m, l, acc = state
     key_inside = first_key + tl.arange(0, BLOCK_N) < key_len
     row_inside = first_row + tl.arange(0, BLOCK_M) < query_len
+    # Before the products: where something is read between them and the softmax, the assembler waits for each of
+    # Hopper's matrix instructions by itself.
+    mask_tile, bias_tile = mask, bias
+    if mask is not None:
+        mask_tile = load_scores(mask, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
+    if bias is not None:
+        bias_tile = load_scores(bias, first_row, first_key, query_len, key_len, BLOCK_M, BLOCK_N, True)
     s, _ = dot_rows(
         q, query, key, first_row, row_inside, first_key, key_inside, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, True,
         PRECISION,
     )  # fmt: skip
     s = mask_scores(
-        s, spans, mask, bias, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-        body_last, BLOCK_M, BLOCK_N, value.ptr.dtype.element_ty == tl.float32,
+        s, spans, mask_tile, bias_tile, scale, softcap, b, start, end, key_len, first_key, body_first, body_last,
+        BLOCK_N, value.ptr.dtype.element_ty == tl.float32,
     )  # fmt: skip
     v = load_tile(
         value.ptr, value.stride_m, value.stride_n, first_key, key_inside, VALUE_DIM, BLOCK_N, BLOCK_DV, True,
@@ -156,8 +164,8 @@ def attend_overlapped(
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         s = mask_scores(
-            s, spans, None, None, scale, softcap, b, start, end, first_row, query_len, key_len, first_key, body_first,
-            body_last, BLOCK_M, BLOCK_N, value.ptr.dtype.element_ty == tl.float32,
+            s, spans, None, None, scale, softcap, b, start, end, key_len, first_key, body_first, body_last, BLOCK_N,
+            value.ptr.dtype.element_ty == tl.float32,
         )  # fmt: skip
         m, l, alpha, p = softmax_weights(m, l, s)
         if dropout is not None:

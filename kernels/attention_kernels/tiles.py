@@ -257,24 +257,28 @@ def score_tile(s, scale, softcap, EXACT: tl.constexpr):
 
 
 @triton.jit
-def bias_and_mask(
-    s, bias, mask, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def load_scores(
+    operand, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[M, N]` plus the tile of `bias`, and -inf where the tile of `mask` is 0 or the bias is -inf."""
+    """Tile `[M, N]` of a mask or a bias; 0 beyond the last row and, with CHECK_KEYS, the last key."""
     inside = (first_row + tl.arange(0, BLOCK_M) < query_len)[:, None]
     if CHECK_KEYS:
         inside = inside & (first_key + tl.arange(0, BLOCK_N) < key_len)[None, :]
-    if bias is not None:
-        origin = bias.ptr + tl.cast(first_key, tl.int64) * bias.stride_n
-        pointers = tile_pointers(origin, bias.stride_m, bias.stride_n, first_row, BLOCK_M, BLOCK_N)
-        added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    origin = operand.ptr + tl.cast(first_key, tl.int64) * operand.stride_n
+    pointers = tile_pointers(origin, operand.stride_m, operand.stride_n, first_row, BLOCK_M, BLOCK_N)
+    return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def bias_and_mask(s, bias_tile, mask_tile):
+    """Scores `[M, N]` plus a bias, and -inf where the mask is 0 or the bias is -inf; None where there is none."""
+    if bias_tile is not None:
+        added = bias_tile.to(tl.float32)
         # A key hidden by -inf stays hidden where its score is NaN.
         s = tl.where(added == NEG_INF, NEG_INF, s + added * LOG2E)
-    if mask is not None:
-        origin = mask.ptr + tl.cast(first_key, tl.int64) * mask.stride_n
-        pointers = tile_pointers(origin, mask.stride_m, mask.stride_n, first_row, BLOCK_M, BLOCK_N)
-        s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, NEG_INF)
+    if mask_tile is not None:
+        s = tl.where(mask_tile != 0, s, NEG_INF)
     return s
 
 
