@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 import triton
 
 from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
+from attention_kernels.launch import score_operand
 from attention_kernels.write import write_kernel
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
@@ -120,6 +121,21 @@ def test_overlapping_costs_no_exponentials(dim):
     assert overlapped.counts["special"] == plain.counts["special"]
     assert overlapped.instructions < 1.05 * plain.instructions
     assert overlapped.in_flight >= 16 > plain.in_flight
+
+
+@compiles
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_matrix_instructions_are_waited_for_together_where_there_is_a_bias(dim, stored):
+    """The assembler waits for each by itself where anything is read between them and the softmax."""
+    wanted = ("forward", 2, dim, "tiles")
+    (case,) = (c for c in shipped_cases("sm_90") if (c.part, c.element_size, c.dim, c.work) == wanted)
+    kernel, arguments = case.kernel()
+    scores = (2, 4, arguments["query_len"], arguments["key_len"])
+    bias = score_operand(torch.empty(2, 1, *scores[2:], dtype=stored), scores)
+    compiled = compile_ahead(kernel, "sm_90", arguments | {"bias": bias, "mask": None, "softcap": None})
+    assert compiled.spills == 0
+    assert compiled.code.loop.waits == 1 < sum(compiled.code.loop.matrix.values())
 
 
 @compiles
