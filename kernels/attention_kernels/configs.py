@@ -29,6 +29,9 @@ from .tuned import tuned_rows
 SHORT = 16
 """Query rows that count as few."""
 
+WIDEST, PIECE = 512, 128
+"""Columns of a head up to which a row may have it multiplied whole, and at a time beyond that."""
+
 
 def forward_config(
     architecture: str,
@@ -50,6 +53,8 @@ def forward_config(
     work = "short" if query_len <= SHORT else work
     own: Any = device and tuned_rows(device).get(("forward", dtype.itemsize, widest, work))
     config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
+    if head_dim > WIDEST and not config.chunk_d:
+        return config._replace(chunk_d=PIECE)
     # A head narrower than a piece is multiplied whole.
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
@@ -93,8 +98,8 @@ def decode_config(
 
 
 def widest_row(head_dim: int, value_dim: int) -> int:
-    """The row of the tables that serves a pair of head dims. Heads beyond 512 are multiplied in the same pieces."""
-    return min(512, max(64, padded_dim(head_dim), padded_dim(value_dim)))
+    """The row of the tables that serves a pair of head dims. Heads beyond 512 are multiplied in pieces."""
+    return min(WIDEST, max(64, padded_dim(head_dim), padded_dim(value_dim)))
 
 
 @lru_cache

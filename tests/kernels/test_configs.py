@@ -16,6 +16,7 @@ from attention_kernels.config_tables import (
     BACKWARD_FASTER_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
+    SERVES,
     SHARED_MEMORY,
     Work,
 )
@@ -27,6 +28,8 @@ pytest.importorskip("triton")
 import triton
 
 from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
+from attention_kernels.ahead_of_time.shipped import QUERY_LEN, extras_of, tensors
+from attention_kernels.forward import forward_kernel, kernel_arguments
 from attention_kernels.launch import score_operand
 from attention_kernels.write import write_kernel
 
@@ -87,6 +90,23 @@ def assert_within_limits(compiled, case: Case) -> None:
 def test_configuration_compiles_within_limits(case):
     kernel, arguments = case.kernel()
     assert_within_limits(compile_ahead(kernel, case.architecture, arguments), case)
+
+
+@compiles
+@pytest.mark.parametrize("dims", [(576, 512), (40, 512), (192, 128)])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.exhaustive) for name in CHIPS]
+)
+def test_heads_of_two_widths_fit(architecture, dims):
+    """Heads beyond 512 columns are multiplied in pieces also where a row has them whole."""
+    (query, key, _, _), (_, _, value, output) = (tensors(torch.bfloat16, dim) for dim in dims)
+    config = forward_config(architecture, query.dtype, *dims, QUERY_LEN, has_tiles=True, has_dropout=False)
+    arguments = kernel_arguments(
+        query, key, value, output, output, torch.empty(2, 4, QUERY_LEN), sinks=torch.zeros(4), scale=0.1, config=config,
+        **extras_of(SERVES["all but dropout"]),
+    )  # fmt: skip
+    compiled = compile_ahead(forward_kernel, architecture, arguments)
+    assert compiled.shared_memory <= SHARED_MEMORY[architecture]
 
 
 @compiles
