@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SLOW_IN_INTERPRETER = pytest.mark.exhaustive if interpreting() else ()
 """Mark of tests that the interpreter takes long for; torch and GPUs run them in `make test`."""
 
-DTYPES_IN_TURN = (torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=SLOW_IN_INTERPRETER))
-"""The same, for tests of many sizes: the interpreter computes bfloat16 by the kernels of float32, which they have."""
+KERNEL_DTYPES = (torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=SLOW_IN_INTERPRETER))
+"""Those that have kernels of their own, for tests of many sizes: the interpreter computes bfloat16 by float32's."""
 
 EARLIER_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")
 """Whether transformers is earlier than the pinned one. The tests pass with 5.17 too, the oldest that is served."""

@@ -28,8 +28,8 @@ def cells(row: Row) -> tuple[str, ...]:
     tile = "-" if config is None else f"{config.block_m}x{config.block_n}, {config.num_warps}w, {config.num_stages}s"
     if config is not None and config.chunk_d:
         tile += f", d/{config.chunk_d}"
-    overlaps = getattr(config, "overlap", False) and case.work != "dropout"  # masks and biases have the plain loop
-    tile += ", overlap" if overlaps else ""
+    with_scores = case.work in ("tiles", "dropout")  # calls with masks and biases, which have the plain loop
+    tile += ", overlap" if getattr(config, "overlap", False) and not with_scores else ""
     roof = row.roofline
     share = "-" if roof is None else f"{roof.share_serial:.0%} to {roof.share_overlapped:.0%}"
     products = sum(loop.matrix.values()) if loop else 0

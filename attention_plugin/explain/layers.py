@@ -139,10 +139,10 @@ def path_of(call: Call, target: Target) -> str:
 def tile_of(call: Call, target: Target) -> tuple[int, int]:
     """Rows and keys of a tile of the forward kernel."""
     assert target.architecture is not None
-    has_tiles = call.dense is not None or call.bias is not None
+    hides = call.dense is not None or (call.spans is not None and call.spans.key_mask is not None)
     config = forward_config(
-        target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2], has_tiles=has_tiles,
-        has_dropout=False,
+        target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2],
+        has_tiles=hides or call.bias is not None, has_dropout=False,
     )  # fmt: skip
     return config.block_m, config.block_n
 

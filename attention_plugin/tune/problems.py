@@ -66,20 +66,19 @@ def rows_to_measure(
         for dim in dims:
             kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}[each]
             for kind in kinds:
-                default = _default(name, each, size, dim, kind)
+                default = _default(name, each, dtype, dim, kind)
                 shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
                 found.append(Problem((each, size, dim, kind), default, shapes))
     return found
 
 
-def _default(name: str, part: str, size: int, dim: int, kind: str) -> Any:
-    key: Any = (size, dim, kind)
+def _default(name: str, part: str, dtype: torch.dtype, dim: int, kind: str) -> Any:
+    key: Any = (dtype.itemsize, dim, kind)
     if part == "forward":
         return CONFIGS[name][key]._replace(reason="")
     if part == "decode":
         return DECODE_CONFIGS[name][key]._replace(reason="")
-    dtype = torch.bfloat16 if size == 2 else torch.float32
-    return backward_config(name, dtype, dim, dim, kind)._replace(reason="")  # type: ignore[arg-type]
+    return backward_config(name, dtype, dim, dim, key[2])._replace(reason="")
 
 
 def _shapes(name: str, part: str, kind: str, default: Any) -> Iterator[tuned.Config]:

@@ -138,41 +138,32 @@ MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fi
 MEMORY_HOPPER = "few rows wait for memory: 227 KB hold one more stage than elsewhere"
 MANY_ROWS = "rows of a whole group against each key; one stage leaves registers for pages, scales and masks"
 
+
+def _any_work(size: int, dim: int, config: ForwardConfig) -> dict[tuple[int, int, Work], ForwardConfig]:
+    """One shape as the rows of all work but that of few query rows."""
+    works: tuple[Work, ...] = ("spans", "tiles", "dropout")
+    return dict.fromkeys([(size, dim, work) for work in works], config)
+
+
 _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     # (bytes per element, widest head, work). These fit the smallest shared memory of all, 64 KB.
-    (2, 64, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
-    (2, 64, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
-    (2, 64, "dropout"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    **_any_work(2, 64, ForwardConfig(64, 32, 4, 2, reason=FITS_ALL)),
     (2, 64, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
-    (2, 128, "spans"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
-    (2, 128, "tiles"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
-    (2, 128, "dropout"): ForwardConfig(64, 32, 4, 2, reason=FITS_ALL),
+    **_any_work(2, 128, ForwardConfig(64, 32, 4, 2, reason=FITS_ALL)),
     (2, 128, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
-    (2, 256, "spans"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
-    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
-    (2, 256, "dropout"): ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD),
+    **_any_work(2, 256, ForwardConfig(64, 32, 8, 1, reason=WIDE_HEAD)),
     (2, 256, "short"): ForwardConfig(16, 32, 4, 2, reason=FEW_ROWS),
     # 512 columns of queries and keys together would fill the shared memory: they are multiplied in pieces.
-    (2, 512, "spans"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
-    (2, 512, "tiles"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
-    (2, 512, "dropout"): ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES),
+    **_any_work(2, 512, ForwardConfig(64, 16, 8, 2, 64, reason=IN_PIECES)),
     (2, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=IN_PIECES),
     # Exact float32 products run on the ordinary units, which hold their operands in registers: small tiles, in pieces.
-    (4, 64, "spans"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
-    (4, 64, "tiles"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
-    (4, 64, "dropout"): ForwardConfig(32, 32, 4, 1, 32, reason=EXACT),
+    **_any_work(4, 64, ForwardConfig(32, 32, 4, 1, 32, reason=EXACT)),
     (4, 64, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
-    (4, 128, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
-    (4, 128, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
-    (4, 128, "dropout"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    **_any_work(4, 128, ForwardConfig(32, 32, 8, 1, 32, reason=EXACT)),
     (4, 128, "short"): ForwardConfig(16, 32, 4, 1, 32, reason=EXACT),
-    (4, 256, "spans"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
-    (4, 256, "tiles"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
-    (4, 256, "dropout"): ForwardConfig(32, 32, 8, 1, 32, reason=EXACT),
+    **_any_work(4, 256, ForwardConfig(32, 32, 8, 1, 32, reason=EXACT)),
     (4, 256, "short"): ForwardConfig(16, 32, 8, 1, 32, reason=EXACT),
-    (4, 512, "spans"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
-    (4, 512, "tiles"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
-    (4, 512, "dropout"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
+    **_any_work(4, 512, ForwardConfig(16, 16, 8, 1, 64, reason=EXACT)),
     (4, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
 }
 
@@ -188,18 +179,14 @@ _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 256, "tiles"): ForwardConfig(128, 32, 8, 2, reason=GROUPS_TILES),
     (2, 256, "dropout"): ForwardConfig(64, 32, 8, 2, reason=ONE_GROUP_WIDE),
     (2, 256, "short"): ForwardConfig(16, 64, 4, 2, reason=FEW_ROWS),
-    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
-    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
-    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD),
+    **_any_work(2, 512, ForwardConfig(64, 32, 8, 2, reason=WHOLE_HEAD)),
 }
 
 _BLACKWELL: dict[tuple[int, int, Work], ForwardConfig] = {
     **_HOPPER,
     (2, 256, "spans"): ForwardConfig(64, 64, 8, 2, reason=BLACKWELL_WIDE),
     (2, 256, "tiles"): ForwardConfig(64, 64, 8, 2, reason=BLACKWELL_WIDE),
-    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
-    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
-    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
+    **_any_work(2, 512, ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS)),
 }
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
@@ -211,12 +198,8 @@ _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 128, "dropout"): ForwardConfig(128, 32, 8, 3, reason=AMPERE_EXTRAS),
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
-    (2, 512, "spans"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
-    (2, 512, "tiles"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
-    (2, 512, "dropout"): ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS),
-    (4, 64, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
-    (4, 64, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
-    (4, 64, "dropout"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT),
+    **_any_work(2, 512, ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS)),
+    **_any_work(4, 64, ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT)),
 }
 
 _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
@@ -225,9 +208,7 @@ _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
     (2, 128, "spans"): ForwardConfig(128, 32, 8, 2, reason=SHALLOW),
     (2, 128, "tiles"): ForwardConfig(128, 32, 8, 2, reason=SHALLOW),
-    (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
-    (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
-    (2, 256, "dropout"): ForwardConfig(64, 32, 8, 2, reason=SHALLOW),
+    **_any_work(2, 256, ForwardConfig(64, 32, 8, 2, reason=SHALLOW)),
 }
 
 _CDNA: dict[tuple[int, int, Work], ForwardConfig] = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from attention_plugin.__main__ import main
 
 pytest.importorskip("triton")
 
+from attention_kernels.ahead_of_time import compile_ahead, shipped_cases
 from attention_kernels.ahead_of_time.chips import resident
 from attention_kernels.ahead_of_time.machine_code import (
     Instruction,
@@ -22,7 +24,7 @@ from attention_kernels.ahead_of_time.machine_code import (
     read_sass,
     shared_bytes,
 )
-from attention_kernels.ahead_of_time.roofline import loop_products, tile_products
+from attention_kernels.ahead_of_time.roofline import loop_products, roofline, tile_products
 from attention_plugin import compile_report
 from attention_plugin.compile_report import broken_limits, draw_up
 from attention_plugin.compile_report.show import BEGIN, END
@@ -125,6 +127,18 @@ def test_a_row_of_the_report_holds_on_a_kernel_compiled_now():
     products = 8 * 16 * (64 + 64) * 2 + 4 * 16 * 128 * 2
     assert 2 * products + tiles <= loop.shared_bytes * 8 < 1.1 * (2 * products + tiles)
     assert row.resident == 1 and 0 < row.roofline.share_serial < row.roofline.share_overlapped <= 1
+
+
+@compiles
+def test_tiles_that_the_hardware_copies_count_as_those_that_warps_copy():
+    wanted = ("forward", 2, 128, "spans")
+    (case,) = (each for each in shipped_cases("sm_90") if (each.part, each.element_size, each.dim, each.work) == wanted)
+    cycles = []
+    for descriptors in (False, True):
+        one = replace(case, config=case.config._replace(descriptors=descriptors))
+        kernel, arguments = one.kernel()
+        cycles.append(roofline(one, compile_ahead(kernel, "sm_90", arguments)).cycles["shared"])
+    assert 0.9 < cycles[1] / cycles[0] < 1.1
 
 
 @compiles

@@ -17,7 +17,7 @@ from attention_kernels.configs import unsupported_dtype
 from attention_kernels.operators import interpreting
 from attention_kernels.quantised import QUANTISED, quantise
 
-from helpers import DEVICE, DTYPES, DTYPES_IN_TURN, SLOW_IN_INTERPRETER, assert_within_bound, tensor
+from helpers import DEVICE, DTYPES, KERNEL_DTYPES, SLOW_IN_INTERPRETER, assert_within_bound, tensor
 
 pytestmark = pytest.mark.interpreter
 
@@ -150,7 +150,7 @@ def test_random_pages(first_seed):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-@pytest.mark.parametrize("dtype", DTYPES_IN_TURN)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("num_splits", [1, 3, 64, None])
 def test_contiguous_keys_are_split(num_splits, dtype):
     """Decoding with a cache of which some is empty, some padding, and more queries than one."""

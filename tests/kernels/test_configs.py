@@ -29,6 +29,7 @@ import triton
 
 from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
 from attention_kernels.ahead_of_time.shipped import QUERY_LEN, extras_of, tensors
+from attention_kernels.backward import Call
 from attention_kernels.forward import forward_kernel, kernel_arguments
 from attention_kernels.launch import score_operand
 from attention_kernels.write import write_kernel
@@ -240,6 +241,15 @@ def test_a_row_for_what_a_call_has():
     assert chosen() == "spans" and chosen(has_tiles=True) == "tiles"
     assert chosen(has_dropout=True) == chosen(has_dropout=True, has_tiles=True) == "dropout"
     assert chosen(query_len=16, has_dropout=True, has_tiles=True) == chosen(query_len=1) == "short"
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("serves", SERVES)
+def test_a_backward_call_knows_what_it_has(serves, dropout):
+    names = SERVES[serves] | ({"dropout"} if dropout else set())
+    query, key, value, output = tensors(torch.bfloat16, 64)
+    row = torch.empty(2, 4, QUERY_LEN)
+    assert Call(query, key, value, output, row, row, scale=0.1, **extras_of(names)).extras == names
 
 
 def test_the_first_faster_row_that_serves_a_call_is_taken():

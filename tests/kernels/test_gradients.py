@@ -15,7 +15,7 @@ from attention_kernels.operators import runs_triton
 from helpers import (
     DEVICE,
     DTYPES,
-    DTYPES_IN_TURN,
+    KERNEL_DTYPES,
     LAYOUTS,
     SLOW_IN_INTERPRETER,
     Problem,
@@ -44,7 +44,7 @@ def test_random_problems(first_seed):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-@pytest.mark.parametrize("dtype", DTYPES_IN_TURN)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 1), (15, 40), (72, 72), (192, 128), (256, 256), (300, 20)])
 def test_head_dims(head_dim, value_dim, dtype):
     torch.manual_seed(head_dim)
@@ -53,7 +53,7 @@ def test_head_dims(head_dim, value_dim, dtype):
     assert_gradients_within_bound(Problem(query, key, tensor(1, 2, 70, value_dim, dtype=dtype), spans, softcap=5.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES_IN_TURN)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(512, 512), (464, 16), (40, 512), (576, 512)])
 def test_wide_heads(head_dim, value_dim, dtype):
     torch.manual_seed(head_dim)
@@ -63,7 +63,7 @@ def test_wide_heads(head_dim, value_dim, dtype):
     assert_gradients_within_bound(problem)
 
 
-@pytest.mark.parametrize("dtype", DTYPES_IN_TURN)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_many_tiles(dtype):
     """Several tiles in both directions: every loop of every kernel takes several steps."""
     torch.manual_seed(0)

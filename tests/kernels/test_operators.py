@@ -189,3 +189,24 @@ def test_large_scores_do_not_overflow(dtype):
 def test_this_process_runs_the_path_it_says():
     probe = torch.zeros(1, device=DEVICE)
     assert runs_triton(probe) == (DEVICE == "cuda" or interpreting())
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="the torch path has no tile shapes")
+@pytest.mark.parametrize("extra", ["nothing", "softcap", "sinks", "hidden keys", "mask", "bias", "dropout"])
+def test_the_forward_kernel_is_launched_in_the_row_for_what_a_call_has(extra, monkeypatch):
+    from attention_kernels import forward
+
+    query, key, value = (tensor(1, 1, 40, 16) for _ in range(3))
+    shown = torch.ones(1, 40, dtype=torch.bool, device=DEVICE)
+    shown[:, 20] = False
+    causal, scores = Spans.causal(40, device=DEVICE), torch.zeros(1, 1, 40, 40, device=DEVICE)
+    options = {
+        "nothing": {}, "softcap": {"softcap": 5.0}, "sinks": {"sinks": torch.zeros(1, device=DEVICE)},
+        "hidden keys": {}, "mask": {"mask": scores == 0}, "bias": {"bias": scores}, "dropout": {"dropout_p": 0.1},
+    }[extra]  # fmt: skip
+    asked, choose = [], forward.forward_config
+    monkeypatch.setattr(forward, "forward_config", lambda *given, **has: asked.append(has) or choose(*given, **has))
+    attention(query, key, value, causal & Spans.padded(shown, 40) if extra == "hidden keys" else causal, **options)
+    (has,) = asked
+    assert has["has_tiles"] == (extra in ("hidden keys", "mask", "bias"))
+    assert has["has_dropout"] == (extra == "dropout")

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from attention_kernels import Spans, attention
+from attention_kernels.config_tables import SHARED_MEMORY
+from attention_kernels.configs import architecture
 from attention_kernels.operators import interpreting
 
 from helpers import DEVICE, Problem, forward_rows, tensor
@@ -15,7 +17,8 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="the torch path has no tile shapes"),
     pytest.mark.skipif(
-        DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no room for such tiles"
+        SHARED_MEMORY.get(architecture(torch.empty(0, device=DEVICE).device), 1 << 20) < 200 * 1024,
+        reason="this GPU's shared memory has no room for such tiles",
     ),
 ]
 
