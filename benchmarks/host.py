@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from attention_kernels import attention, operators, prebound
 from attention_kernels.operators import interpreting, triton_installed
@@ -22,6 +23,7 @@ from .cases import Sizes, case_named
 from .measure import Call, Effort, Result, dtype_name, interleaved
 from .problem import Problem, build_problem
 from .providers import BASELINE, OURS, PROVIDERS
+from .training import Step, bind_step, inputs_of, output_gradient, wanting_gradients
 
 OPERATOR = "attention"
 CALLS = 100
@@ -34,34 +36,38 @@ PROCESSORS = 132
 """Of the GPU that the CPU stands for (H100): they decide whether keys are split, which takes a second kernel."""
 
 
-@torch.no_grad()
 def run_host(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, effort: Effort, say: Callable[[str], None]
 ) -> list[Result]:
     """Time calls of the operator, of this project's attention function and of transformers' sdpa function.
 
-    A decoding call of these sizes, and a short prompt.
+    A decoding call of these sizes, and a short prompt, without and with gradients.
     """
-    problems = (
-        build_problem(case_named("decode"), sizes, dtype, device),
-        build_problem(case_named("causal"), replace(sizes, tokens=PROMPT_TOKENS), dtype, device),
-    )
+    prompt = build_problem(case_named("causal"), replace(sizes, tokens=PROMPT_TOKENS), dtype, device)
+    problems = build_problem(case_named("decode"), sizes, dtype, device), prompt, wanting_gradients(prompt)
     return [result for problem in problems for result in time_calls(problem, effort, say)]
 
 
 def time_calls(problem: Problem, effort: Effort, say: Callable[[str], None]) -> list[Result]:
     """As `run_host`, of a problem."""
     device, case, dtype = problem.query.device, problem.case.name, dtype_name(problem.query.dtype)
+    description, trains = problem.description, problem.query.requires_grad
+    if trains:
+        case, description = f"{case}, with gradients", f"{description}, forward and backward"
     runs = calls(problem)
-    results = [Result("host", case, name, dtype, problem.description) for name in (OPERATOR, OURS, BASELINE)]
+    results = [Result("host", case, name, dtype, description) for name in (OPERATOR, OURS, BASELINE)]
     if device.type == "cpu" and not can_launch_nothing():
         for result in results[:2]:
             result.status, result.reason = "unavailable", "Triton is not installed, or runs in its interpreter"
             del runs[result.provider]
+    if device.type == "cpu" and trains:
+        results[2].status, results[2].reason = "unavailable", "torch's own gradient cannot be left out"
+        del runs[BASELINE]
     say(f"{case}: calls that launch nothing")
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(without_launching(ours=OURS in runs))
+        stack.enter_context(torch.set_grad_enabled(trains))
         timed = {name: Call(lambda _, run=run: repeat(run), lambda: finish(device)) for name, run in runs.items()}
         samples = interleaved(timed, torch.device("cpu"), effort)  # by the clock on the wall, on a GPU too
     for result in results:
@@ -72,11 +78,17 @@ def time_calls(problem: Problem, effort: Effort, say: Callable[[str], None]) -> 
 def calls(problem: Problem) -> dict[str, Callable[[], Any]]:
     """A call of the operator, of this project's attention function and of sdpa's, by name."""
     masks = {name: problem.mask_builder(name)() for name in (OURS, BASELINE)}
-    runs: dict[str, Callable[[], Any]] = {
-        provider.name: provider.bind(problem, masks[provider.name]) for provider in PROVIDERS if provider.name in masks
-    }
-    runs[OPERATOR] = lambda: attention(problem.query, problem.key, problem.value, masks[OURS].spans)
-    return runs
+
+    def operator() -> Tensor:
+        return attention(problem.query, problem.key, problem.value, masks[OURS].spans).transpose(1, 2)
+
+    providers = [provider for provider in PROVIDERS if provider.name in masks]
+    if problem.query.requires_grad:
+        steps: dict[str, Callable[[], Any]] = {
+            each.name: bind_step(each, problem, masks[each.name]) for each in providers
+        }
+        return steps | {OPERATOR: Step(operator, inputs_of(problem), output_gradient(problem))}
+    return {each.name: each.bind(problem, masks[each.name]) for each in providers} | {OPERATOR: operator}
 
 
 def can_launch_nothing() -> bool:
@@ -115,9 +127,11 @@ def without_launching(*, ours: bool) -> Iterator[None]:
     """CPU tensors take the path of GPU tensors, up to the launch of a kernel (ours) or of torch's operator."""
     with ExitStack() as stack:
         if ours:
-            from attention_kernels import configs, decode, forward  # imports Triton
+            from attention_kernels import backward, configs, decode, forward  # imports Triton
 
-            for module, name in ((decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")):
+            places = [(decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")]
+            places += [(backward, name) for name in vars(backward) if name.endswith("_kernel")]
+            for module, name in places:
                 stack.enter_context(patch.object(module, name, Nothing(getattr(module, name))))
             stack.enter_context(patch.object(configs, "processors", lambda device: PROCESSORS))
             stack.enter_context(patch.object(operators, "runs_triton", lambda tensor: True))
@@ -127,6 +141,6 @@ def without_launching(*, ours: bool) -> Iterator[None]:
         yield
 
 
-def like_query(query: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+def like_query(query: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     """In place of torch's operator: memory for the result."""
     return torch.empty_like(query)

@@ -18,18 +18,35 @@ from .backward_kernels import (
     statistics_kernel,
 )
 from .configs import BackwardConfig, Extra, Pass, architecture, backward_config, padded_dim
-from .launch import INTERPRETED, dropout_operand, launching_on, operand, score_operand, span_operand
+from .launch import (
+    INTERPRETED,
+    dropout_operand,
+    launch,
+    launching_on,
+    memory,
+    operand,
+    score_operand,
+    span_operand,
+    token_major_memory,
+)
 from .tiles import DropoutOperand, SpanOperand
+
+STATISTICS_ROWS = 16
+"""Rows of a program of `statistics_kernel`."""
 
 
 class Gradients(NamedTuple):
-    """What the backward pass gives; None where not wanted."""
+    """What the kernels of the backward pass give; gradients are None where not wanted.
+
+    `lse2` and `delta` are what `sink_gradient` takes.
+    """
 
     query: Tensor | None
     key: Tensor | None
     value: Tensor | None
     bias: Tensor | None
-    sinks: Tensor | None
+    lse2: Tensor
+    delta: Tensor
 
 
 def backward(
@@ -66,8 +83,9 @@ def backward(
     The other arguments are those of the forward pass.
 
     Returns:
-        Gradients of query, key, value, bias and sinks, each in the shape and dtype of what it belongs to, or None where
-        not wanted. Those of query, key and value are stored token by token, as the output is.
+        Gradients of query, key, value and bias, each in the shape and dtype of what it belongs to, or None where not
+        wanted. Those of query, key and value are stored token by token, as the output is. And, for `sink_gradient`,
+        statistics of the rows.
     """
     if INTERPRETED and query.dtype == torch.bfloat16:
         # As in the forward pass: the interpreter cannot multiply bf16.
@@ -77,13 +95,13 @@ def backward(
             query.float(), key.float(), value.float(), start, end, key_mask, gap_count, mask,
             None if bias is None else bias.float(), sinks, dropout_seed, scale, softcap, dropout_p,
         )  # fmt: skip
-        return Gradients(*(
-            None if result is None or tensor is None else result.to(tensor.dtype)
-            for result, tensor in zip(results, (query, key, value, bias, sinks), strict=True)
-        ))  # fmt: skip
+        named = zip(results._fields, results, (query, key, value, bias), strict=False)
+        return results._replace(
+            **{name: each.to(of.dtype) for name, each, of in named if each is not None and of is not None}
+        )
     if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
         grad_output = grad_output.contiguous()
-    statistics = torch.empty_like(lse), torch.empty_like(lse)
+    statistics = memory(lse, *lse.shape), memory(lse, *lse.shape)
     call = Call(
         query, key, value, grad_output, *statistics, span_operand(start, end, key_mask, gap_count), mask, bias,
         dropout_operand(dropout_seed, dropout_p), scale, softcap,
@@ -98,7 +116,7 @@ def backward(
         spans_batch = max(bound.shape[0] for bound in (start, end, *(() if key_mask is None else (key_mask,))))
         grad_key, grad_value = key_value_gradients(call, spans_batch) if wants_key_value else (None, None)
         grad_bias = bias_gradient(call) if wants_bias else None
-    return Gradients(grad_query, grad_key, grad_value, grad_bias, sink_gradient(call, sinks))
+    return Gradients(grad_query, grad_key, grad_value, grad_bias, *statistics)
 
 
 class Call(NamedTuple):
@@ -162,13 +180,24 @@ class Call(NamedTuple):
 
 def statistics_of_output(call: Call, output: Tensor, rounding: Tensor, lse: Tensor, grad_lse: Tensor | None) -> None:
     """Fill `call.lse2` and `call.delta` from the output."""
-    batch, num_heads, query_len, value_dim = output.shape
-    block_m = 16
+    batch, num_heads, query_len, _ = call.scores
     if call.delta.numel():
-        statistics_kernel[triton.cdiv(query_len, block_m) * batch * num_heads,](
-            operand(output), operand(rounding) if rounding.numel() else None, operand(call.grad_output), grad_lse, lse,
-            call.lse2, call.delta, num_heads, query_len, value_dim, padded_dim(value_dim), block_m,
-        )  # fmt: skip
+        tiles = triton.cdiv(query_len, STATISTICS_ROWS)
+        arguments = statistics_arguments(call, output, rounding if rounding.numel() else None, lse, grad_lse)
+        launch(statistics_kernel, (tiles * batch * num_heads,), arguments)
+
+
+def statistics_arguments(
+    call: Call, output: Tensor, rounding: Tensor | None, lse: Tensor, grad_lse: Tensor | None
+) -> dict[str, Any]:
+    """Everything `statistics_kernel` is called with but its grid; compiling ahead of time takes the same."""
+    value_dim = output.shape[3]
+    return dict(
+        output=operand(output), rounding=None if rounding is None else operand(rounding),
+        grad_output=operand(call.grad_output), grad_lse_ptr=grad_lse, lse_ptr=lse, lse2_ptr=call.lse2,
+        delta_ptr=call.delta, num_heads=call.scores[1], query_len=call.scores[2], VALUE_DIM=value_dim,
+        BLOCK_DV=padded_dim(value_dim), BLOCK_M=STATISTICS_ROWS,
+    )  # fmt: skip
 
 
 def exact_statistics(call: Call, lse: Tensor, grad_lse: Tensor | None, sinks: Tensor | None) -> None:
@@ -176,7 +205,8 @@ def exact_statistics(call: Call, lse: Tensor, grad_lse: Tensor | None, sinks: Te
     batch, num_heads, query_len, _ = call.scores
     if call.delta.numel():
         arguments = exact_statistics_arguments(call, lse, grad_lse, sinks, call.config("statistics"))
-        exact_statistics_kernel[triton.cdiv(query_len, arguments["BLOCK_M"]) * batch * num_heads,](**arguments)
+        tiles = triton.cdiv(query_len, arguments["BLOCK_M"])
+        launch(exact_statistics_kernel, (tiles * batch * num_heads,), arguments)
 
 
 def exact_statistics_arguments(
@@ -189,20 +219,14 @@ def exact_statistics_arguments(
     )  # fmt: skip
 
 
-def token_major(tensor: Tensor) -> Tensor:
-    """An empty tensor of the same shape, stored token by token."""
-    batch, heads, tokens, dim = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
 def query_gradient(call: Call) -> Tensor:
     """Gradient of the query."""
-    grad_query = token_major(call.query)
+    grad_query = token_major_memory(call.query)
     batch, num_heads, query_len, _ = call.scores
     if grad_query.numel():
         arguments = query_arguments(call, grad_query, call.config("query"))
         tiles = triton.cdiv(query_len, arguments["BLOCK_M"]) * batch * num_heads
-        query_kernel[tiles, triton.cdiv(arguments["BLOCK_D"], arguments["PIECE_D"])](**arguments)
+        launch(query_kernel, (tiles, triton.cdiv(arguments["BLOCK_D"], arguments["PIECE_D"])), arguments)
     return grad_query
 
 
@@ -215,22 +239,23 @@ def query_arguments(call: Call, grad_query: Tensor, config: BackwardConfig) -> d
 
 def key_value_gradients(call: Call, spans_batch: int) -> tuple[Tensor, Tensor]:
     """Gradients of key and value. `spans_batch` is 1 if all batch elements share their spans."""
-    grad_key, grad_value = token_major(call.key), token_major(call.value)
+    grad_key, grad_value = token_major_memory(call.key), token_major_memory(call.value)
     batch, num_kv_heads, key_len, _ = call.key.shape
     if not grad_key.numel():
         return grad_key, grad_value
     config = call.config("key_value")
     tiles = triton.cdiv(key_len, config.block_n)
-    bounds = call.lse2.new_empty(spans_batch, tiles, 4, dtype=torch.int32)
-    row_bounds_kernel[spans_batch, tiles](
-        call.spans, bounds, call.query.shape[2], key_len, config.block_m, config.block_n, ROWS_PER_SCAN
-    )
+    bounds = memory(call.lse2, spans_batch, tiles, 4, dtype=torch.int32)
+    launch(row_bounds_kernel, (spans_batch, tiles), dict(
+        spans=call.spans, bounds_ptr=bounds, query_len=call.scores[2], key_len=key_len, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, ROWS=ROWS_PER_SCAN.value,
+    ))  # fmt: skip
     arguments = key_value_arguments(call, grad_key, grad_value, bounds, config)
     pieces = max(
         triton.cdiv(arguments["BLOCK_D"], arguments["PIECE_D"]),
         triton.cdiv(arguments["BLOCK_DV"], arguments["PIECE_DV"]),
     )
-    key_value_kernel[tiles * batch * num_kv_heads, pieces](**arguments)
+    launch(key_value_kernel, (tiles * batch * num_kv_heads, pieces), arguments)
     return grad_key, grad_value
 
 
@@ -267,7 +292,7 @@ def bias_gradient(call: Call) -> Tensor:
     arguments = bias_arguments(call, grad_bias, call.config("bias"))
     key_tiles = 1 if over_keys else triton.cdiv(key_len, arguments["BLOCK_N"])
     row_tiles = 1 if over_rows else triton.cdiv(query_len, arguments["BLOCK_M"])
-    bias_kernel[shape[0] * shape[1], row_tiles, key_tiles](**arguments)
+    launch(bias_kernel, (shape[0] * shape[1], row_tiles, key_tiles), arguments)
     return grad_bias.sum_to_size(bias.shape).to(bias.dtype)
 
 
@@ -280,10 +305,8 @@ def bias_arguments(call: Call, grad_bias: Tensor, config: BackwardConfig) -> dic
     )  # fmt: skip
 
 
-def sink_gradient(call: Call, sinks: Tensor | None) -> Tensor | None:
+def sink_gradient(sinks: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     """Gradient of the sinks: a sink's score has a weight in every row and a value of 0."""
-    if sinks is None:
-        return None
     # A sum over all rows, in float64: there is no better place to lose no digits than where there is so little to add.
-    weights = torch.exp2(sinks.double()[:, None] / math.log(2) - call.lse2.double())
-    return -(weights * call.delta).sum((0, 2)).to(sinks.dtype)
+    weights = torch.exp2(sinks.double()[:, None] / math.log(2) - lse2.double())
+    return -(weights * delta).sum((0, 2)).to(sinks.dtype)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import gathered
+from . import gathered, prebound
 from .configs import unsupported_dtype
 from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
@@ -193,16 +194,8 @@ def paged_attention(
     if runs_triton(query):
         if (reason := unsupported_dtype(query.device, cache.key.dtype)) is not None:
             raise TypeError(f"paged_attention: {reason}")
-        from .decode import decode  # not before it is needed: importing Triton takes time
-
         spans = causal_spans(cache, query.shape[2], query_offsets) if spans is None else spans
-        output, lse = decode(
-            query, cache.key.transpose(1, 2), cache.value.transpose(1, 2), spans.start, spans.end, sinks=sinks,
-            scale=scale, softcap=softcap, block_table=cache.block_table, query_offsets=query_offsets,
-            max_query_len=max_query_len, num_splits=num_splits,
-            key_scale=None if cache.key_scale is None else _by_head(cache.key_scale, cache.key),
-            value_scale=None if cache.value_scale is None else _by_head(cache.value_scale, cache.value), out=out,
-        )  # fmt: skip
+        output, lse = _launch(query, cache, spans, query_offsets, max_query_len, sinks, scale, softcap, num_splits, out)
     else:
         options = {"sinks": sinks, "scale": scale, "softcap": softcap}
         # Quantised numbers times their scales fit float32, not 16 bits.
@@ -211,6 +204,39 @@ def paged_attention(
         output, lse = gathered.forward(wide, cache, spans, query_offsets, options, alone=alone)
         output = output.to(query.dtype) if out is None else out.copy_(output)
     return (output, lse) if return_lse else output
+
+
+def _launch(
+    query: Tensor,
+    cache: PagedCache,
+    spans: Spans,
+    query_offsets: Tensor | None,
+    max_query_len: int | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    num_splits: int | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`paged_attention` by the kernel."""
+    from .decode import decode  # not before it is needed: importing Triton takes time
+
+    in_place = out if out is not None and out.transpose(1, 2).is_contiguous() else None
+    key, value = cache.key.transpose(1, 2), cache.value.transpose(1, 2)
+    key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
+    value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
+
+    def launch() -> tuple[Tensor, Tensor]:
+        return decode(
+            query, key, value, spans.start, spans.end, sinks=sinks, scale=scale, softcap=softcap,
+            block_table=cache.block_table, query_offsets=query_offsets, max_query_len=max_query_len,
+            num_splits=num_splits, key_scale=key_scale, value_scale=value_scale, out=in_place,
+        )  # fmt: skip
+
+    inputs = query, key, value, key_scale, value_scale, cache.block_table, query_offsets, sinks, in_place
+    asked = ("paged", scale, softcap, max_query_len, num_splits)
+    output, lse = prebound.launched(launch, prebound.known_spans(spans), inputs, asked)
+    return output if out is None or in_place is not None else out.copy_(output), lse
 
 
 def causal_spans(cache: PagedCache, query_len: int, query_offsets: Tensor | None) -> Spans:
@@ -254,7 +280,8 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
         from .write import write  # not before it is needed: importing Triton takes time
 
         for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
-            write(new, old, scale, slots)
+            inputs = new, old, scale, slots
+            prebound.launched(partial(write, *inputs), prebound.NO_SPANS, inputs, ("write",))
         return
     kept = slots >= 0
     page, place = slots[kept].long() // cache.page_size, slots[kept].long() % cache.page_size

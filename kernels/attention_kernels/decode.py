@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import DecodeConfig, architecture, choose_splits, decode_config, padded_dim
-from .launch import INTERPRETED, launching_on, operand, score_operand, span_operand
+from .launch import INTERPRETED, launch, launching_on, memory, operand, score_operand, span_operand, token_major_memory
 from .tiles import (
     FAR,
     LN2,
@@ -270,7 +270,7 @@ def decode(
     Args:
         key, value: `[batch, num_kv_heads, key_len, dim]`; with `block_table` `[pages, num_kv_heads, page_size, dim]`.
         key_scale, value_scale: of quantised keys and values, of their shape without the last dimension.
-        out: what the output is written to.
+        out: what the output is written to; it lies token by token.
 
     Returns:
         Output, stored token by token, and log-sum-exp, as `forward.forward` gives them.
@@ -286,14 +286,10 @@ def decode(
         return output.to(torch.bfloat16) if out is None else out.copy_(output), lse
     batch, num_heads, query_len, _ = query.shape
     num_kv_heads, value_dim = value.shape[1], value.shape[3]
-    in_place = out is not None and out.transpose(1, 2).is_contiguous()
-    if out is not None and in_place:
-        output = out.transpose(1, 2)
-    else:
-        output = query.new_empty(batch, query_len, num_heads, value_dim)
-    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    output = token_major_memory(query, value_dim) if out is None else out
+    lse = memory(query, batch, num_heads, query_len, dtype=torch.float32)
     if not lse.numel():
-        return output.transpose(1, 2) if out is None else out, lse
+        return output, lse
     sequences = batch if query_offsets is None else query_offsets.numel() - 1
     longest = query_len if max_query_len is None else max_query_len
     rows = longest * (num_heads // num_kv_heads)
@@ -304,21 +300,27 @@ def decode(
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
     parts, part_lse = output, lse
     if splits > 1:
-        parts = output.new_empty(splits, *output.shape, dtype=torch.float32)
-        part_lse = lse.new_empty(splits, *lse.shape)
+        parts = memory(lse, splits, batch, query_len, num_heads, value_dim)
+        part_lse = memory(lse, splits, *lse.shape)
     arguments = decode_arguments(
         query, key, value, parts, part_lse, span_operand(start, end, key_mask, gap_count), mask, bias, sinks, scale,
         softcap, block_table, query_offsets, key_scale, value_scale, key_len, config,
     )  # fmt: skip
     with launching_on(query):
-        decode_kernel[sequences * num_kv_heads, row_tiles, splits](**arguments)
+        launch(decode_kernel, (sequences * num_kv_heads, row_tiles, splits), arguments)
         if splits > 1:
-            merge_kernel[batch * query_len, num_heads](
-                parts, part_lse, output, row_operand(lse), splits, num_heads, query_len, batch * query_len,
-                part_lse.stride(0), value_dim, padded_dim(value_dim),
-            )  # fmt: skip
-    output = output.transpose(1, 2)
-    return output if out is None or in_place else out.copy_(output), lse
+            launch(merge_kernel, (batch * query_len, num_heads), merge_arguments(parts, part_lse, output, lse))
+    return output, lse
+
+
+def merge_arguments(parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> dict[str, Any]:
+    """Everything `merge_kernel` is called with but its grid; compiling ahead of time takes the same."""
+    batch, num_heads, query_len, value_dim = output.shape
+    return dict(
+        parts_ptr=parts, part_lse_ptr=part_lse, output_ptr=output, output_lse=row_operand(lse),
+        num_splits=parts.shape[0], num_heads=num_heads, query_len=query_len, tokens=batch * query_len,
+        lse_stride_split=part_lse.stride(0), VALUE_DIM=value_dim, BLOCK_DV=padded_dim(value_dim),
+    )  # fmt: skip
 
 
 def row_operand(lse: Tensor) -> Operand:

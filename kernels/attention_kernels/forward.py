@@ -18,11 +18,14 @@ from .configs import ForwardConfig, architecture, forward_config, padded_dim
 from .launch import (
     INTERPRETED,
     dropout_operand,
+    launch,
     launching_on,
+    memory,
     operand,
     score_operand,
     span_operand,
     tile_descriptor,
+    token_major_memory,
 )
 from .tiles import (
     LOG2E,
@@ -340,9 +343,9 @@ def forward(
         output = exact.to(query.dtype)
         return output, lse, (exact - output).to(query.dtype) if wants_rounding else query.new_empty(0)
     batch, num_heads, query_len, _ = query.shape
-    output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
-    rounding = torch.empty_like(output) if wants_rounding else query.new_empty(0)
-    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    output = token_major_memory(query, value.shape[-1])
+    rounding = token_major_memory(output) if wants_rounding else query.new_empty(0)
+    lse = memory(query, batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
         spans = span_operand(start, end, key_mask, gap_count)
         has_tiles = mask is not None or bias is not None or key_mask is not None
@@ -356,7 +359,7 @@ def forward(
         )  # fmt: skip
         grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
         with launching_on(query):
-            forward_kernel[grid](**arguments)
+            launch(forward_kernel, grid, arguments)
     return output, lse, rounding
 
 

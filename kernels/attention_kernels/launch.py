@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launching a kernel takes, whichever it is: tensors as its operands, and the device to launch on."""
+"""What launching a kernel takes, whichever it is: its operands, memory, the device; and a note of what was launched."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,58 @@ from .tiles import DropoutOperand, Operand, SpanOperand
 
 INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
+
+
+class Recording(NamedTuple):
+    """What was launched while it was recorded, for `prebound` to launch again."""
+
+    kernels: list[tuple[Any, tuple[int, ...], list[Any]]]
+    """Each kernel as compiled, its grid and its arguments in order."""
+
+    memory: list[Tensor]
+    """The memory that was taken for what kernels write."""
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Note what this thread launches while this holds."""
+    outer = getattr(_thread, "recording", None)
+    _thread.recording = recorded = Recording([], [])
+    try:
+        yield recorded
+    finally:
+        _thread.recording = outer
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    """Launch a kernel on the current device."""
+    compiled = kernel[grid](**arguments)
+    if (recorded := _recording_here()) is not None:
+        recorded.kernels.append((compiled, grid, [arguments[name] for name in kernel.arg_names]))
+
+
+def memory(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for what kernels write: contiguous, on the device of `like` and, unless another is named, in its dtype."""
+    return _noted(like.new_empty(shape, dtype=dtype or like.dtype))
+
+
+def token_major_memory(like: Tensor, dim: int | None = None) -> Tensor:
+    """The same for a tensor of the shape of `like`, or of another last dimension, that is stored token by token."""
+    batch, heads, tokens, own_dim = like.shape
+    return _noted(like.new_empty(batch, tokens, heads, own_dim if dim is None else dim).transpose(1, 2))
+
+
+def _noted(tensor: Tensor) -> Tensor:
+    if (recorded := _recording_here()) is not None:
+        recorded.memory.append(tensor)
+    return tensor
+
+
+def _recording_here() -> Recording | None:
+    return None if torch.compiler.is_compiling() else getattr(_thread, "recording", None)
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager:

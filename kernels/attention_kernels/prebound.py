@@ -1,302 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling again what was called before: kernels already compiled, with other tensors of the same kind.
+"""Launching again what was launched before: kernels already compiled, with other tensors of the same kind.
 
 The layers of a model make the same call with tensors that differ in their addresses alone. Checking arguments, choosing
-tiles and having Triton find the compiled kernel takes several times as long as handing it the addresses. So the first
-call of a kind is remembered, by all that the checks and Triton's specialisation look at: shapes, strides, dtypes,
-devices, scale, softcap and number of parts. Addresses count by whether 16 divides them: only such calls are remembered.
+tiles and having Triton find the compiled kernel takes several times as long as handing it the addresses. So what the
+first call of a kind launches is recorded, and remembered by all that the checks and Triton's specialisation look at:
+shapes, strides, dtypes, devices and numbers. Addresses count by whether 16 divides them: only such calls are
+remembered.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .configs import SHORT
 from .spans import Spans
 
 if TYPE_CHECKING:
+    from .launch import Recording
     from .tiles import SpanOperand
 
 ALIGNMENT = 15
 """Bits of an address that are 0 where Triton takes it as divisible by 16."""
 
-MOST_LAUNCHES = 64
+MOST_TAPES = 64
 """Kinds of calls that are remembered. A growing cache makes a new kind with every token."""
 
-Run = Callable[..., object]
+Results = tuple[Any, ...]
+"""Tensors, or None where one is not wanted."""
 
-Asked = tuple[float | None, float | None, int | None, bool]
-"""What a caller has asked for: scale, softcap, in how many parts to compute, and whether by the Gluon kernel."""
-
-_launches: dict[tuple, Launch] = {}
-_known_spans: WeakKeyDictionary[Spans, tuple[tuple, SpanOperand] | None] = WeakKeyDictionary()
+_tapes: dict[tuple, Tape] = {}
+_known_spans: WeakKeyDictionary[Spans, KnownSpans | None] = WeakKeyDictionary()
 
 
-class Launch(ABC):
-    """A kernel compiled for one kind of call, and its arguments but for the tensors."""
+class KnownSpans(NamedTuple):
+    """Spans as kernels take them, and what decides which kernels serve them."""
+
+    kind: tuple
+    operand: SpanOperand | None
+
+
+NO_SPANS = KnownSpans((), None)
+"""Of kernels that take none."""
+
+
+class Step(NamedTuple):
+    """A compiled kernel with its grid, its arguments, and where among these something goes that differs each time.
+
+    What goes there is known by its number: the spans, then the inputs, then memory.
+    """
+
+    run: Callable[..., object]
+    arguments: list[Any]
+    whole: list[tuple[int, int]]
+    """Places and numbers of what goes there as it is."""
+    operands: list[tuple[int, int, type[tuple], tuple]]
+    """Places and numbers of tensors that go there as operands; the kind of operand, and the rest of it."""
+
+
+class Tape:
+    """What was launched for one kind of call, to be launched for another."""
 
     def __init__(
-        self, output: Tensor, lse: Tensor, arguments: list[Any], tensors: tuple[int, ...], attend: Run
-    ) -> None:
+        self, recorded: Recording, spans: SpanOperand | None, inputs: Sequence[Tensor | None], results: Results
+    ):
         """Of a call that has been made.
 
         Args:
-            output, lse: its results.
-            arguments: what its kernel took, in order, query, key and value first.
-            tensors: the places of all tensors among them that differ from call to call.
-            attend: the compiled kernel, with its grid.
+            recorded: while it was made.
+            spans: its spans, if it has some.
+            inputs: its other tensors, in the order in which they are given again; the first is on its device.
+            results: what it gave, all of it inputs or memory that was recorded; those without numbers count as None.
+
+        Raises:
+            LookupError: kernels took something besides these that may differ from call to call.
         """
-        self.device_type, self.device_index = output.device.type, output.device.index
-        self.output, self.lse = (output.shape, output.stride(), output.dtype), (lse.shape, lse.stride(), lse.dtype)
-        self.operand, self.strides = type(arguments[0]), tuple(each[1:] for each in arguments[:3])
-        self.arguments = [None if place in tensors else each for place, each in enumerate(arguments)]
-        self.attend = attend
+        things = [spans, *inputs, *recorded.memory]
+        numbers = {id(each): number for number, each in enumerate(things) if each is not None}
+        if len(numbers) < sum(each is not None for each in things):
+            raise LookupError("a tensor was given twice, and need not be next time")
+        self.memory = [(each.shape, each.stride(), each.dtype) for each in recorded.memory]
+        self.results = [None if each is None or not each.numel() else numbers[id(each)] for each in results]
+        self.steps = [
+            Step(compiled[(*grid, 1, 1)[:3]], *_without_tensors(arguments, spans, numbers))
+            for compiled, grid, arguments in recorded.kernels
+        ]
+        assert inputs[0] is not None
+        device = inputs[0].device
+        self.device_type, self.device_index = device.type, device.index
 
-    def results(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for output and log-sum-exp."""
-        (shape, strides, dtype), (lse_shape, lse_strides, lse_dtype) = self.output, self.lse
-        output = query.new_empty_strided(shape, strides, dtype=dtype)
-        return output, query.new_empty_strided(lse_shape, lse_strides, dtype=lse_dtype)
-
-    def with_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        """The arguments, with query, key and value in their places."""
-        operand, arguments = self.operand, self.arguments.copy()
-        query_strides, key_strides, value_strides = self.strides
-        arguments[0] = operand(query, *query_strides)
-        arguments[1], arguments[2] = operand(key, *key_strides), operand(value, *value_strides)
-        return arguments
-
-    def on_device(self, run: Run, *arguments: Any) -> None:
-        """Run on the device of the call: Triton launches on the current one."""
-        if self.device_index is None or torch.cuda.current_device() == self.device_index:
-            run(*arguments)
-        else:
-            with torch.cuda.device(self.device_index):
-                run(*arguments)
-
-    @abstractmethod
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Output and log-sum-exp, or None if a result came to lie where the kernels were not compiled for."""
-
-
-class Forward(Launch):
-    """`forward.forward_kernel`, compiled for one kind of call."""
-
-    TENSORS = (0, 1, 2, 3, 5, 6, 9)
-    """Places of query, key, value, output, log-sum-exp, spans and sinks among its arguments."""
-
-    def __init__(self, output: Tensor, lse: Tensor, arguments: list[Any], attend: Run) -> None:
-        super().__init__(output, lse, arguments, self.TENSORS, attend)
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """As `Launch` says."""
-        output, lse = self.results(query)
-        if (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
-            return None
-        arguments = self.with_inputs(query, key, value)
-        arguments[3], arguments[5], arguments[6] = self.operand(output, *self.output[1]), lse, spans
-        arguments[9] = sinks
-        self.on_device(self.attend, *arguments)
-        return output, lse
-
-
-class Decode(Launch):
-    """`decode.decode_kernel` and, where keys are split, `decode.merge_kernel`, compiled for one kind of call."""
-
-    TENSORS = (0, 1, 2, 6, 7, 8, 11)
-    """Places of query, key, value, output, log-sum-exp, spans and sinks among the arguments of the former."""
-
-    def __init__(
-        self, output: Tensor, lse: Tensor, splits: int, arguments: list[Any], attend: Run, merge: Run | None
-    ) -> None:
-        """As `Launch`, of a call that computed its keys in so many parts; `merge` takes tensors alone."""
-        super().__init__(output, lse, arguments, self.TENSORS, attend)
-        self.parts_shape, self.part_lse_shape = ((splits, *each.shape) for each in (output.transpose(1, 2), lse))
-        self.lse_strides = arguments[7][1:]
-        self.merge = merge
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """As `Launch` says."""
-        output, lse = parts, part_lse = self.results(query)
-        addresses = output.data_ptr() | lse.data_ptr()
-        if self.merge is not None:
-            parts = query.new_empty(self.parts_shape, dtype=lse.dtype)
-            part_lse = query.new_empty(self.part_lse_shape, dtype=lse.dtype)
-            addresses |= parts.data_ptr() | part_lse.data_ptr()
+    def __call__(self, spans: SpanOperand | None, inputs: Sequence[Tensor | None]) -> Results | None:
+        """Results, or None if memory came to lie where the kernels were not compiled for."""
+        given: list[Any] = [spans, *inputs]
+        like, addresses = given[1], 0
+        for shape, strides, dtype in self.memory:
+            memory = like.new_empty_strided(shape, strides, dtype=dtype)
+            addresses |= memory.data_ptr()
+            given.append(memory)
         if addresses & ALIGNMENT:
             return None
-        arguments = self.with_inputs(query, key, value)
-        arguments[6], arguments[7], arguments[8] = parts, self.operand(part_lse, *self.lse_strides), spans
-        arguments[11] = sinks
-        self.on_device(self._run, arguments, parts, part_lse, output, lse)
-        return output, lse
+        # Triton launches on the current device.
+        if self.device_index is None or torch.cuda.current_device() == self.device_index:
+            self._launch(given)
+        else:
+            with torch.cuda.device(self.device_index):
+                self._launch(given)
+        return tuple([None if number is None else given[number] for number in self.results])
 
-    def _run(self, arguments: list[Any], parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
-        self.attend(*arguments)
-        if self.merge is not None:
-            self.merge(parts, part_lse, output, self.operand(lse, *self.lse_strides))
+    def _launch(self, given: list[Any]) -> None:
+        new = tuple.__new__  # a named tuple's own takes twice as long
+        for run, template, whole, operands in self.steps:
+            arguments = template.copy()
+            for place, number in whole:
+                arguments[place] = given[number]
+            for place, number, operand, rest in operands:
+                arguments[place] = new(operand, (given[number], *rest))
+            run(*arguments)
 
 
-def relaunch(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans | None, sinks: Tensor | None, asked: Asked
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of a call without gradients, if one of its kind is remembered."""
-    if not _launches or spans is None or (known := _spans_as_operand(spans)) is None:
+def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: dict[int, int]) -> tuple:
+    """All but the first of a `Step`; the arguments have None where something differs each time."""
+    template: list[Any] = []
+    whole, operands = [], []
+    for place, argument in enumerate(arguments):
+        fixed = argument is None or isinstance(argument, int | float | str)
+        template.append(argument if fixed else None)
+        if fixed:
+            continue
+        if spans is not None and isinstance(argument, type(spans)):
+            whole.append((place, 0))
+        elif isinstance(argument, Tensor):
+            whole.append((place, numbers[id(argument)]))
+        elif isinstance(argument, tuple):
+            tensor, *rest = argument
+            operands.append((place, numbers[id(tensor)], type(argument), tuple(rest)))
+        else:
+            raise LookupError(f"{type(argument)} may hold addresses")
+    return template, whole, operands
+
+
+def kind_of(spans: KnownSpans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple | None:
+    """All that decides how a call is checked and which kernels serve it; None where 16 divides not all addresses.
+
+    Args:
+        spans: its spans.
+        inputs: its other tensors; None for those that it has not.
+        asked: the rest of it.
+    """
+    kind: list[Any] = [spans.kind, asked]
+    addresses = 0
+    for each in inputs:
+        if each is None:
+            kind.append(None)
+        else:
+            addresses |= each.data_ptr()
+            kind.append((each.shape, each.stride(), each.dtype, each.device))
+    return None if addresses & ALIGNMENT else tuple(kind)
+
+
+def find(spans: Spans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple[KnownSpans, Tape] | None:
+    """What a call launches, if one of its kind has been checked and made; query and key come first among its inputs."""
+    if not _tapes or (known := known_spans(spans)) is None or (kind := kind_of(known, inputs, asked)) is None:
         return None
-    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
+    tape, query, key = _tapes.get(kind), inputs[0], inputs[1]
+    if tape is None or query is None or key is None:
         return None
-    launch = _launches.get(_kind(query, key, value, known[0], sinks, asked))
-    # Autocast changes dtypes.
-    if launch is None or torch.is_autocast_enabled(launch.device_type):
+    device_type = tape.device_type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != query.dtype:
         return None
-    if sinks is not None and sinks.data_ptr() & ALIGNMENT:
-        return None
-    return launch(query, key, value, known[1], sinks)
+    # Of spans that are broadcast the kind has no lengths.
+    fit = spans.query_len == query.shape[2] and spans.key_len == key.shape[2]
+    return (known, tape) if fit else None
 
 
-def launch_and_remember(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, sinks: Tensor | None, asked: Asked
-) -> tuple[Tensor, Tensor] | None:
-    """As `relaunch`, of a call that has been checked and that no other of its kind came before; None if not served."""
-    from . import decode  # imports Triton, which takes time
+def launched(
+    launch: Callable[[], Results | None], spans: KnownSpans | None, inputs: Sequence[Tensor | None], asked: tuple
+) -> Results:
+    """What `launch` returns, by calling it, or by launching again what it launched for another call of the kind.
 
-    known = _spans_as_operand(spans)
-    same_batch = query.shape[0] == key.shape[0] == value.shape[0]
-    if decode.INTERPRETED or known is None or not same_batch or not query.numel() or not key.numel():
-        return None
-    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & ALIGNMENT:
-        return None
-    if sinks is not None and (sinks.data_ptr() & ALIGNMENT or not sinks.is_contiguous()):
-        return None  # where they have gaps, kernels get a copy
-    scale, softcap, num_splits, wants_gluon = asked
-    if wants_gluon and query.shape[2] > SHORT:
-        return None
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    softcap = None if softcap is None else float(softcap)
-    launch: Launch | None
-    if query.shape[2] <= SHORT:
-        output, lse, launch = decode_first(query, key, value, known[1], sinks, scale, softcap, num_splits)
-    else:
-        output, lse, launch = forward_first(query, key, value, known[1], sinks, scale, softcap)
-    if launch is not None and not (output.data_ptr() | lse.data_ptr()) & ALIGNMENT:
-        if len(_launches) >= MOST_LAUNCHES:
-            _launches.clear()
-        _launches[_kind(query, key, value, known[0], sinks, asked)] = launch
-    return output, lse
+    It must do nothing but launch kernels (`launch.launch`), on these inputs and on memory of its own (`launch.memory`).
+    Of results that come from memory, those without numbers are None.
+    """
+    if spans is None or torch.compiler.is_compiling() or (kind := kind_of(spans, inputs, asked)) is None:
+        return launch() or ()
+    tape = _tapes.get(kind)
+    if tape is not None and (results := tape(spans.operand, inputs)) is not None:
+        return results
+    from .launch import recording  # imports Triton, which takes time
+
+    with recording() as recorded:
+        results = launch() or ()
+    # In the interpreter nothing is compiled.
+    if recorded.kernels and all(compiled is not None for compiled, _, _ in recorded.kernels):
+        remember(kind, recorded, spans.operand, inputs, results)
+    return results
 
 
-def forward_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None, scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Forward | None]:  # fmt: skip
-    """Launch as `forward.forward` does without gradients; also what launches again, unless descriptors were made."""
-    from . import forward
-
-    batch, num_heads, query_len, head_dim = query.shape
-    output = query.new_empty(batch, query_len, num_heads, value.shape[3]).transpose(1, 2)
-    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
-    config = forward.forward_config(
-        forward.architecture(query.device), query.dtype, head_dim, value.shape[3], query_len,
-        has_tiles=spans.key_mask_ptr is not None, has_dropout=False, device=query.device,
-    )  # fmt: skip
-    named = forward.kernel_arguments(
-        query, key, value, output, None, lse, spans, None, None, sinks, None, scale, softcap, config
-    )
-    grid = (-(-query_len // config.block_m) * batch * num_heads, 1, 1)
-    with forward.launching_on(query):
-        attend = forward.forward_kernel[grid](**named)[grid]
-    if named["key_descriptor"] is not None or named["value_descriptor"] is not None:
-        return output, lse, None
-    return output, lse, Forward(output, lse, [named[name] for name in forward.forward_kernel.arg_names], attend)
-
-
-def decode_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: SpanOperand, sinks: Tensor | None, scale: float,
-    softcap: float | None, num_splits: int | None,
-) -> tuple[Tensor, Tensor, Decode]:  # fmt: skip
-    """Launch as `decode.decode` does; also what launches again."""
-    from . import decode
-
-    batch, num_heads, query_len, head_dim = query.shape
-    num_kv_heads, key_len, value_dim = value.shape[1:]
-    rows = query_len * (num_heads // num_kv_heads)
-    config = decode.decode_config(
-        decode.architecture(query.device), query.dtype, head_dim, value_dim, rows, query.device
-    )
-    programs = batch * num_kv_heads, -(-rows // config.block_m)
-    splits = num_splits or decode.choose_splits(programs[0] * programs[1], key_len, config.block_n, query.device)
-    output = query.new_empty(batch, query_len, num_heads, value_dim)
-    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
-    parts, part_lse = output, lse
-    if splits > 1:
-        parts, part_lse = (lse.new_empty(splits, *each.shape) for each in (output, lse))
-    named = decode.decode_arguments(
-        query, key, value, parts, part_lse, spans, None, None, sinks, scale, softcap, None, None, None, None, key_len,
-        config,
-    )  # fmt: skip
-    tokens = batch * query_len
-    sizes = splits, num_heads, query_len, tokens, part_lse.stride(0), value_dim, decode.padded_dim(value_dim)
-    arguments = [named[name] for name in decode.decode_kernel.arg_names]
-    grid, merge_grid, merge = (*programs, splits), (tokens, num_heads, 1), None
-    with decode.launching_on(query):
-        attend = decode.decode_kernel[grid](**named)[grid]
-        if splits > 1:
-            own = decode.row_operand(lse)
-            merge_all = decode.merge_kernel[merge_grid](parts, part_lse, output, own, *sizes)[merge_grid]
-
-            def merge(*tensors):
-                merge_all(*tensors, *sizes)
-
-    output = output.transpose(1, 2)
-    return output, lse, Decode(output, lse, splits, arguments, attend, merge)
+def remember(
+    kind: tuple, recorded: Recording, spans: SpanOperand | None, inputs: Sequence[Tensor | None], results: Results
+) -> None:
+    """Launch again from now on, unless kernels took what only this call has."""
+    try:
+        tape = Tape(recorded, spans, inputs, results)
+    except LookupError:
+        return  # a copy of sinks with gaps, descriptors of tiles
+    if len(_tapes) >= MOST_TAPES:
+        _tapes.clear()
+    _tapes[kind] = tape
 
 
 def forget() -> None:
     """Remember no call any more."""
-    _launches.clear()
+    _tapes.clear()
 
 
-def _kind(query: Tensor, key: Tensor, value: Tensor, spans: tuple, sinks: Tensor | None, asked: Asked) -> tuple:
-    """All that decides how a call is checked and which kernels serve it."""
-    own = None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device)
-    return (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, key.device,
-        value.shape, value.stride(), value.dtype, value.device, spans, own, asked,
-    )  # fmt: skip
-
-
-def _spans_as_operand(spans: Spans) -> tuple[tuple, SpanOperand] | None:
-    """What decides which kernels serve spans, and the spans as kernels take them; None for unusual ones.
-
-    All layers share their spans, whose tensors never change but in their values.
-    """
+def known_spans(spans: Spans) -> KnownSpans | None:
+    """As `describe_spans`, looked up where the layers of a model share them: their tensors change in values alone."""
     try:
         return _known_spans[spans]
     except KeyError:
-        known = _known_spans[spans] = _describe_spans(spans)
+        known = _known_spans[spans] = describe_spans(spans.start, spans.end, spans.key_mask, spans.gap_count)
         return known
 
 
-def _describe_spans(spans: Spans) -> tuple[tuple, SpanOperand] | None:
+def describe_spans(start: Tensor, end: Tensor, key_mask: Tensor | None, gap_count: Tensor | None) -> KnownSpans | None:
+    """Spans for calls that are to be remembered; None for unusual ones."""
     from .launch import span_operand
 
-    tensors = [each for each in (spans.start, spans.end, spans.key_mask, spans.gap_count) if each is not None]
+    tensors = [each for each in (start, end, key_mask, gap_count) if each is not None]
     if any(each.data_ptr() & ALIGNMENT or type(each) is not Tensor for each in tensors):
         return None
-    if spans.key_mask is not None and not spans.key_mask.is_contiguous():
+    if key_mask is not None and not key_mask.is_contiguous():
         return None  # the operand would be a copy, and so miss later changes
-    kinds = tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
-    operand = span_operand(spans.start, spans.end, spans.key_mask, spans.gap_count)
-    return (spans.query_len, spans.key_len, *kinds), operand
+    kind = tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)
+    return KnownSpans(kind, span_operand(start, end, key_mask, gap_count))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launching_on
+from .launch import INTERPRETED, launch, launching_on
 from .quantised import largest, quantise
 
 
@@ -47,8 +47,10 @@ def write(new: Tensor, pages: Tensor, scale: Tensor | None, slots: Tensor) -> No
         rows = quantise(new.float() / scale.expand(pages.shape[:3])[page, row][..., None].float(), pages.dtype)
         new, pages, scale = rows.view(torch.int8), pages.view(torch.int8), None
     strides = (0, 0, 0) if scale is None else scale.expand(pages.shape[:3]).stride()
+    values = (
+        new, *new.stride(), pages, *pages.stride(), scale, *strides, slots, pages.shape[1], largest(pages.dtype),
+        dim, triton.next_power_of_2(dim), pages.dtype == torch.int8,
+    )  # fmt: skip
+    arguments = dict(zip(write_kernel.arg_names, values, strict=True))
     with launching_on(new):
-        write_kernel[tokens, heads](
-            new, *new.stride(), pages, *pages.stride(), scale, *strides, slots, pages.shape[1], largest(pages.dtype),
-            dim, triton.next_power_of_2(dim), pages.dtype == torch.int8,
-        )  # fmt: skip
+        launch(write_kernel, (tokens, heads), arguments)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention_kernels import Spans, attention, attention_reference
 from attention_kernels.operators import runs_triton
@@ -323,3 +325,45 @@ def test_sinks_of_rows_without_keys():
     _, lse = attention(query, key, key, sinks=sinks, return_lse=True)
     (gradient,) = torch.autograd.grad(lse.sum(), sinks)
     assert torch.equal(gradient, torch.full_like(sinks, 4.0))
+
+
+def offloaded(step):
+    """With what is saved for the backward pass moved elsewhere in between."""
+    with torch.autograd.graph.save_on_cpu():
+        return step()
+
+
+def selectively_recomputed(step):
+    """With what a policy chooses kept, which is asked about each operator."""
+    asked = []
+
+    def policy(context, operator, *arguments, **named):
+        asked.append(operator)
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    results = step(partial(checkpoint, use_reentrant=False, context_fn=contexts))
+    assert torch.ops.attention_kernels.forward.default in asked
+    return results
+
+
+@pytest.mark.parametrize("how", [offloaded, selectively_recomputed])
+def test_what_looks_at_a_call_sees_an_operator(how):
+    """Without it autograd calls the kernels' launchers by themselves."""
+    query, key, value = (tensor(2, heads, 20, 16).requires_grad_() for heads in (4, 2, 2))
+    spans, gradient = Spans.causal(20, device=DEVICE), tensor(2, 4, 20, 16)
+
+    def step(through=lambda call, *inputs: call(*inputs)):
+        output = through(lambda *inputs: attention(*inputs, spans), query, key, value)
+        return torch.autograd.grad(output, (query, key, value), gradient)
+
+    for ours, plain in zip(how(step), step(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_several_gradients_at_once():
+    query = tensor(1, 2, 9, 16).requires_grad_()
+    output, gradients = attention(query, query, query, Spans.causal(9, device=DEVICE)), tensor(3, 2, 9, 16)[:, None]
+    (together,) = torch.autograd.grad(output, query, gradients, is_grads_batched=True, retain_graph=True)
+    for ours, gradient in zip(together, gradients, strict=True):
+        torch.testing.assert_close(ours, *torch.autograd.grad(output, query, gradient, retain_graph=True))

@@ -9,13 +9,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention_kernels import Spans, attention, hopper, operators, prebound, tuned
+from attention_kernels import (
+    PagedCache,
+    Spans,
+    attention,
+    hopper,
+    operators,
+    paged_attention,
+    prebound,
+    tuned,
+    write_cache,
+)
 from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
 
-from attention_kernels import backward, configs, decode, forward
+from attention_kernels import backward, cache, configs, decode, forward, write
 
 recorded = pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="kernels that record run on CPUs")
 
@@ -46,13 +57,14 @@ class Recorder:
 @pytest.fixture
 def kernels(monkeypatch):
     prebound.forget()
-    places = (decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")
+    places = [(decode, "decode_kernel"), (decode, "merge_kernel"), (forward, "forward_kernel")]
+    places += [(module, name) for module in (backward, write) for name in vars(module) if name.endswith("_kernel")]
     recorders = [Recorder(getattr(*place), interpreting()) for place in places]
     for place, recorder in zip(places, recorders, strict=True):
         monkeypatch.setattr(*place, recorder)
-    monkeypatch.setattr(decode, "INTERPRETED", False)
     monkeypatch.setattr(configs, "processors", lambda device: 64)
-    monkeypatch.setattr(operators, "runs_triton", lambda tensor: True)
+    for module in (operators, cache):
+        monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     yield recorders
     prebound.forget()
 
@@ -78,14 +90,17 @@ def padded(key_len=512, query_len=1):
 
 
 def remembered():
-    return len(prebound._launches)
+    return len(prebound._tapes)
 
 
-def comparable(argument):
-    """An argument with each tensor as what a kernel sees of it, or of memory for results only its size."""
+def comparable(argument, addresses=None):
+    """An argument with each tensor as what a kernel sees of it: its address, or its number among `addresses`."""
     if isinstance(argument, tuple):
-        return tuple(comparable(each) for each in argument)
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+        return tuple(comparable(each, addresses) for each in argument)
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    address = argument.data_ptr()
+    return address if addresses is None else addresses.setdefault(address, len(addresses))
 
 
 @recorded
@@ -159,10 +174,11 @@ def test_prompts_are_remembered_by_their_kind(kernels):
     attention(*prompts(torch.bfloat16), Spans.causal(40))
     assert remembered() == 4
     assert [again for *_, again in kernels[2].calls] == [False, True, False, False, False]
-    query, key, value = prompts()
-    attention(query.requires_grad_(), key, value, Spans.causal(40))
-    assert remembered() == 4
-    assert not kernels[2].calls[-1][2]
+    for again in (False, True):
+        query, key, value = prompts()
+        attention(query.requires_grad_(), key, value, Spans.causal(40))
+        assert remembered() == 5
+        assert kernels[2].calls[-1][2] == again
 
 
 @recorded
@@ -181,12 +197,11 @@ def test_a_change_of_kernels_is_noticed(kernels):
     count = remembered()
     hopper.enable()
     try:
-        for _ in range(2):
-            attention(*prompts(), Spans.causal(40))
-        assert [again for *_, again in kernels[2].calls[-2:]] == [False, False]
+        attention(*prompts(), Spans.causal(40))
+        assert not kernels[2].calls[-1][2]
     finally:
         hopper.enable(False)
-    assert remembered() == count
+    assert remembered() == count + 1
     attention(*prompts(), Spans.causal(40))
     assert kernels[2].calls[-1][2]
 
@@ -237,6 +252,8 @@ def test_what_is_not_plain_is_neither_remembered_nor_served_from_memory(kernels)
     assert launched_anew(query, shifted, value, spans)
     start = torch.zeros(3, dtype=torch.int32)[1:2].view(1, 1)
     assert launched_anew(query, key, value, replace(spans, start=start))
+    with torch.autocast("cpu", torch.float16):
+        assert not launched_anew(query, key, value, spans)
     with torch.autocast("cpu", torch.bfloat16):
         kernels[0].calls.clear()
         assert attention(query, key, value, spans).dtype == torch.bfloat16
@@ -262,6 +279,172 @@ def test_wrong_arguments_are_found_after_right_ones(kernels):
         attention(query, key, value, spans, sinks=torch.zeros(4, dtype=torch.int32), softcap=2.0)
     with pytest.raises(ValueError, match="`softcap` must be a positive number"):
         attention(query, key, value, spans, sinks=torch.zeros(4), softcap=0.0)
+
+
+TRAINED = [
+    {},
+    {"softcap": 20.0, "sinks": True},
+    {"dropout_p": 0.25},
+    {"wants": "q"},
+    {"wants": "kv", "scale": 0.3},
+    {"wants_lse": True, "sinks": True},
+    {"dtype": torch.float32, "sinks": True},
+]
+"""Calls with gradients: arguments of `trained`."""
+
+
+def trained(spans, operands, *, dtype=torch.float16, wants="qkv", wants_lse=False, sinks=False, **given):
+    """Output, log-sum-exp and gradients of a call; `operands` are query, key, value, sinks, seed and gradients."""
+    *tensors, drawn, seed, grad_output, grad_lse = (each.to(dtype) if each.ndim == 4 else each for each in operands)
+    leaves = [each.detach().requires_grad_(name in wants) for name, each in zip("qkv", tensors, strict=True)]
+    leaves += [drawn.requires_grad_()] if sinks else []
+    seed = seed if "dropout_p" in given else None
+    output, lse = attention(
+        *leaves[:3], spans, sinks=drawn if sinks else None, dropout_seed=seed, return_lse=True, **given
+    )
+    results, gradients = ((output, lse), (grad_output, grad_lse)) if wants_lse else ((output,), (grad_output,))
+    return output, lse, *torch.autograd.grad(results, [each for each in leaves if each.requires_grad], gradients)
+
+
+def trained_operands(tokens=40):
+    seed = torch.randint(1 << 40, (1,))
+    return *prompts(tokens=tokens), torch.randn(4), seed, prompts(tokens=tokens)[0], torch.randn(2, 4, tokens)
+
+
+@recorded
+@pytest.mark.parametrize("spans", [Spans.sliding(40, left=9), padded(40, 40)])
+@pytest.mark.parametrize("given", TRAINED)
+def test_kernels_of_gradients_get_what_they_get_without_memory(kernels, spans, given):
+    trained(spans, trained_operands(), **given)
+    assert remembered() == 2  # forward and backward
+    operands = trained_operands()
+    outcomes = []
+    for direct in (False, True):
+        for kernel in kernels:
+            kernel.calls.clear()
+        if direct:
+            prebound.forget()
+        results = trained(spans, operands, **given)
+        assert {again for kernel in kernels for _, _, again in kernel.calls} == {not direct}
+        addresses = {}  # of what is written: by the order in which kernels are given them
+        seen = [
+            (number, grid, [comparable(each, addresses) for each in arguments])
+            for number, kernel in enumerate(kernels)
+            for grid, arguments, _ in kernel.calls
+        ]
+        outcomes.append((seen, [(each.shape, each.stride(), each.dtype) for each in results]))
+    assert len(outcomes[0][0]) >= 3
+    assert outcomes[0] == outcomes[1]
+
+
+PAGED = [
+    {},
+    {"num_splits": 3, "out": "tokens"},
+    {"out": "heads"},
+    {"offsets": True, "softcap": 20.0, "out": "tokens"},
+    {"kind": torch.int8, "num_splits": 1, "scale": 0.3},
+]
+"""Calls over pages: arguments of `paged`."""
+
+
+def paged_operands(kind, offsets):
+    """Query, new keys and values, pages of both, their scale, a table, slots, and where an output may go."""
+    tokens = 5 if offsets else 1
+    query, out = (torch.randn(1 if offsets else 2, tokens, 4, 32).half().transpose(1, 2) for _ in range(2))
+    new = [torch.randn(2 * tokens, 2, 32).half() for _ in range(2)]
+    pages = [torch.randn(9, 16, 2, 32).mul(20).to(kind or torch.float16) for _ in range(2)]
+    return query, *new, *pages, torch.rand(1, 1, 1), torch.randperm(8).int().view(2, 4), torch.arange(2 * tokens), out
+
+
+def paged(operands, lengths, *, kind=None, offsets=False, out=None, **given):
+    """Output, log-sum-exp and pages after new keys and values were written there."""
+    query, new_key, new_value, key, value, scale, table, slots, memory = (each.clone() for each in operands)
+    memory = memory.contiguous() if out == "heads" else memory
+    scale = None if kind is None else scale
+    pages = PagedCache(key, value, table, lengths, key_scale=scale, value_scale=scale)
+    write_cache(new_key, new_value, pages, slots)
+    given |= {"query_offsets": torch.tensor([0, 2, 5], dtype=torch.int32), "max_query_len": 3} if offsets else {}
+    results = paged_attention(query, pages, return_lse=True, out=None if out is None else memory, **given)
+    assert out is None or results[0] is memory
+    return *results, key, value
+
+
+@recorded
+@pytest.mark.parametrize("given", PAGED)
+def test_kernels_over_pages_get_what_they_get_without_memory(kernels, given):
+    kind, offsets = given.get("kind"), given.get("offsets", False)
+    lengths = torch.tensor([20, 33], dtype=torch.int32)
+    paged(paged_operands(kind, offsets), lengths, **given)
+    operands, outcomes = paged_operands(kind, offsets), []
+    for direct in (False, True):
+        for kernel in kernels:
+            kernel.calls.clear()
+        if direct:
+            prebound.forget()
+        paged(operands, lengths, **given)
+        if not direct:  # values are written like keys
+            assert all(again for kernel in kernels for _, _, again in kernel.calls)
+        addresses = {}
+        outcomes.append([
+            (number, grid, [comparable(each, addresses) for each in arguments])
+            for number, kernel in enumerate(kernels)
+            for grid, arguments, _ in kernel.calls
+        ])  # fmt: skip
+    assert len(outcomes[0]) >= 3
+    assert outcomes[0] == outcomes[1]
+
+
+@recorded
+def test_gradients_of_other_calls_are_other_kinds(kernels):
+    spans = Spans.causal(40)
+    for _ in range(2):
+        for given in (*TRAINED, {"dropout_p": 0.5}):
+            trained(spans, trained_operands(), **given)
+    assert remembered() == 7 + 8  # which gradients are wanted is the backward pass's concern alone
+
+
+@recorded
+def test_gradients_go_the_long_way_where_more_than_autograd_looks(kernels):
+    """What is differentiated twice is refused, and what a mode looks at is an operator."""
+    spans, operands = Spans.causal(40), trained_operands()
+    for _ in range(2):
+        query, key, value = (each.requires_grad_() for each in operands[:3])
+        output = attention(query, key, value, spans)
+        (gradient,) = torch.autograd.grad(output, query, operands[5], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            gradient.sum().backward()
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        output = attention(query, key, value, spans)
+        torch.autograd.grad(output, query, operands[5])
+    assert {"attention_kernels::forward", "attention_kernels::backward"} <= set(names)
+
+
+@recorded
+def test_a_tensor_that_is_given_twice_is_not_taken_for_one(kernels):
+    """Its kind is that of calls with two."""
+    query, key, _ = prompts()
+    spans = Spans.causal(40)
+    nothing = [None] * 6  # up to the seed
+    torch.ops.attention_kernels.forward(query, key, key, spans.start, spans.end, *nothing, 0.2, None, 0.0, False, None)
+    assert remembered() == 0
+
+
+@recorded
+def test_spans_that_change_before_the_gradient_are_found(kernels):
+    for _ in range(2):
+        query, key, value = prompts()
+        spans = Spans.causal(40)
+        output = attention(query.requires_grad_(), key, value, spans)
+        spans.end.sub_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
 
 
 @recorded
@@ -335,3 +518,32 @@ def test_a_prompts_results_are_those_without_memory(kernels):
     prebound.forget()
     first, first_lse = attention(*operands, spans, **given)
     assert torch.equal(output, first) and torch.equal(lse, first_lse)
+
+
+@pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
+@pytest.mark.parametrize("given", TRAINED)
+def test_gradients_are_those_without_memory(kernels, given):
+    torch.manual_seed(0)
+    spans = padded(24, 24)
+    trained(spans, trained_operands(24), **given)
+    operands = trained_operands(24)
+    results = trained(spans, operands, **given)
+    assert all(kernel.calls[-1][2] for kernel in kernels if kernel.calls)
+    prebound.forget()
+    for again, first in zip(results, trained(spans, operands, **given), strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
+@pytest.mark.parametrize("given", PAGED)
+def test_results_over_pages_are_those_without_memory(kernels, given):
+    torch.manual_seed(0)
+    kind, offsets = given.get("kind"), given.get("offsets", False)
+    lengths = torch.tensor([20, 33], dtype=torch.int32)
+    paged(paged_operands(kind, offsets), lengths, **given)
+    operands = paged_operands(kind, offsets)
+    results = paged(operands, lengths, **given)
+    assert any(again for kernel in kernels for _, _, again in kernel.calls)
+    prebound.forget()
+    for again, first in zip(results, paged(operands, lengths, **given), strict=True):
+        assert torch.equal(again, first)

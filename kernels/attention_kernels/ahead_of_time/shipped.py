@@ -27,7 +27,7 @@ from ..config_tables import (
     ForwardConfig,
 )
 from ..configs import padded_dim
-from ..launch import dropout_operand, operand, span_operand
+from ..launch import dropout_operand, span_operand
 from ..spans import Spans
 
 QUERY_LEN, KEY_LEN = 256, 512
@@ -211,22 +211,15 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
 
 def _merge(case: Case) -> tuple[Any, dict[str, Any]]:
     lse, part_lse = torch.empty(2, 8, 1), torch.empty(4, 2, 8, 1)
-    output = torch.empty(2, 1, 8, case.dim, dtype=case.dtype)
-    return decoding.merge_kernel, dict(
-        parts_ptr=torch.empty(4, *output.shape), part_lse_ptr=part_lse, output_ptr=output,
-        output_lse=decoding.row_operand(lse), num_splits=4, num_heads=8, query_len=1, tokens=2,
-        lse_stride_split=part_lse.stride(0), VALUE_DIM=case.dim, BLOCK_DV=padded_dim(case.dim),
-    )  # fmt: skip
+    output = torch.empty(2, 1, 8, case.dim, dtype=case.dtype).transpose(1, 2)
+    return decoding.merge_kernel, decoding.merge_arguments(torch.empty(4, 2, 1, 8, case.dim), part_lse, output, lse)
 
 
 def _statistics(case: Case) -> tuple[Any, dict[str, Any]]:
     _, _, _, output = tensors(case.dtype, case.dim)
     row = torch.empty(2, 4, QUERY_LEN)
-    return backward_kernels.statistics_kernel, dict(
-        output=operand(output), rounding=operand(output), grad_output=operand(output), grad_lse_ptr=row, lse_ptr=row,
-        lse2_ptr=row, delta_ptr=row, num_heads=4, query_len=QUERY_LEN, VALUE_DIM=case.dim,
-        BLOCK_DV=padded_dim(case.dim), BLOCK_M=16,
-    )  # fmt: skip
+    call = backward.Call(output, output, output, output, row, row, scale=0.1, **spans_alone())
+    return backward_kernels.statistics_kernel, backward.statistics_arguments(call, output, output, row, row)
 
 
 _BUILDERS = {
