@@ -163,8 +163,10 @@ def save(model: ReferenceForConditionalGeneration, processor: ReferenceProcessor
     }
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        # Answers are text. Drafts taken from a prompt (`prompt_lookup_num_tokens`) would have its images' tokens too.
+        suppress_tokens=sorted({*processor.image_token_ids, *processor.video_token_ids}),
+    )  # fmt: skip
     model.save_pretrained(out)
     processor.save_pretrained(out)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from attention_plugin.__main__ import main
 from model import checkpoint, squares
@@ -110,6 +111,20 @@ def test_a_fresh_process_loads_and_generates_without_torchvision(
     ids = torch.tensor([found["tokens"]])
     assert int((ids == config.image_token_id).sum()) >= sum(found["patches"])
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_drafts_from_the_prompt_have_no_images(multimodal_checkpoint_dir: Path) -> None:
+    """What follows the last words where they stood before is an image, which no answer has."""
+    model = ReferenceForConditionalGeneration.from_pretrained(
+        multimodal_checkpoint_dir, attn_implementation="my_triton"
+    )
+    processor = build_processor()
+    text = f"what is this? {processor.image_token} what is this? "
+    inputs = processor(text=[text], images=[[Image.new("RGB", (64, 64), "red")]], return_tensors="pt")
+    greedy = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    drafted = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(greedy, drafted)
+    assert not set(processor.image_token_ids) & set(greedy[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def test_training_lowers_the_loss() -> None:
