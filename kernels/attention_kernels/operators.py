@@ -139,8 +139,7 @@ def attention(
             output, lse = step
             return (output, lse) if return_lse and lse is not None else output
         query, key, value = _validated(*cast_for_autocast(query, key, value))
-        spans = Spans.full(query.shape[2], key.shape[2], device=query.device) if spans is None else spans
-        _check_spans(spans, query, key.shape[2])
+        spans = _checked_spans(spans, query, key)
         mask, bias = _on_scores("mask", mask, query, key), _on_scores("bias", bias, query, key)
         _check_sinks(sinks, query)
         _check_numbers(scale, softcap, dropout_p, num_splits)
@@ -265,8 +264,10 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     return query.expand(whole), key.expand(whole), value.expand(whole)
 
 
-def _check_spans(spans: Spans, query: Tensor, key_len: int) -> None:
-    batch, _, query_len, _ = query.shape
+def _checked_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
+    (batch, _, query_len, _), key_len = query.shape, key.shape[2]
+    if spans is None:
+        return Spans.full(query_len, key_len, device=query.device)
     if (spans.query_len, spans.key_len) != (query_len, key_len) or spans.batch not in (1, batch):
         raise ValueError(
             f"attention: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} keys, but "
@@ -274,6 +275,7 @@ def _check_spans(spans: Spans, query: Tensor, key_len: int) -> None:
         )
     if spans.device != query.device:
         raise ValueError(f"attention: `spans` is on {spans.device}, `query` on {query.device}; use spans.to(...)")
+    return spans
 
 
 def _on_scores(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
