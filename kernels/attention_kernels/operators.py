@@ -384,11 +384,12 @@ _library = torch.library.Library("attention_kernels", "DEF")
 _library.define(f"forward({_ARGUMENTS}, bool wants_gradient, int? num_splits) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "backward(Tensor output, Tensor lse, Tensor rounding, Tensor grad_output, Tensor? grad_lse, bool wants_query, "
-    f"bool wants_key_value, bool wants_bias, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"bool wants_key_value, bool wants_bias, bool wants_sinks, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 _BIAS, _SINKS = 8, 9  # places among the arguments
-_FLAGS = 3  # wants_query, wants_key_value, wants_bias
+_FLAGS = 4  # wants_query, wants_key_value, wants_bias, wants_sinks
 
 
 def _problem(
@@ -479,12 +480,27 @@ def _launch_backward(
     """As `_backward`, by the kernels; None where not wanted."""
     from .backward import backward, sink_gradient  # not before they are needed: importing Triton takes time
 
-    *flags, query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, seed, scale, softcap, dropout_p = (
-        arguments
-    )
+    (
+        *flags,
+        wants_sinks,
+        query,
+        key,
+        value,
+        start,
+        end,
+        key_mask,
+        gap_count,
+        mask,
+        bias,
+        sinks,
+        seed,
+        scale,
+        softcap,
+        dropout_p,
+    ) = arguments
 
     def launch():
-        return backward(output, lse, rounding, grad_output, grad_lse, *arguments)
+        return backward(output, lse, rounding, grad_output, grad_lse, *flags, *arguments[_FLAGS:])
 
     if mask is not None or bias is not None:
         *gradients, lse2, delta = launch()
@@ -493,11 +509,11 @@ def _launch_backward(
         asked = ("backward", *flags, scale, softcap, dropout_p)
         known_spans = known_spans or prebound.describe_spans(start, end, key_mask, gap_count)
         *gradients, lse2, delta = prebound.launched(launch, known_spans, inputs, asked)
-    return *gradients, None if sinks is None else sink_gradient(sinks, lse2, delta)
+    return *gradients, sink_gradient(sinks, lse2, delta) if wants_sinks else None
 
 
 def _backward_fake(output, lse, rounding, grad_output, grad_lse, *arguments):
-    wants_query, wants_key_value, wants_bias = arguments[:_FLAGS]
+    wants_query, wants_key_value, wants_bias, wants_sinks = arguments[:_FLAGS]
     arguments = arguments[_FLAGS:]
     query, key, value = arguments[:3]
     bias, sinks = arguments[_BIAS], arguments[_SINKS]
@@ -505,7 +521,7 @@ def _backward_fake(output, lse, rounding, grad_output, grad_lse, *arguments):
         _token_major(query) if wants_query else query.new_empty(0),
         *(_token_major(each) if wants_key_value else query.new_empty(0) for each in (key, value)),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if wants_bias else query.new_empty(0),
-        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
+        torch.empty_like(sinks) if wants_sinks else query.new_empty(0),
     )
 
 
@@ -530,7 +546,7 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     output, lse, rounding, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wants = (needs[0], needs[1] or needs[2], needs[_BIAS])
+    wants = (needs[0], needs[1] or needs[2], needs[_BIAS], needs[_SINKS])
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     gradients = operator(

@@ -313,9 +313,28 @@ def test_operators_pass_opcheck(features, dtype):
 
     plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in arguments]
     output, lse, rounding = torch.ops.attention_kernels.forward(*plain, True, None)
-    wants = (True, True, features == "all")
+    wants = (True, True, features == "all", features == "all")
     given = (output, lse, rounding, torch.randn_like(output), torch.randn_like(lse), *wants, *plain)
     torch.library.opcheck(torch.ops.attention_kernels.backward.default, given)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_sinks_that_are_frozen_have_no_gradient(dtype):
+    """And it is not computed; the others' is the same."""
+    query, key, value = (tensor(1, heads, 21, 16, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
+    spans, sinks, gradient = Spans.causal(21, device=DEVICE), torch.randn(4, device=DEVICE), torch.randn_like(query)
+    outcomes = []
+    for frozen in (False, True):
+        own = sinks.clone().requires_grad_(not frozen)
+        output = attention(query, key, value, spans, sinks=own)
+        outcomes.append(torch.autograd.grad(output, (query, key, value, *([] if frozen else [own])), gradient))
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=False))
+    assert len(outcomes[0]) == 4 and outcomes[0][3].abs().sum() > 0
+    operands = query, key, value, spans.start, spans.end, None, None, None, None, sinks, None, 0.25, None, 0.0
+    with torch.no_grad():
+        results = torch.ops.attention_kernels.forward(*operands, True, None)
+        wants = (True, True, False, False)
+        assert not torch.ops.attention_kernels.backward(*results, gradient, None, *wants, *operands)[4].numel()
 
 
 def test_sinks_of_rows_without_keys():
@@ -324,7 +343,7 @@ def test_sinks_of_rows_without_keys():
     sinks = torch.randn(2, device=DEVICE, requires_grad=True)
     _, lse = attention(query, key, key, sinks=sinks, return_lse=True)
     (gradient,) = torch.autograd.grad(lse.sum(), sinks)
-    assert torch.equal(gradient, torch.full_like(sinks, 4.0))
+    torch.testing.assert_close(gradient, torch.full_like(sinks, 4.0))  # a weight of 1, from a log-sum-exp in float32
 
 
 def offloaded(step):

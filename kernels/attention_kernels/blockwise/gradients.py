@@ -40,7 +40,9 @@ class Gradients:
     sinks: Tensor | None
 
     @staticmethod
-    def zeros(problem: Problem, wants_query: bool, wants_key_value: bool, wants_bias: bool) -> Gradients:
+    def zeros(
+        problem: Problem, wants_query: bool, wants_key_value: bool, wants_bias: bool, wants_sinks: bool
+    ) -> Gradients:
         """What to add to. One element of a bias or of the sinks may stand for millions of scores: those are float64.
 
         Gradients of query, key and value are stored token by token, as the output is.
@@ -60,7 +62,7 @@ class Gradients:
             token_major(problem.key, wants_key_value),
             token_major(problem.value, wants_key_value),
             plain(problem.bias, wants_bias),
-            plain(problem.sinks, True),
+            plain(problem.sinks, wants_sinks),
         )
 
     def tainted(self, elements: slice) -> bool:
@@ -95,12 +97,13 @@ def backward(
     wants_query: bool,
     wants_key_value: bool,
     wants_bias: bool,
+    wants_sinks: bool,
 ) -> Five:
-    """Gradients of query, key, value and bias (None if not wanted) and of the sinks (if given).
+    """Gradients of query, key, value, bias and sinks (None if not wanted).
 
     `output`, `lse` and `rounding` are what `attend.forward` returned.
     """
-    gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias)
+    gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias, wants_sinks)
     call = Call(problem, output, lse, rounding, grad_output, grad_lse, gradients)
     with torch.autocast(problem.query.device.type, enabled=False):  # or products of float32 would be rounded to 16 bits
         add_all(call)
