@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
+from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import values_at_hand
 
 from .masks import SpanMask
@@ -167,43 +167,13 @@ def resolve_mask(
 def _spans_without_mask(
     query_len: int, key_len: int, is_causal: bool, sliding_window: int | None, device: torch.device
 ) -> Spans:
-    """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys.
-
-    On the CPU those of few queries are remembered: all layers of a model share them, and what is known of their calls
-    (`attention_kernels.blockwise.remembered`).
-    """
-    kind = (query_len, key_len, is_causal, sliding_window, torch.is_inference_mode_enabled())
-    # A mode (of fake tensors, say) has tensors of its own, and so has a compiler.
-    plain = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
-    remembers = plain and query_len <= MOST_KNOWN_QUERIES and device.type == "cpu"
-    if remembers and (known := _known_spans.get(kind)) is not None:
-        return known
-    spans = _build_spans_without_mask(query_len, key_len, is_causal, sliding_window, device)
-    if remembers:
-        for oldest in list(_known_spans)[: max(0, len(_known_spans) - MOST_KNOWN_SPANS + 1)]:
-            _known_spans.pop(oldest, None)  # another thread may have been faster
-        _known_spans[kind] = spans
-    return spans
-
-
-_known_spans: dict[tuple, Spans] = {}
-
-MOST_KNOWN_SPANS = 8
-"""Spans of calls without masks that are remembered."""
-
-MOST_KNOWN_QUERIES = 4096
-"""Queries of a call whose spans are: those of a long prompt take memory, and little of its time to build."""
-
-
-def _build_spans_without_mask(
-    query_len: int, key_len: int, is_causal: bool, sliding_window: int | None, device: torch.device
-) -> Spans:
+    """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys."""
     if not is_causal or (query_len == 1 and sliding_window is None):
-        return Spans.full(query_len, key_len, device=device)
+        return window_spans(query_len, key_len, device=device)
     if query_len not in (1, key_len):
         refuse_alignment(query_len, key_len)
     left = None if sliding_window is None else sliding_window - 1
-    return Spans.sliding(query_len, key_len, left=left, device=device)
+    return window_spans(query_len, key_len, left=left, right=0, device=device)
 
 
 def _within_lengths(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attention_kernels import PagedCache, Spans, attention, merge_states, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
+from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import values_at_hand
 
 __all__ = [
@@ -76,10 +77,14 @@ def flash_attn_func(
     _check_probabilities(name, return_attn_probs, dropout_p)
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     window = _window(name, window_size, causal, q.shape[1])
-    rows = _aligned_rows(q.shape[1], k.shape[1], q.device)
-    alibi = _batch_alibi(name, alibi_slopes, q, rows)
-    options = {"scale": softmax_scale, "softcap": _softcap(softcap), "dropout_p": dropout_p}
-    output, lse = _attend(query, key, value, rows, window, alibi, options)
+    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(softcap), "dropout_p": dropout_p}
+    if alibi_slopes is None:
+        spans = _aligned_spans(window, q.shape[1], k.shape[1], q.device)
+        output, lse = attention(query, key, value, spans, return_lse=True, **options)
+    else:
+        rows = _aligned_rows(q.shape[1], k.shape[1], q.device)
+        alibi = _batch_alibi(name, alibi_slopes, q, rows)
+        output, lse = _attend(query, key, value, rows, window, alibi, options)
     output = output.transpose(1, 2).contiguous()
     return (output, lse, q.new_empty(0)) if return_attn_probs else output
 
@@ -348,6 +353,13 @@ class Rows:
     def window(self, window: Window) -> Spans:
         """Each row sees a window around its position."""
         return self.spans(None if window.left is None else -window.left, window.right)
+
+
+def _aligned_spans(window: Window, query_len: int, key_len: int, device: torch.device) -> Spans:
+    """`_aligned_rows` with a window, kept for the next call."""
+    far = query_len + key_len  # that far all ends, and int32 does not overflow
+    left, right = (None if size is None else min(size, far) for size in window)
+    return window_spans(query_len, key_len, left=left, right=right, device=device)
 
 
 def _aligned_rows(query_len: int, key_len: int, device: torch.device) -> Rows:

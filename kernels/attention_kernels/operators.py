@@ -18,6 +18,7 @@ from . import blockwise, hopper, prebound
 from .blockwise import remembered
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
+from .shared_spans import window_spans
 from .spans import Spans
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def attention(
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
     repeatable = mask is bias is None and _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks)
     again = None
+    if repeatable and spans is None and key.ndim == 4:
+        spans = window_spans(query.shape[2], key.shape[2], device=query.device)
     if repeatable and spans is not None:
         factor = query.shape[3] ** -0.5 if scale is None else scale
         asked = _forward_asked(factor, softcap, dropout_p, trains, num_splits)

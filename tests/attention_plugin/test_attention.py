@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import masking_utils
 
 from attention_kernels import Spans, attention_reference
+from attention_kernels.shared_spans import MOST_KEPT, MOST_QUERIES, _kept
 from attention_plugin import attention_forward, span_mask
-from attention_plugin.attention import MOST_KNOWN_QUERIES, MOST_KNOWN_SPANS, _known_spans, _spans_without_mask
+from attention_plugin.attention import _spans_without_mask
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 4, 2, 8, 12
 IMPLEMENTATION = "my_triton"
@@ -204,7 +205,7 @@ def test_steps_without_a_mask_share_their_spans():
 
     assert spans() is spans() and spans(window=4) is spans(window=4)
     assert spans(query_len=9) is spans(query_len=9) is not spans()
-    long = MOST_KNOWN_QUERIES + 1
+    long = MOST_QUERIES + 1
     assert spans(long, query_len=long) is not spans(long, query_len=long)
     assert spans(10).key_len == 10 and int(spans(window=4).start) == 5 and int(spans().start) == 0
     with torch.inference_mode():
@@ -218,9 +219,9 @@ def test_steps_without_a_mask_share_their_spans():
     attention_forward(layer(is_causal=True), query, key, value, None)[0].sum().backward()
     assert query.grad is not None and key.grad is not None
     before = spans()
-    for key_len in range(20, 20 + MOST_KNOWN_SPANS):
+    for key_len in range(20, 20 + MOST_KEPT):
         spans(key_len)
-    assert spans() is not before and len(_known_spans) == MOST_KNOWN_SPANS
+    assert spans() is not before and len(_kept) == MOST_KEPT
 
 
 def test_no_mask_and_another_number_of_keys_is_cross_attention():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -347,6 +348,17 @@ def test_kvcache_with_rotary_embedding(window, interleaved, in_pages):
         keys, values = torch.cat([rows[0][b][:length].double(), new_k]), torch.cat([rows[1][b][:length], v[b]])
         expected, _ = Options(**window).reference(own_q, keys, values.double(), torch.float64)
         torch.testing.assert_close(output[b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(1, 9), (9, 1), (7, 7), (5, 11), (11, 5)])
+def test_spans_of_lengths_are_shared_and_those_of_alibi(lengths):
+    device = torch.device(DEVICE)
+    for left, right in itertools.product((None, 0, 3, 1 << 40), (None, 0, 2, 1 << 40)):
+        window = flash_api.Window(left, right)
+        spans = flash_api._aligned_spans(window, *lengths, device)
+        expected = flash_api._aligned_rows(*lengths, device).window(window)
+        assert torch.equal(spans.to_dense(), expected.to_dense())
+        assert flash_api._aligned_spans(window, *lengths, device) is spans
 
 
 def test_kvcache_does_not_track_gradients():

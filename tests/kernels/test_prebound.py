@@ -182,6 +182,18 @@ def test_prompts_are_remembered_by_their_kind(kernels):
 
 
 @recorded
+def test_calls_without_spans_are_repeated_too(kernels):
+    for tokens in (40, 41):
+        attention(*prompts(tokens=tokens))
+    assert remembered() == 2
+    query, key, value = prompts()
+    assert attention(query, key, value).shape == query.shape
+    assert remembered() == 2 and kernels[2].calls[-1][2]
+    with pytest.raises(ValueError, match="must be \\[batch, heads, tokens, dim\\]"):
+        attention(query, key[0, 0], value)
+
+
+@recorded
 def test_a_change_of_kernels_is_noticed(kernels):
     """A tile shape that is being measured, and the Gluon kernel, take the place of what is remembered."""
     attention(*prompts(), Spans.causal(40))
