@@ -38,7 +38,7 @@ STATISTICS_ROWS = 16
 class Gradients(NamedTuple):
     """What the kernels of the backward pass give; gradients are None where not wanted.
 
-    `lse2` and `delta` are what `sink_gradient` takes.
+    `bias` is what `whole_bias_gradient` takes, `lse2` and `delta` what `sink_gradient` takes.
     """
 
     query: Tensor | None
@@ -83,9 +83,8 @@ def backward(
     The other arguments are those of the forward pass.
 
     Returns:
-        Gradients of query, key, value and bias, each in the shape and dtype of what it belongs to, or None where not
-        wanted. Those of query, key and value are stored token by token, as the output is. And, for `sink_gradient`,
-        statistics of the rows.
+        Gradients of query, key and value, each in the shape and dtype of what it belongs to and stored token by token,
+        as the output is, or None where not wanted; and what `whole_bias_gradient` and `sink_gradient` take.
     """
     if INTERPRETED and query.dtype == torch.bfloat16:
         # As in the forward pass: the interpreter cannot multiply bf16.
@@ -115,7 +114,7 @@ def backward(
         grad_query = query_gradient(call) if wants_query else None
         spans_batch = max(bound.shape[0] for bound in (start, end, *(() if key_mask is None else (key_mask,))))
         grad_key, grad_value = key_value_gradients(call, spans_batch) if wants_key_value else (None, None)
-        grad_bias = bias_gradient(call) if wants_bias else None
+        grad_bias = bias_gradients(call) if wants_bias else None
     return Gradients(grad_query, grad_key, grad_value, grad_bias, *statistics)
 
 
@@ -274,11 +273,11 @@ def key_value_arguments(
     )  # fmt: skip
 
 
-def bias_gradient(call: Call) -> Tensor:
-    """Gradient of the bias.
+def bias_gradients(call: Call) -> Tensor:
+    """Gradient of the bias, or shares of it.
 
     A bias with all rows and keys is summed over batch and heads inside the kernel, so that nothing larger than the
-    gradient exists. One that is broadcast over rows or keys is small: each head writes its own share, which are added.
+    gradient exists. One that is broadcast over rows or keys is small: each head writes its own share.
     """
     bias = call.bias
     assert bias is not None
@@ -286,14 +285,14 @@ def bias_gradient(call: Call) -> Tensor:
     over_rows, over_keys = bias.shape[2] == 1 < query_len, bias.shape[3] == 1 < key_len
     small = over_rows or over_keys
     shape = (batch, num_heads, *bias.shape[2:]) if small else bias.shape
-    grad_bias = bias.new_empty(shape, dtype=torch.float32 if small else bias.dtype)
+    grad_bias = memory(bias, *shape, dtype=torch.float32 if small else None)
     if not call.query.numel() or not call.key.numel():
         return torch.zeros_like(bias)
     arguments = bias_arguments(call, grad_bias, call.config("bias"))
     key_tiles = 1 if over_keys else triton.cdiv(key_len, arguments["BLOCK_N"])
     row_tiles = 1 if over_rows else triton.cdiv(query_len, arguments["BLOCK_M"])
     launch(bias_kernel, (shape[0] * shape[1], row_tiles, key_tiles), arguments)
-    return grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    return grad_bias
 
 
 def bias_arguments(call: Call, grad_bias: Tensor, config: BackwardConfig) -> dict[str, Any]:
@@ -303,6 +302,11 @@ def bias_arguments(call: Call, grad_bias: Tensor, config: BackwardConfig) -> dic
         grad_bias=operand(grad_bias), batch=call.scores[0], num_heads=call.scores[1], OVER_BATCH=over[0],
         OVER_HEADS=over[1], OVER_ROWS=over[2], OVER_KEYS=over[3],
     )  # fmt: skip
+
+
+def whole_bias_gradient(shares: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of the bias from what `bias_kernel` has written."""
+    return shares.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def sink_gradient(sinks: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:

@@ -123,21 +123,23 @@ def attention(
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
-    repeatable = mask is bias is None and _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks)
+    repeatable = _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks, mask, bias)
     again = None
     if repeatable and spans is None and key.ndim == 4:
         spans = window_spans(query.shape[2], key.shape[2], device=query.device)
     if repeatable and spans is not None:
         factor = query.shape[3] ** -0.5 if scale is None else scale
         asked = _forward_asked(factor, softcap, dropout_p, trains, num_splits)
-        inputs = query, key, value, sinks, seed
+        inputs = query, key, value, sinks, seed, mask, bias
         again = prebound.find(spans, inputs, asked)
         if again is not None and not trains:
             known, tape = again
             if (results := tape(known.operand, inputs)) is not None:
                 return results[:2] if return_lse else results[0]
     if again is None:
-        plain = repeatable and spans is not None and not trains and seed is softcap is num_splits is None
+        plain = (
+            repeatable and spans is not None and not trains and mask is bias is seed is softcap is num_splits is None
+        )
         if plain and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
             output, lse = step
             return (output, lse) if return_lse and lse is not None else output
@@ -193,11 +195,13 @@ def _are_numbers(scale: float | None, softcap: float | None) -> bool:
     return (scale is None or type(scale) is float) and (softcap is None or type(softcap) in (float, int))
 
 
-def _is_simple(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> bool:
+def _is_simple(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor | None, bias: Tensor | None
+) -> bool:
     """Whether all are tensors proper, of which the first is a query, and nothing traces."""
     return (
         type(query) is type(key) is type(value) is Tensor
-        and (sinks is None or type(sinks) in (Tensor, torch.nn.Parameter))
+        and (sinks is mask is bias is None or _is_plain(sinks, mask, bias))
         and query.ndim == 4
         and query.shape[3] > 0
         and not torch.compiler.is_compiling()
@@ -417,11 +421,9 @@ def _forward(*inputs, known_spans: prebound.KnownSpans | None = None) -> tuple[T
     def launch():
         return _launch_forward(*inputs)
 
-    if mask is not None or bias is not None:
-        return launch()
     asked = _forward_asked(scale, softcap, dropout_p, wants_gradient, num_splits)
     known_spans = known_spans or prebound.describe_spans(*spans)
-    output, lse, rounding = prebound.launched(launch, known_spans, (query, key, value, sinks, seed), asked)
+    output, lse, rounding = prebound.launched(launch, known_spans, (query, key, value, sinks, seed, mask, bias), asked)
     assert output is not None and lse is not None
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
@@ -481,38 +483,24 @@ def _launch_backward(
     output, lse, rounding, grad_output, grad_lse, *arguments, known_spans: prebound.KnownSpans | None
 ) -> tuple[Tensor | None, ...]:
     """As `_backward`, by the kernels; None where not wanted."""
-    from .backward import backward, sink_gradient  # not before they are needed: importing Triton takes time
+    # Not before they are needed: importing Triton takes time.
+    from .backward import Gradients, backward, sink_gradient, whole_bias_gradient
 
-    (
-        *flags,
-        wants_sinks,
-        query,
-        key,
-        value,
-        start,
-        end,
-        key_mask,
-        gap_count,
-        mask,
-        bias,
-        sinks,
-        seed,
-        scale,
-        softcap,
-        dropout_p,
-    ) = arguments
+    *flags, wants_sinks = arguments[:_FLAGS]
+    query, key, value, *spans, mask, bias, sinks, seed, scale, softcap, dropout_p = arguments[_FLAGS:]
 
     def launch():
         return backward(output, lse, rounding, grad_output, grad_lse, *flags, *arguments[_FLAGS:])
 
-    if mask is not None or bias is not None:
-        *gradients, lse2, delta = launch()
-    else:
-        inputs = query, key, value, sinks, seed, output, lse, rounding, grad_output, grad_lse
-        asked = ("backward", *flags, scale, softcap, dropout_p)
-        known_spans = known_spans or prebound.describe_spans(start, end, key_mask, gap_count)
-        *gradients, lse2, delta = prebound.launched(launch, known_spans, inputs, asked)
-    return *gradients, sink_gradient(sinks, lse2, delta) if wants_sinks else None
+    inputs = query, key, value, sinks, seed, mask, bias, output, lse, rounding, grad_output, grad_lse
+    asked = ("backward", *flags, scale, softcap, dropout_p)
+    known_spans = known_spans or prebound.describe_spans(*spans)
+    found = Gradients(*prebound.launched(launch, known_spans, inputs, asked))
+    return (
+        *found[:3],
+        None if bias is None or found.bias is None else whole_bias_gradient(found.bias, bias),
+        sink_gradient(sinks, found.lse2, found.delta) if wants_sinks else None,
+    )
 
 
 def _backward_fake(output, lse, rounding, grad_output, grad_lse, *arguments):

@@ -79,11 +79,9 @@ class Tape:
             LookupError: kernels took something besides these that may differ from call to call.
         """
         things = [spans, *inputs, *recorded.memory]
-        numbers = {id(each): number for number, each in enumerate(things) if each is not None}
-        if len(numbers) < sum(each is not None for each in things):
-            raise LookupError("a tensor was given twice, and need not be next time")
+        numbers = Numbers(things)
         self.memory = [(each.shape, each.stride(), each.dtype) for each in recorded.memory]
-        self.results = [None if each is None or not each.numel() else numbers[id(each)] for each in results]
+        self.results = [None if each is None or not each.numel() else numbers.of(each) for each in results]
         self.steps = [
             Step(compiled[(*grid, 1, 1)[:3]], *_without_tensors(arguments, spans, numbers))
             for compiled, grid, arguments in recorded.kernels
@@ -121,7 +119,37 @@ class Tape:
             run(*arguments)
 
 
-def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: dict[int, int]) -> tuple:
+class Numbers:
+    """Which of the things that are given is meant by a tensor among a kernel's arguments."""
+
+    def __init__(self, things: Sequence[Any]) -> None:
+        """Of the spans, the inputs and memory, in this order.
+
+        Raises:
+            LookupError: a tensor is among them twice, and need not be next time.
+        """
+        self.known = {id(each): number for number, each in enumerate(things) if each is not None}
+        if len(self.known) < sum(each is not None for each in things):
+            raise LookupError("a tensor was given twice")
+        self.addresses: dict[int, list[int]] = {}
+        for number, each in enumerate(things):
+            if isinstance(each, Tensor):
+                self.addresses.setdefault(each.data_ptr(), []).append(number)
+
+    def of(self, tensor: Tensor) -> int:
+        """Of one of them, or of a view of it that begins where it does: kernels see an address, and strides beside it.
+
+        Raises:
+            LookupError: it is none of them, or one of several.
+        """
+        if (number := self.known.get(id(tensor))) is not None:
+            return number
+        if len(several := self.addresses.get(tensor.data_ptr(), [])) != 1:
+            raise LookupError("a tensor came from elsewhere, or begins where several do")
+        return several[0]
+
+
+def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: Numbers) -> tuple:
     """All but the first of a `Step`; the arguments have None where something differs each time."""
     template: list[Any] = []
     whole, operands = [], []
@@ -133,10 +161,10 @@ def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: d
         if spans is not None and isinstance(argument, type(spans)):
             whole.append((place, 0))
         elif isinstance(argument, Tensor):
-            whole.append((place, numbers[id(argument)]))
+            whole.append((place, numbers.of(argument)))
         elif isinstance(argument, tuple):
             tensor, *rest = argument
-            operands.append((place, numbers[id(tensor)], type(argument), tuple(rest)))
+            operands.append((place, numbers.of(tensor), type(argument), tuple(rest)))
         else:
             raise LookupError(f"{type(argument)} may hold addresses")
     return template, whole, operands

@@ -255,8 +255,6 @@ def test_what_is_not_plain_is_neither_remembered_nor_served_from_memory(kernels)
         return [again for *_, again in kernels[0].calls] == [False]
 
     assert not launched_anew(query, key, value, spans)
-    assert launched_anew(query, key, value, spans, bias=torch.zeros(512))
-    assert launched_anew(query, key, value, spans, mask=torch.ones(512, dtype=torch.bool))
     for sinks in (torch.zeros(5)[1:], torch.zeros(4, 2)[:, 0]):  # at no multiple of 16 bytes, and with gaps
         assert launched_anew(query, key, value, spans, sinks=sinks)
     shifted = torch.empty(key.numel() + 1, dtype=key.dtype)[1:].view(key.shape).copy_(key)
@@ -301,26 +299,37 @@ TRAINED = [
     {"wants": "kv", "scale": 0.3},
     {"wants_lse": True, "sinks": True},
     {"dtype": torch.float32, "sinks": True},
+    {"mask": (2, 1, 40, 40), "softcap": 20.0},
+    {"bias": (1, 4, 40, 40)},
+    {"bias": (1, 4, 1, 40), "dtype": torch.float32},
+    {"bias": (2, 1, 40, 40), "mask": (1, 4, 1, 40), "wants": "qk"},
 ]
 """Calls with gradients: arguments of `trained`."""
 
 
 def trained(spans, operands, *, dtype=torch.float16, wants="qkv", wants_lse=False, sinks=False, **given):
-    """Output, log-sum-exp and gradients of a call; `operands` are query, key, value, sinks, seed and gradients."""
-    *tensors, drawn, seed, grad_output, grad_lse = (each.to(dtype) if each.ndim == 4 else each for each in operands)
-    leaves = [each.detach().requires_grad_(name in wants) for name, each in zip("qkv", tensors, strict=True)]
-    leaves += [drawn.requires_grad_()] if sinks else []
-    seed = seed if "dropout_p" in given else None
-    output, lse = attention(
-        *leaves[:3], spans, sinks=drawn if sinks else None, dropout_seed=seed, return_lse=True, **given
+    """Output, log-sum-exp and gradients of a call; `operands` are as `trained_operands` draws them."""
+    *tensors, drawn, seed, scores, grad_output, grad_lse = (
+        each.to(dtype) if each.ndim == 4 else each for each in operands
     )
+    leaves = [each.detach().requires_grad_(name in wants) for name, each in zip("qkv", tensors, strict=True)]
+    if sinks:
+        given["sinks"] = drawn.requires_grad_()
+    if "mask" in given:
+        given["mask"] = scores[tuple(map(slice, given["mask"]))].contiguous() > -1
+    if "bias" in given:
+        given["bias"] = scores[tuple(map(slice, given["bias"]))].contiguous().requires_grad_()
+    leaves += [given[name] for name in ("sinks", "bias") if name in given]
+    seed = seed if "dropout_p" in given else None
+    output, lse = attention(*leaves[:3], spans, dropout_seed=seed, return_lse=True, **given)
     results, gradients = ((output, lse), (grad_output, grad_lse)) if wants_lse else ((output,), (grad_output,))
     return output, lse, *torch.autograd.grad(results, [each for each in leaves if each.requires_grad], gradients)
 
 
 def trained_operands(tokens=40):
     seed = torch.randint(1 << 40, (1,))
-    return *prompts(tokens=tokens), torch.randn(4), seed, prompts(tokens=tokens)[0], torch.randn(2, 4, tokens)
+    scores, grad_lse = torch.randn(2, 4, tokens, tokens), torch.randn(2, 4, tokens)
+    return *prompts(tokens=tokens), torch.randn(4), seed, scores, prompts(tokens=tokens)[0], grad_lse
 
 
 @recorded
@@ -412,7 +421,7 @@ def test_gradients_of_other_calls_are_other_kinds(kernels):
     for _ in range(2):
         for given in (*TRAINED, {"dropout_p": 0.5}):
             trained(spans, trained_operands(), **given)
-    assert remembered() == 7 + 8  # which gradients are wanted is the backward pass's concern alone
+    assert remembered() == 11 + 12  # which gradients are wanted is the backward pass's concern alone
 
 
 @recorded
@@ -422,7 +431,7 @@ def test_gradients_go_the_long_way_where_more_than_autograd_looks(kernels):
     for _ in range(2):
         query, key, value = (each.requires_grad_() for each in operands[:3])
         output = attention(query, key, value, spans)
-        (gradient,) = torch.autograd.grad(output, query, operands[5], create_graph=True)
+        (gradient,) = torch.autograd.grad(output, query, operands[6], create_graph=True)
         with pytest.raises(RuntimeError, match="double backward"):
             gradient.sum().backward()
     names = []
@@ -434,7 +443,7 @@ def test_gradients_go_the_long_way_where_more_than_autograd_looks(kernels):
 
     with Names():
         output = attention(query, key, value, spans)
-        torch.autograd.grad(output, query, operands[5])
+        torch.autograd.grad(output, query, operands[6])
     assert {"attention_kernels::forward", "attention_kernels::backward"} <= set(names)
 
 
@@ -505,30 +514,26 @@ def test_tensors_are_not_kept(kernels):
 
 
 @pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_results_are_those_without_memory(kernels, num_splits):
+@pytest.mark.parametrize("extra", [None, "mask", "bias"])
+@pytest.mark.parametrize(("query_len", "num_splits"), [(1, 1), (1, 3), (40, None)])
+def test_results_are_those_without_memory(kernels, query_len, num_splits, extra):
     torch.manual_seed(0)
-    spans = padded(128)
-    attention(*tensors(key_len=128), spans, num_splits=num_splits)
-    operands = tensors(key_len=128)
-    output, lse = attention(*operands, spans, num_splits=num_splits, return_lse=True)
-    assert kernels[0].calls[-1][2]
-    prebound.forget()
-    first, first_lse = attention(*operands, spans, num_splits=num_splits, return_lse=True)
-    assert torch.equal(output, first) and torch.equal(lse, first_lse)
+    key_len = 40 if query_len == 40 else 128
+    spans = padded(key_len, query_len)
 
+    def drawn():
+        query, key, value = prompts() if query_len == 40 else tensors(key_len=key_len)
+        scores = torch.randn(2, 1, query_len, key_len)
+        extras = {} if extra is None else {extra: scores > -1 if extra == "mask" else scores.half()}
+        return (query, key, value, spans), {"sinks": torch.randn(4), "softcap": 3.0, "num_splits": num_splits, **extras}
 
-@pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
-def test_a_prompts_results_are_those_without_memory(kernels):
-    torch.manual_seed(0)
-    spans = padded(40, 40)
-    attention(*prompts(), spans, sinks=torch.zeros(4), softcap=3.0)
-    operands = prompts()
-    given = {"sinks": torch.randn(4), "softcap": 3.0, "return_lse": True}
-    output, lse = attention(*operands, spans, **given)
-    assert kernels[2].calls[-1][2]
+    operands, given = drawn()
+    attention(*operands, **given)
+    operands, given = drawn()
+    output, lse = attention(*operands, return_lse=True, **given)
+    assert all(kernel.calls[-1][2] for kernel in kernels if kernel.calls)
     prebound.forget()
-    first, first_lse = attention(*operands, spans, **given)
+    first, first_lse = attention(*operands, return_lse=True, **given)
     assert torch.equal(output, first) and torch.equal(lse, first_lse)
 
 
