@@ -77,7 +77,7 @@ def backward(
 
     Args:
         output, lse, rounding: from `forward.forward`; `rounding` may be empty.
-        grad_output: gradient of the output, of its shape; any strides.
+        grad_output: gradient of the output, of its shape; any strides, best without gaps in a row.
         grad_lse: gradient of the log-sum-exp, or None.
 
     The other arguments are those of the forward pass.
@@ -98,8 +98,6 @@ def backward(
         return results._replace(
             **{name: each.to(of.dtype) for name, each, of in named if each is not None and of is not None}
         )
-    if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
-        grad_output = grad_output.contiguous()
     statistics = memory(lse, *lse.shape), memory(lse, *lse.shape)
     call = Call(
         query, key, value, grad_output, *statistics, span_operand(start, end, key_mask, gap_count), mask, bias,

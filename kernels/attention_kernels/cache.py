@@ -7,6 +7,7 @@ are those of PagedAttention (Kwon et al., 2023).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -222,7 +223,8 @@ def _launch(
     from .decode import decode  # not before it is needed: importing Triton takes time
 
     in_place = out if out is not None and out.transpose(1, 2).is_contiguous() else None
-    key, value = cache.key.transpose(1, 2), cache.value.transpose(1, 2)
+    query, key, value = query.resolve_neg(), cache.key.transpose(1, 2), cache.value.transpose(1, 2)
+    max_query_len, num_splits = (None if each is None else operator.index(each) for each in (max_query_len, num_splits))
     key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
     value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
 
@@ -235,7 +237,8 @@ def _launch(
 
     inputs = query, key, value, key_scale, value_scale, cache.block_table, query_offsets, sinks, in_place
     asked = ("paged", scale, softcap, max_query_len, num_splits)
-    output, lse = prebound.launched(launch, prebound.known_spans(spans), inputs, asked)
+    known = None if torch.compiler.is_compiling() else prebound.known_spans(spans)
+    output, lse = prebound.launched(launch, known, inputs, asked)
     return output if out is None or in_place is not None else out.copy_(output), lse
 
 
@@ -280,7 +283,7 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
         from .write import write  # not before it is needed: importing Triton takes time
 
         for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
-            inputs = new, old, scale, slots
+            inputs = new.resolve_neg(), old, scale, slots
             prebound.launched(partial(write, *inputs), prebound.NO_SPANS, inputs, ("write",))
         return
     kept = slots >= 0

@@ -158,8 +158,8 @@ def attention(
         float(dropout_p),
     )  # fmt: skip
     # Where nothing but autograd looks at the call, the operator's registration would add time only.
-    looked_at = torch.compiler.is_compiling() or not _is_plain(query, key, value, bias, sinks)
-    if looked_at or (trains and (is_in_torch_dispatch_mode() or torch.jit.is_tracing())):
+    looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing() or (trains and is_in_torch_dispatch_mode())
+    if looked_at or not _is_plain(query, key, value, mask, bias, sinks):
         output, lse, _ = torch.ops.attention_kernels.forward(*operands, trains, num_splits)
     elif trains:
         output, lse, _ = Attention.apply(*operands, trains, num_splits, None if again is None else again[0])
@@ -200,17 +200,21 @@ def _is_simple(
 ) -> bool:
     """Whether all are tensors proper, of which the first is a query, and nothing traces."""
     return (
-        type(query) is type(key) is type(value) is Tensor
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and type(query) is type(key) is type(value) is Tensor
         and (sinks is mask is bias is None or _is_plain(sinks, mask, bias))
         and query.ndim == 4
         and query.shape[3] > 0
-        and not torch.compiler.is_compiling()
+        and not (query.is_neg() or key.is_neg() or value.is_neg() or query.is_meta)
     )
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors proper, not fake or wrapped ones."""
-    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    """Whether all are tensors proper: not fake or wrapped, without numbers, or yet to be negated."""
+    return all(
+        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg())
+        for tensor in tensors
+    )
 
 
 def cast_for_autocast(*tensors: Tensor) -> Iterator[Tensor]:
@@ -489,12 +493,16 @@ def _launch_backward(
     *flags, wants_sinks = arguments[:_FLAGS]
     query, key, value, *spans, mask, bias, sinks, seed, scale, softcap, dropout_p = arguments[_FLAGS:]
 
+    if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
+        grad_output = grad_output.contiguous()
+
     def launch():
         return backward(output, lse, rounding, grad_output, grad_lse, *flags, *arguments[_FLAGS:])
 
     inputs = query, key, value, sinks, seed, mask, bias, output, lse, rounding, grad_output, grad_lse
     asked = ("backward", *flags, scale, softcap, dropout_p)
-    known_spans = known_spans or prebound.describe_spans(*spans)
+    if known_spans is None or not known_spans.are(*spans):
+        known_spans = prebound.describe_spans(*spans)
     found = Gradients(*prebound.launched(launch, known_spans, inputs, asked))
     return (
         *found[:3],

@@ -10,6 +10,7 @@ remembered.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -42,6 +43,17 @@ class KnownSpans(NamedTuple):
     kind: tuple
     operand: SpanOperand | None
 
+    def are(self, *tensors: Tensor | None) -> bool:
+        """Whether it is of these tensors: hooks for saved tensors may give back copies."""
+        return self.operand is not None and all(
+            given is None or given.data_ptr() == known.data_ptr()
+            for given, known in zip(tensors, _tensors_of(self.operand), strict=True)
+        )
+
+
+def _tensors_of(spans: SpanOperand) -> tuple[Any, ...]:
+    return spans.start_ptr, spans.end_ptr, spans.key_mask_ptr, spans.gap_count_ptr
+
 
 NO_SPANS = KnownSpans((), None)
 """Of kernels that take none."""
@@ -73,7 +85,7 @@ class Tape:
             recorded: while it was made.
             spans: its spans, if it has some.
             inputs: its other tensors, in the order in which they are given again; the first is on its device.
-            results: what it gave, all of it inputs or memory that was recorded; those without numbers count as None.
+            results: what it gave: inputs, memory that was recorded, or None. Empty ones from elsewhere count as None.
 
         Raises:
             LookupError: kernels took something besides these that may differ from call to call.
@@ -81,7 +93,9 @@ class Tape:
         things = [spans, *inputs, *recorded.memory]
         numbers = Numbers(things)
         self.memory = [(each.shape, each.stride(), each.dtype) for each in recorded.memory]
-        self.results = [None if each is None or not each.numel() else numbers.of(each) for each in results]
+        self.results = [
+            None if each is None or not (each.numel() or numbers.has(each)) else numbers.of(each) for each in results
+        ]
         self.steps = [
             Step(compiled[(*grid, 1, 1)[:3]], *_without_tensors(arguments, spans, numbers))
             for compiled, grid, arguments in recorded.kernels
@@ -135,6 +149,10 @@ class Numbers:
         for number, each in enumerate(things):
             if isinstance(each, Tensor):
                 self.addresses.setdefault(each.data_ptr(), []).append(number)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether it is one of them."""
+        return id(tensor) in self.known
 
     def of(self, tensor: Tensor) -> int:
         """Of one of them, or of a view of it that begins where it does: kernels see an address, and strides beside it.
@@ -210,7 +228,7 @@ def launched(
     """What `launch` returns, by calling it, or by launching again what it launched for another call of the kind.
 
     It must do nothing but launch kernels (`launch.launch`), on these inputs and on memory of its own (`launch.memory`).
-    Of results that come from memory, those without numbers are None.
+    An empty result that is neither may be None.
     """
     if spans is None or torch.compiler.is_compiling() or (kind := kind_of(spans, inputs, asked)) is None:
         return launch() or ()
@@ -219,6 +237,8 @@ def launched(
         return results
     from .launch import recording  # imports Triton, which takes time
 
+    if "torch._dynamo" in sys.modules:  # of frames that it compiles nothing would be noted
+        launch = torch.compiler.disable(launch)
     with recording() as recorded:
         results = launch() or ()
     # In the interpreter nothing is compiled.

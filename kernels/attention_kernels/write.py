@@ -46,11 +46,15 @@ def write(new: Tensor, pages: Tensor, scale: Tensor | None, slots: Tensor) -> No
         page, row = (part(slots.clamp(min=0), pages.shape[1]) for part in (torch.floor_divide, torch.remainder))
         rows = quantise(new.float() / scale.expand(pages.shape[:3])[page, row][..., None].float(), pages.dtype)
         new, pages, scale = rows.view(torch.int8), pages.view(torch.int8), None
-    strides = (0, 0, 0) if scale is None else scale.expand(pages.shape[:3]).stride()
-    values = (
-        new, *new.stride(), pages, *pages.stride(), scale, *strides, slots, pages.shape[1], largest(pages.dtype),
-        dim, triton.next_power_of_2(dim), pages.dtype == torch.int8,
+    new_t, new_h, new_n = new.stride()
+    of_page, of_row, of_head, of_column = pages.stride()
+    scale_page, scale_row, scale_head = (0, 0, 0) if scale is None else scale.expand(pages.shape[:3]).stride()
+    arguments = dict(
+        new_ptr=new, new_stride_t=new_t, new_stride_h=new_h, new_stride_n=new_n, pages_ptr=pages, page_stride=of_page,
+        row_stride=of_row, head_stride=of_head, column_stride=of_column, scale_ptr=scale,
+        scale_stride_page=scale_page, scale_stride_row=scale_row, scale_stride_head=scale_head, slots_ptr=slots,
+        page_size=pages.shape[1], most=largest(pages.dtype), DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        ROUND=pages.dtype == torch.int8,
     )  # fmt: skip
-    arguments = dict(zip(write_kernel.arg_names, values, strict=True))
     with launching_on(new):
         launch(write_kernel, (tokens, heads), arguments)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -184,6 +185,50 @@ def test_large_scores_do_not_overflow(dtype):
     exact, _ = problem.reference(torch.float64)
     eager, _ = problem.reference(dtype)
     assert_within_bound(output, eager, exact)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_tensors_that_are_yet_to_be_negated(trains):
+    """`imag` of a conjugate is a view whose numbers have the other sign."""
+    numbers = torch.randn(1, 2, 9, 16, dtype=torch.complex64, device=DEVICE)
+    lazy = [numbers.conj().imag.requires_grad_(trains) for _ in range(3)]
+    assert lazy[0].is_neg()
+    plain = [each.detach().resolve_neg().clone().requires_grad_(trains) for each in lazy]
+    outputs = [attention(*each, Spans.causal(9, device=DEVICE)) for each in (lazy, plain)]
+    torch.testing.assert_close(*outputs)
+    if trains:
+        gradients = [
+            torch.autograd.grad(*each, torch.ones_like(each[0])) for each in zip(outputs, (lazy, plain), strict=True)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_tensors_without_numbers(trains):
+    """Shapes, strides and dtypes are those of a call with numbers."""
+    query, key = (torch.empty(2, heads, 20, 16, device="meta", requires_grad=trains) for heads in (4, 2))
+    spans = Spans.causal(20, device="meta")
+    output, lse = attention(query, key, key, spans, return_lse=True)
+    assert output.is_meta and output.shape == (2, 4, 20, 16) and output.transpose(1, 2).is_contiguous()
+    assert lse.shape == (2, 4, 20)
+    if trains:
+        (gradient,) = torch.autograd.grad(output.sum(), key)
+        assert gradient.is_meta and gradient.shape == key.shape
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_traced_calls(trains):
+    query, key, value = (tensor(1, 2, 9, 16).requires_grad_(trains) for _ in range(3))
+    spans = Spans.causal(9, device=DEVICE)
+
+    def call(*inputs):
+        return attention(*inputs, spans)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit.trace is deprecated, and warns of every check
+        graph = torch.jit.trace(call, (query, key, value), check_trace=False)
+    others = [tensor(1, 2, 9, 16) for _ in range(3)]
+    assert torch.equal(graph(*others), call(*others))
 
 
 def test_this_process_runs_the_path_it_says():

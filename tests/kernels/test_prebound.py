@@ -448,6 +448,30 @@ def test_gradients_go_the_long_way_where_more_than_autograd_looks(kernels):
 
 
 @recorded
+@pytest.mark.parametrize(("query_len", "key_len"), [(40, 0), (0, 40)])
+def test_empty_gradients_have_their_shapes_again(kernels, query_len, key_len):
+    for _ in range(3):
+        query, key = torch.zeros(2, 4, query_len, 32).half(), torch.zeros(2, 2, key_len, 32).half()
+        leaves = [each.requires_grad_() for each in (query, key, key.clone(), torch.zeros(4))]
+        output = attention(*leaves[:3], sinks=leaves[3])
+        gradients = torch.autograd.grad(output, leaves, torch.zeros_like(output))
+        assert [each.shape for each in gradients] == [each.shape for each in leaves]
+
+
+@recorded
+def test_a_number_that_changes_is_another(kernels):
+    """A tensor of one number is as good as the number, and is no part of what is remembered."""
+    operands, longest = paged_operands(None, True), torch.tensor(3)
+    query, _, _, key, value, _, table, _, _ = operands
+    pages, offsets = PagedCache(key, value, table, torch.tensor([20, 33]).int()), torch.tensor([0, 2, 5]).int()
+    for rows in (3, 200, 3, 200):
+        longest.fill_(rows)
+        paged_attention(query, pages, query_offsets=offsets, max_query_len=longest)
+    tiles = [grid[1] for grid, _, _ in kernels[0].calls]
+    assert tiles[0] == tiles[2] < tiles[1] == tiles[3]
+
+
+@recorded
 def test_a_tensor_that_is_given_twice_is_not_taken_for_one(kernels):
     """Its kind is that of calls with two."""
     query, key, _ = prompts()
@@ -564,3 +588,18 @@ def test_results_over_pages_are_those_without_memory(kernels, given):
     prebound.forget()
     for again, first in zip(results, paged(operands, lengths, **given), strict=True):
         assert torch.equal(again, first)
+
+
+@pytest.mark.skipif(not interpreting(), reason="computes what the recording tests only look at")
+def test_gradients_read_the_spans_that_hooks_give_back(kernels):
+    """Where what is saved is copied, torch does not look whether the original changes."""
+    for _ in range(3):
+        query, key, value, *_, gradient, _ = trained_operands(24)
+        query.requires_grad_()
+        (expected,) = torch.autograd.grad(attention(query, key, value, Spans.causal(24)), query, gradient)
+        spans = Spans.causal(24)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            output = attention(query, key, value, spans)
+            spans.end.sub_(5).clamp_(0)
+            (found,) = torch.autograd.grad(output, query, gradient)
+        assert torch.equal(found, expected)
