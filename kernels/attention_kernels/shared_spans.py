@@ -45,8 +45,10 @@ def window_spans(
 
 def _where(query_len: int, device: torch.device) -> tuple | None:
     """What has to be the same for tensors to be shared, besides what is in them; None where they must not be."""
-    # A compiler, or a mode (of fake tensors, say), has tensors of its own.
-    if query_len > MOST_QUERIES or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    # A compiler, a tracer and a mode (of fake tensors, say) have tensors of their own.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return None
+    if query_len > MOST_QUERIES:
         return None
     inference = torch.is_inference_mode_enabled()
     if device.type == "cpu":

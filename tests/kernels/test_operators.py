@@ -217,9 +217,9 @@ def test_tensors_without_numbers(trains):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_traced_calls(trains):
+@pytest.mark.parametrize("spans", [None, Spans.causal(9, device=DEVICE)])
+def test_traced_calls(trains, spans):
     query, key, value = (tensor(1, 2, 9, 16).requires_grad_(trains) for _ in range(3))
-    spans = Spans.causal(9, device=DEVICE)
 
     def call(*inputs):
         return attention(*inputs, spans)
