@@ -58,9 +58,14 @@ def memory(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 
 
 def token_major_memory(like: Tensor, dim: int | None = None) -> Tensor:
-    """The same for a tensor of the shape of `like`, or of another last dimension, that is stored token by token."""
+    """The same for a tensor of the shape of `like`, or of another last dimension, that is stored token by token.
+
+    No view of another: what a call gives is a tensor of its own, the first time as at any other.
+    """
     batch, heads, tokens, own_dim = like.shape
-    return _noted(like.new_empty(batch, tokens, heads, own_dim if dim is None else dim).transpose(1, 2))
+    dim = own_dim if dim is None else dim
+    strides = max(tokens, 1) * heads * dim, dim, heads * dim, 1
+    return _noted(like.new_empty_strided((batch, heads, tokens, dim), strides))
 
 
 def _noted(tensor: Tensor) -> Tensor:

@@ -448,6 +448,17 @@ def test_gradients_go_the_long_way_where_more_than_autograd_looks(kernels):
 
 
 @recorded
+def test_an_output_is_a_tensor_of_its_own(kernels):
+    """So a change in place is told of in the backward pass, which needs it, whether the call is the first or not."""
+    for _ in range(2):
+        query, key, value = prompts()
+        output = attention(query.requires_grad_(), key, value)
+        output.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@recorded
 @pytest.mark.parametrize(("query_len", "key_len"), [(40, 0), (0, 40)])
 def test_empty_gradients_have_their_shapes_again(kernels, query_len, key_len):
     for _ in range(3):
