@@ -506,7 +506,7 @@ def _launch_backward(
     found = Gradients(*prebound.launched(launch, known_spans, inputs, asked))
     return (
         *found[:3],
-        None if bias is None or found.bias is None else whole_bias_gradient(found.bias, bias),
+        None if found.bias is None else whole_bias_gradient(found.bias, bias),
         sink_gradient(sinks, found.lse2, found.delta) if wants_sinks else None,
     )
 
