@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
 from attention_kernels.shared_spans import window_spans
-from attention_kernels.spans import values_at_hand
+from attention_kernels.spans import is_one_or, values_at_hand
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
@@ -154,7 +154,7 @@ def resolve_mask(
         spans = spans if packed is None else attention_mask.spans_within_documents(packed)
         return spans, attention_mask.holes, None
     fits = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
-    if not fits or any(size not in (1, full) for size, full in zip(attention_mask.shape, scores, strict=True)):
+    if not fits or not all(map(is_one_or, attention_mask.shape, scores)):
         refuse_mask(attention_mask, scores)
     spans = Spans.full(query_len, key_len, device=device)
     if attention_mask.dtype == torch.bool:
@@ -170,7 +170,7 @@ def _spans_without_mask(
     """What a call without a mask means: all keys, or causal; a single query is the newest token and sees all keys."""
     if not is_causal or (query_len == 1 and sliding_window is None):
         return window_spans(query_len, key_len, device=device)
-    if query_len not in (1, key_len):
+    if not is_one_or(query_len, key_len):
         refuse_alignment(query_len, key_len)
     left = None if sliding_window is None else sliding_window - 1
     return window_spans(query_len, key_len, left=left, right=0, device=device)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 from attention_kernels import Spans
-from attention_kernels.spans import is_traced
+from attention_kernels.spans import is_one_or, is_traced
 
 from .reading import Frame, read_spans
 from .support import (
@@ -224,7 +224,9 @@ def span_mask(
     refuse_model(config)
     if isinstance(attention_mask, SpanMask):  # prepared in advance, by `generate` with a static cache for example
         return attention_mask
-    if isinstance(attention_mask, Tensor) and attention_mask.shape[:-1] not in ((1,), (batch_size,)):
+    if isinstance(attention_mask, Tensor) and not (
+        attention_mask.ndim == 2 and is_one_or(attention_mask.shape[0], batch_size)
+    ):
         refuse_padding_mask(attention_mask, batch_size)
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))

@@ -35,10 +35,16 @@ class Frame:
         return self.q_offset - self.kv_offset
 
 
-def read_spans(mask_function: Callable | Recognised, frame: Frame) -> Spans | None:
+def read_spans(mask_function: Callable | Recognised, frame: Frame, documents: Tensor | None = None) -> Spans | None:
     """Spans of one of transformers' own mask functions, or None for a function that is not known to have any.
 
     Every pattern read here holds the row's own position or nothing, so unions touch and need no check.
+
+    Args:
+        mask_function: the function, as it is or as it was recognised.
+        frame: where queries and keys lie.
+        documents: `[batch or 1, tokens]`, numbers of packed documents to which the function is confined by another
+            beside it. Positions that restart in each document can be read only then.
     """
     sizes: dict[str, Any] = {"offset": frame.offset, "device": frame.device}
     lengths = (frame.query_len, frame.key_len)
@@ -62,25 +68,22 @@ def read_spans(mask_function: Callable | Recognised, frame: Frame) -> Spans | No
         return _block_spans(cells["block_sequence_ids"], frame)
     if made_by(mask_function, "packed_sequence_mask_function"):
         return _packed_spans(cells["packed_sequence_mask"], frame)
+    if made_by(mask_function, "remap_positions_for_packed_sequence"):
+        return None if documents is None else _remapped_spans(**cells, documents=documents, frame=frame)
     if made_by(mask_function, "and_masks"):
-        return _read_conjunction(cells["mask_functions"], frame)
+        parts = cells["mask_functions"]
+        documents = _documents_of(parts) if documents is None else documents
+        return _combine([read_spans(part, frame, documents) for part in parts], Spans.__and__)
     if made_by(mask_function, "or_masks"):
-        parts = [read_spans(part, frame) for part in cells["mask_functions"]]
+        parts = [read_spans(part, frame, documents) for part in cells["mask_functions"]]
         return _combine(parts, Spans.union_touching)
     return None
 
 
-def _read_conjunction(parts: Sequence[Callable | Recognised], frame: Frame) -> Spans | None:
-    """Spans of `and_masks(*parts)`; a remapping of positions can be read only beside the packing it belongs to."""
+def _documents_of(parts: Sequence[Callable | Recognised]) -> Tensor | None:
+    """Numbers of the documents to which packing among the parts of a conjunction confines the others."""
     packing = next((part for part in parts if made_by(part, "packed_sequence_mask_function")), None)
-    spans = []
-    for part in parts:
-        if packing is not None and made_by(part, "remap_positions_for_packed_sequence"):
-            documents = closure(packing)["packed_sequence_mask"]
-            spans.append(_remapped_spans(**closure(part), documents=documents, frame=frame))
-        else:
-            spans.append(read_spans(part, frame))
-    return _combine(spans, Spans.__and__)
+    return None if packing is None else closure(packing)["packed_sequence_mask"]
 
 
 def _combine(parts: list[Spans | None], operation: Callable[[Spans, Spans], Spans]) -> Spans | None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from . import sources
 
@@ -68,6 +68,8 @@ def check_keywords(keywords: dict[str, Any], module: torch.nn.Module) -> None:
     """
     for name, value in keywords.items():
         if value is None or value is False or name in IGNORED_KEYWORDS:
+            continue
+        if name == "cache" and isinstance(value, Cache):  # what was `past_key_values` before transformers 5.24
             continue
         if name not in REFUSED_KEYWORDS and _ignored_by_eager(type(module).__module__, name):
             continue

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_kernels.spans import is_one_or
+
 
 def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:
     """What a softmax with sinks leaves to the keys, `[batch, num_heads, query_len, 1]`.
@@ -23,7 +25,7 @@ def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:
         ValueError: `sinks` is not floating point or does not broadcast.
     """
     shape = (*lse.shape, 1)
-    fits = sinks.ndim == 4 and all(size in (1, full) for size, full in zip(sinks.shape, shape, strict=True))
+    fits = sinks.ndim == 4 and all(map(is_one_or, sinks.shape, shape))
     if not fits or not sinks.is_floating_point():
         raise ValueError(
             "my_triton attention: `sinks` must be floating point and broadcast to [batch, num_heads, query_len, 1] = "

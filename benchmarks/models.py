@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from model.checkpoint import docstrings
-from model.modeling_reference import ReferenceForCausalLM
+from model.modeling_reference import CACHE, ReferenceForCausalLM
 from model.training import is_checkpoint
 
 from .measure import ERROR_FACTOR, Call, Effort, Result, brief, dtype_name, interleaved
@@ -131,7 +131,7 @@ def prefill(model: PreTrainedModel, inputs: BatchEncoding) -> Prefilled:
     output = model(
         input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
     )
-    return Prefilled(*best_and_margin(output.logits), mask, output.past_key_values)
+    return Prefilled(*best_and_margin(output.logits), mask, getattr(output, CACHE))
 
 
 def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor, Tensor]:
@@ -147,8 +147,8 @@ def decode(model: PreTrainedModel, state: Prefilled, steps: int) -> tuple[Tensor
             input_ids=state.token,
             attention_mask=state.attention_mask,
             position_ids=positions,
-            past_key_values=state.cache,
             use_cache=True,
+            **{CACHE: state.cache},
         )
         state.token, state.margin = best_and_margin(output.logits)
         tokens.append(state.token)

@@ -21,6 +21,8 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from model.modeling_reference import CACHE
+
 from .cases import DOCUMENT_SHARES, IMAGE_SHARES, Case, Sizes
 
 
@@ -111,8 +113,8 @@ class Problem:
             config=config,
             inputs_embeds=embeddings,
             attention_mask=self.attention_mask,
-            past_key_values=cache,
             position_ids=self.position_ids,
+            **{CACHE: cache},
             **images,
         )
 

@@ -75,7 +75,7 @@ class ReferenceMultimodalConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "my_reference_multimodal"
     sub_configs: ClassVar[dict[str, type]] = {"text_config": ReferenceConfig, "vision_config": ReferenceVisionConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -36,7 +36,7 @@ class ReferenceConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "my_reference"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     # Paths are relative to the base model. Plain "colwise" and "rowwise" are the two styles that transformers, vLLM and
     # SGLang all understand; whatever is not named here is replicated.

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_multimodal import ReferenceMultimodalConfig
-from .modeling_reference import ReferenceModel
+from .modeling_reference import CACHE, ReferenceModel
 from .modeling_vision import ReferenceMultimodalPreTrainedModel, ReferenceVisionModel
 
 
@@ -123,6 +123,7 @@ class ReferenceMultimodalModel(ReferenceMultimodalPreTrainedModel):
         handed in, and not read: they say less than the token ids. A mask that was prepared for each layer type is used
         as it is.
         """
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         for values, grids, names in (
@@ -204,6 +205,7 @@ class ReferenceForConditionalGeneration(ReferenceMultimodalPreTrainedModel, Gene
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as in `ReferenceMultimodalModel.forward`, labels and logits as in `ReferenceForCausalLM`."""
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -227,9 +229,9 @@ class ReferenceForConditionalGeneration(ReferenceMultimodalPreTrainedModel, Gene
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict[str, Any]:

@@ -10,6 +10,8 @@ K key-value heads, D head dim, V vocabulary. Under tensor parallelism H and K ar
 no code below reads a head count from the configuration to shape a tensor.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +25,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_reference import FULL_ATTENTION, SLIDING_ATTENTION, ReferenceConfig
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the cache of keys and values: `past_key_values` before 5.24. Models here take both names.
+
+Before 5.24 `cache` is something else, continuous batching's, which attention functions write to.
+"""
 
 MASK_BUILDERS = {FULL_ATTENTION: create_causal_mask, SLIDING_ATTENTION: create_sliding_window_causal_mask}
 
@@ -124,10 +132,10 @@ class ReferenceAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, E] to [B, T, E], and the attention weights where the attention function returns them."""
+        cache = kwargs.pop(CACHE, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, H, T, D]
@@ -135,8 +143,9 @@ class ReferenceAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, K, T, D]
 
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, D]
+        if cache is not None:
+            # Continuous batching's cache writes to `kwargs` what attention has to know; others do not look at them.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # [B, K, S, D]
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -193,7 +202,7 @@ class ReferencePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReferenceDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -238,14 +247,16 @@ class ReferenceModel(ReferencePreTrainedModel):
         several packed documents that do not see each other. block_sequence_ids [B, T] number the blocks of tokens that
         also see each other backwards, such as those of an image, -1 elsewhere. `last_hidden_state` is [B, T, E].
         """
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
         if block_sequence_ids is not None and past_key_values is not None:
-            block_sequence_ids = nn.functional.pad(block_sequence_ids, (int(seen_tokens), 0), value=-1)
+            seen_tokens = int(past_key_values.get_seq_length())
+            block_sequence_ids = nn.functional.pad(block_sequence_ids, (seen_tokens, 0), value=-1)
         if position_ids is None:
+            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
         # Before a cache is made: beside one, transformers takes position_ids that start anew for a continuation.
@@ -256,9 +267,9 @@ class ReferenceModel(ReferencePreTrainedModel):
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
                     block_sequence_ids=block_sequence_ids,
+                    **{CACHE: past_key_values},
                 )
                 for layer_type in set(self.config.layer_types)
             }
@@ -273,10 +284,10 @@ class ReferenceModel(ReferencePreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
 class ReferenceForCausalLM(ReferencePreTrainedModel, GenerationMixin):
@@ -309,6 +320,7 @@ class ReferenceForCausalLM(ReferencePreTrainedModel, GenerationMixin):
         logits_to_keep is how many positions from the end get logits (0: all of them), or the indices of those that do.
         `logits` is [B, T or positions kept, V].
         """
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -326,9 +338,9 @@ class ReferenceForCausalLM(ReferencePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_multimodal import ReferenceMultimodalConfig, ReferenceVisionConfig
-from .modeling_reference import ReferenceMLP, ReferenceRMSNorm, eager_attention_forward
+from .modeling_reference import CACHE, ReferenceMLP, ReferenceRMSNorm, eager_attention_forward
 
 
 class ReferencePatchEmbedding(nn.Module):
@@ -114,7 +114,7 @@ class ReferenceMultimodalPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReferenceDecoderLayer", "ReferenceVisionLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True

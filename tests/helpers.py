@@ -33,6 +33,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, pytest.param(torch.bfloat16, mark
 EARLIER_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")
 """Whether transformers is earlier than the pinned one. The tests pass with 5.17 too, the oldest that is served."""
 
+EARLIER_THAN_5_24 = Version(transformers.__version__) < Version("5.24")
+"""Whether transformers is earlier than the release that calls every cache `cache`, which layers alone write to."""
+
 GRADIENTS = ("query", "key", "value", "bias", "sinks")
 
 

@@ -9,6 +9,7 @@ into the configurations of one model. No code of transformers is replaced, and n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -74,8 +75,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         support.registered_names.add(name + SUFFIX)
     for config in parts:
         _rename(config, config._attn_implementation + SUFFIX)
-    if model not in _hooks:
-        _hooks[model] = model.register_forward_hook(_check_pass, with_kwargs=True)
+    _add_hooks(model)
     return model
 
 
@@ -85,8 +85,8 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         name = config._attn_implementation
         if name in support.registered_names and name.endswith(SUFFIX):
             _rename(config, name.removesuffix(SUFFIX))
-    if model in _hooks:
-        _hooks.pop(model).remove()
+    for hook in _hooks.pop(model, ()):
+        hook.remove()
     return model
 
 
@@ -133,20 +133,24 @@ def variable_length_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: SpanMask | Tensor | None,
-    *,
-    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """The AttentionInterface function of an enabled model.
 
     Args:
         forward: the registered function that attends.
-        module, query, key, value, attention_mask, kwargs: as for `attention_forward`.
-        cache: continuous batching's cache of all requests, or None elsewhere.
+        module, query, key, value, attention_mask, kwargs: as for `attention_forward`; in a batch also
+            `PREPARED_KEYWORDS`, and continuous batching's `cache` of all requests where attention is to write to it.
+
+    Raises:
+        ValueError: continuous batching was told to keep its cache by block tables.
+        RuntimeError: a batch is being computed, and the model does not say so to this layer.
     """
-    if cache is None:
-        return forward(module, query, key, value, attention_mask, **kwargs)
-    return _paged_forward(forward, module, query, key, value, cache, kwargs)
+    if kwargs.get("write_index") is not None or kwargs.get("block_table") is not None:
+        return _paged_forward(forward, module, query, key, value, kwargs)
+    if not torch.compiler.is_compiling() and _cache_in_use() is not None:
+        _refuse_model(type(module).__name__, "is not told of the requests in a batch")
+    return forward(module, query, key, value, attention_mask, **kwargs)
 
 
 # The cache writes into views of its own tensors, which compilers handle by copying all of it.
@@ -157,10 +161,9 @@ def _paged_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cache: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """Write the new keys and values to the cache, and attend to what the cache has of the same requests.
+    """Attend to what the cache has of the same requests, after the new keys and values were written to it.
 
     The requests lie behind one another, in a batch of one. Their keys are gathered by the cache; pages are not read in
     place. A mask that the model may have built knows nothing of the cache, and is ignored.
@@ -174,8 +177,14 @@ def _paged_forward(
     query_offsets = kwargs.pop("cu_seq_lens_q")
     for name in UNUSED_KEYWORDS:
         kwargs.pop(name, None)
+    cache = kwargs.pop("cache", None)
+    cache = _cache_in_use() if cache is None else cache
+    if cache is None:
+        _refuse_transformers("a batch is computed by another model than the one that was enabled")
     layer_idx: Any = module.layer_idx
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer_idx, kwargs=prepared)
+    # Before transformers 5.24 attention wrote to the cache; since then layers do, which leaves them their own lengths.
+    if isinstance(prepared["cu_seq_lens_k"], dict):
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer_idx, kwargs=prepared)
     spans = _shared_spans(
         cache, layer_idx, query_offsets, prepared["cu_seq_lens_k"], (query.shape[2], key.shape[2]),
         _window(cache, layer_idx, kwargs.pop("sliding_window", None)),
@@ -249,20 +258,64 @@ def _shared_spans(
     return spans
 
 
-_hooks: WeakKeyDictionary[PreTrainedModel, RemovableHandle] = WeakKeyDictionary()
+# ---------------------------------------------------------------------- passes
+
+_hooks: WeakKeyDictionary[PreTrainedModel, list[RemovableHandle]] = WeakKeyDictionary()
+_in_use = threading.local()
+"""`cache`: of the pass that this thread is computing. Layers that write to it do not hand it on to attention."""
+
+
+def _add_hooks(model: PreTrainedModel) -> None:
+    if model not in _hooks:
+        _hooks[model] = [
+            model.register_forward_pre_hook(_begin_pass, with_kwargs=True),
+            model.register_forward_hook(_check_pass, with_kwargs=True),
+            model.register_forward_hook(_end_pass, with_kwargs=True, always_call=True),
+        ]
+
+
+def _batch_cache(kwargs: dict[str, Any]) -> Any:
+    """Continuous batching's cache among a model's arguments, or None: since 5.24 every cache goes by this name."""
+    cache = kwargs.get("cache")
+    return cache if hasattr(cache, "layer_to_allocator") else None
+
+
+def _cache_in_use() -> Any:
+    return getattr(_in_use, "cache", None)
+
+
+@torch.compiler.disable
+def _use(cache: Any) -> None:
+    _in_use.cache = cache
+
+
+def _begin_pass(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _batch_cache(kwargs)
+    if cache is not None:
+        _use(cache)
 
 
 def _check_pass(model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """End a forward pass: refuse its result if the cache went into the model and never arrived at an attention layer.
+    """Refuse the result of a pass if the cache went into the model and never arrived at an attention layer.
 
-    Such a layer sees the newest tokens alone, and nothing else would tell.
+    Such a layer sees the newest tokens alone. In compiled code nothing else would tell.
     """
-    cache = kwargs.get("cache")
-    if cache is not None and _shared.pop(cache, None) is None:
-        raise RuntimeError(
-            f"my_triton attention: {type(model).__name__} does not hand `cache` on to its attention layers, so that "
-            "continuous batching cannot work with it, whatever the implementation; use `model.generate`"
-        )
+    cache = _batch_cache(kwargs)
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    if cache is not None and _shared.pop(cache, None) is None and name in support.registered_names:
+        _refuse_model(type(model).__name__, "does not hand `cache` on to its attention layers")
+
+
+def _end_pass(model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if _batch_cache(kwargs) is not None:
+        _use(None)
+
+
+def _refuse_model(name: str, reason: str) -> NoReturn:
+    raise RuntimeError(
+        f"my_triton attention: {name} {reason}, so that continuous batching cannot work with it, whatever the "
+        "implementation; use `model.generate`"
+    )
 
 
 # ---------------------------------------------------------------------- models

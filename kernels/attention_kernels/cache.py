@@ -19,7 +19,7 @@ from . import gathered, prebound
 from .configs import unsupported_dtype
 from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
-from .spans import Spans
+from .spans import Spans, is_one_or
 
 MAX_PAGE_SIZE = 256
 
@@ -298,7 +298,7 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether a tensor of this shape can be expanded to the other."""
     own = (1,) * (len(to) - len(shape)) + tuple(shape)
-    return len(own) == len(to) and all(size in (1, full) for size, full in zip(own, to, strict=True))
+    return len(own) == len(to) and all(map(is_one_or, own, to))
 
 
 def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
@@ -307,8 +307,8 @@ def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _check_spans(spans: Spans, query: Tensor, cache: PagedCache) -> None:
-    fits = spans.query_len == query.shape[2] and spans.key_len == cache.key_len and spans.batch in (1, query.shape[0])
-    if not fits or spans.key_mask is not None:
+    fits = (spans.query_len, spans.key_len) == (query.shape[2], cache.key_len)
+    if not fits or not is_one_or(spans.batch, query.shape[0]) or spans.key_mask is not None:
         raise ValueError(
             f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, of a "
             f"batch of {query.shape[0]} or 1, without hidden keys, got {spans!r}; leave it out for causal attention"

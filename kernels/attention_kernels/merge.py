@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .blockwise import accumulator
 from .operators import attention, cast_for_autocast
-from .spans import Spans
+from .spans import Spans, is_one_or
 
 
 def merge_states(outputs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def _check_prefix(
         )
     if prefix_spans is None:
         return
-    if prefix_spans.query_len != query.shape[2] or prefix_spans.batch not in (1, query.shape[0]):
+    if prefix_spans.query_len != query.shape[2] or not is_one_or(prefix_spans.batch, query.shape[0]):
         raise ValueError(
             f"cascade_attention: `prefix_spans` is for batch {prefix_spans.batch} and {prefix_spans.query_len} "
             f"queries, but `query` has batch {query.shape[0]} and {query.shape[2]} queries; build it for their lengths"

@@ -19,7 +19,7 @@ from .blockwise import remembered
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .shared_spans import window_spans
-from .spans import Spans
+from .spans import Spans, is_one_or
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
                 f"{[str(each.device) for each in named.values()]}; move them to one"
             )
     batch = max(tensor.shape[0] for tensor in named.values())
-    if any(tensor.shape[0] not in (1, batch) for tensor in named.values()):
+    if not all(is_one_or(tensor.shape[0], batch) for tensor in named.values()):
         raise ValueError(
             f"attention: batch sizes must be equal or 1, got {[tensor.shape[0] for tensor in named.values()]}"
         )
@@ -279,7 +279,7 @@ def _checked_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
     (batch, _, query_len, _), key_len = query.shape, key.shape[2]
     if spans is None:
         return Spans.full(query_len, key_len, device=query.device)
-    if (spans.query_len, spans.key_len) != (query_len, key_len) or spans.batch not in (1, batch):
+    if (spans.query_len, spans.key_len) != (query_len, key_len) or not is_one_or(spans.batch, batch):
         raise ValueError(
             f"attention: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} keys, but "
             f"the tensors have batch {batch}, {query_len} queries and {key_len} keys; build it for their lengths"
@@ -299,7 +299,7 @@ def _on_scores(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> 
             f"`{name}` of {tensor.dtype}"
         )
     scores, shape = (*query.shape[:3], key.shape[2]), (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
-    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, scores, strict=True)):
+    if len(shape) != 4 or not all(map(is_one_or, shape, scores)):
         raise ValueError(
             f"attention: `{name}` of shape {list(tensor.shape)} does not broadcast to [batch, num_heads, query_len, "
             f"key_len] = {list(scores)}; slice or expand it"

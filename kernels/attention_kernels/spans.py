@@ -66,7 +66,7 @@ class Spans:
 
     def __post_init__(self) -> None:
         for name, tensor in (("start", self.start), ("end", self.end)):
-            if tensor.ndim != 2 or tensor.shape[1] not in (1, self.query_len) or tensor.dtype != torch.int32:
+            if tensor.ndim != 2 or not is_one_or(tensor.shape[1], self.query_len) or tensor.dtype != torch.int32:
                 raise ValueError(
                     f"Spans: `{name}` must be int32 of shape [batch or 1, {self.query_len} or 1], got "
                     f"{tensor.dtype} {list(tensor.shape)}; build spans with a constructor such as Spans.causal"
@@ -84,7 +84,7 @@ class Spans:
                 f"{list(self.key_mask.shape)}; build it with Spans.padded"
             )
         sizes = [tensor.shape[0] for tensor in (self.start, self.end, self.key_mask) if tensor is not None]
-        if any(size not in (1, max(sizes)) for size in sizes):
+        if not all(is_one_or(size, max(sizes)) for size in sizes):
             raise ValueError(
                 f"Spans: `start`, `end` and `key_mask` must have one batch or a batch of 1, got {sizes}; slice or "
                 "expand them"
@@ -480,6 +480,14 @@ class Spans:
         start, end = (bound[:1].expand(shape)[0, rows, None] for bound in (self.start, self.end))
         dense = (keys >= start) & (keys < end)
         return dense if self.key_mask is None else dense & self.key_mask[:1][:, keys]
+
+
+def is_one_or(size: int, full: int) -> bool:
+    """Whether a dimension can be expanded to `full`.
+
+    Not as `size in (1, full)`: torch.compile takes a number for no member of a tuple that holds a symbolic size.
+    """
+    return size == 1 or size == full
 
 
 def is_traced(tensor: Tensor) -> bool:

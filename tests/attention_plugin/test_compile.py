@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from transformers import CompileConfig, masking_utils
-from transformers.models.codegen import modeling_codegen
+from transformers.models.bloom import modeling_bloom
 
 import attention_plugin
 from attention_kernels import Spans, attention
@@ -137,6 +137,16 @@ def test_dynamic_lengths_compile_once_without_gradients():
         assert_close({"logits": actual}, {"logits": run(pair.eager, inputs(kind, tokens))})
 
 
+@pytest.mark.parametrize("symbolic", ["input_ids", "attention_mask"])
+@torch.no_grad()
+def test_one_symbolic_length_beside_a_known_one(symbolic: str):
+    """As compilers make them of what has changed since the last call. It is found equal to the other all the same."""
+    pair, arguments = models("llama"), inputs("left-padded", 17)
+    torch._dynamo.maybe_mark_dynamic(arguments[symbolic], 1)
+    actual = run(torch.compile(pair.ours, backend="aot_eager", fullgraph=True), arguments)
+    torch.testing.assert_close(actual, run(pair.eager, arguments), rtol=0, atol=1e-4)
+
+
 @pytest.mark.exhaustive  # minutes of compiling on a slow machine
 def test_inductor():
     pair = models("one layer")
@@ -192,9 +202,15 @@ def mask_functions(tokens: int) -> dict[str, Callable[[], Callable]]:
         "no window": lambda: window(0),
         "sliding both ways": lambda: masking_utils.sliding_window_bidirectional_mask_function(3),
         "chunked": lambda: masking_utils.chunked_causal_mask_function(4, pads),
-        "packed": lambda: masking_utils.packed_sequence_compatibility_function(window(3), positions, documents),
-        "packed bidirectional": lambda: masking_utils.packed_sequence_compatibility_function(
-            masking_utils.sliding_window_bidirectional_mask_function(2), positions, documents
+        "packed": lambda: masking_utils.and_masks(
+            masking_utils.remap_positions_for_packed_sequence(window(3), positions),
+            masking_utils.packed_sequence_mask_function(documents),
+        ),
+        "packed bidirectional": lambda: masking_utils.and_masks(
+            masking_utils.remap_positions_for_packed_sequence(
+                masking_utils.sliding_window_bidirectional_mask_function(2), positions
+            ),
+            masking_utils.packed_sequence_mask_function(documents),
         ),
         "blocks": lambda: masking_utils.or_masks(causal, masking_utils.blockwise_overlay(blocks)),
         "blocks that come back": lambda: masking_utils.or_masks(causal, masking_utils.blockwise_overlay(returning)),
@@ -207,7 +223,7 @@ def mask_functions(tokens: int) -> dict[str, Callable[[], Callable]]:
     }
 
 
-REMAPS = hasattr(masking_utils, "packed_sequence_compatibility_function")
+REMAPS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 KINDS = [kind for kind in mask_functions(12) if REMAPS or not kind.startswith("packed")]
 
 
@@ -255,7 +271,7 @@ def test_known_functions_are_read_while_tracing(kind: str, is_spans: bool):
 
 
 def test_a_model_that_computes_attention_itself_is_refused_while_tracing():
-    config = modeling_codegen.CodeGenConfig()
+    config = modeling_bloom.BloomConfig()
 
     def mask(tokens: Tensor) -> Tensor:
         return tokens + attention_plugin.span_mask(1, 4, 4, config=config).spans.end

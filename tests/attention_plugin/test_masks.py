@@ -21,6 +21,7 @@ from attention_plugin import SpanMask, attention_forward, span_mask
 from attention_plugin import masks as masks_module
 from attention_plugin.attention import resolve_mask
 from attention_plugin.masks import Frame, document_ids, read_spans
+from model.modeling_reference import CACHE
 
 # Fresh cases on every run; a failure prints the decorator that reproduces it.
 PROPERTY = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
@@ -127,7 +128,7 @@ class Case:
             "config": make_config(implementation, window=self.window, chunk=self.chunk, layer_types=self.layer_types),
             "inputs_embeds": torch.zeros(self.batch, self.query_len, 1),
             "attention_mask": self.attention_mask,
-            "past_key_values": self.past,
+            CACHE: self.past,
             "or_mask_function": self.or_function,
             "and_mask_function": self.and_function,
         }
@@ -301,9 +302,7 @@ def test_masks_for_generate_of_uniform_models(data, layer):
         for name in {"sliding_window", "attention_chunk_size"} - {layer}:
             setattr(config, name, None)
         built.append(
-            masking_utils.create_masks_for_generate(
-                config, torch.zeros(batch, query_len, 1), attention_mask, past_key_values=None
-            )
+            masking_utils.create_masks_for_generate(config, torch.zeros(batch, query_len, 1), attention_mask, None)
         )
     assert_same(built[1], built[0] == 0)
 
@@ -357,16 +356,19 @@ def mask_functions(draw, batch: int, tokens: int, depth: int = 3) -> Callable:
         return masking_utils.and_masks(*draw(st.lists(inner, min_size=1, max_size=3)))
     if kind == 8:
         return masking_utils.or_masks(*draw(st.lists(inner, min_size=1, max_size=3)))
-    return packed_function(draw(inner), draw(positions_of(documents)), documents)
+    blocks = documents if draw(st.booleans()) else None
+    return packed_function(draw(inner), draw(positions_of(documents)), documents, blocks)
 
 
-def packed_function(function: Callable, positions: Tensor, documents: Tensor) -> Callable:
-    """A mask function between the tokens of each document, as transformers packs it.
+def packed_function(function: Callable, positions: Tensor, documents: Tensor, blocks: Tensor | None = None) -> Callable:
+    """A mask function between the tokens of each document, as transformers packs it, united with blocks or not.
 
     Earlier than transformers 5.23 it is one of the places in the row, whatever the positions in the documents.
     """
-    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
-        return masking_utils.packed_sequence_compatibility_function(function, positions, documents)
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        function = masking_utils.remap_positions_for_packed_sequence(function, positions)
+    if blocks is not None:
+        function = masking_utils.or_masks(function, masking_utils.blockwise_overlay(blocks))
     return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
 
 
@@ -406,7 +408,8 @@ def test_functions_that_packing_wraps(data):
     }
     function = functions[data.draw(st.sampled_from(sorted(functions)))]
     positions = data.draw(positions_of(documents))
-    packed = packed_function(function, positions, documents)
+    blocks = data.draw(st.one_of(st.none(), block_sequence_ids(batch, tokens)))
+    packed = packed_function(function, positions, documents, blocks)
     dense = masking_utils.sdpa_mask(batch, tokens, tokens, mask_function=packed, allow_is_causal_skip=False)
     assert_same(span_mask(batch, tokens, tokens, mask_function=packed), dense)
 
@@ -451,9 +454,7 @@ def test_decoder_made_bidirectional_by_its_config(pattern: str):
     for implementation in ("sdpa", "my_triton"):
         config = make_config(implementation)
         config.is_causal = False
-        dense_and_ours.append(
-            BUILDERS[pattern](config, torch.zeros(2, 9, 1), None, past_key_values=None, allow_is_causal_skip=False)
-        )
+        dense_and_ours.append(BUILDERS[pattern](config, torch.zeros(2, 9, 1), None, None, allow_is_causal_skip=False))
     assert_same(dense_and_ours[1], dense_and_ours[0])
     assert dense_and_ours[1].to_dense()[0, 0, 0, 1]
 
@@ -469,11 +470,11 @@ def test_masks_live_where_their_tokens_do():
 def test_prepared_masks_come_back():
     """`generate` with a static cache prepares masks, then hands them to the model as its attention mask."""
     config = make_config("my_triton")
-    prepared = masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), None, past_key_values=None)
-    again = masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), prepared, past_key_values=None)
+    prepared = masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), None, None)
+    again = masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), prepared, None)
     assert again is prepared
     dense = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    assert masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), dense, past_key_values=None) is dense
+    assert masking_utils.create_causal_mask(config, torch.zeros(1, 4, 1), dense, None) is dense
 
 
 def test_windows_that_hide_the_own_key_are_evaluated():
@@ -619,7 +620,7 @@ def test_a_long_mask_is_small():
     config = make_config("my_triton")
     embeddings = torch.zeros(1, 32768, 1)
     with LargestTensor() as largest:
-        mask = masking_utils.create_causal_mask(config, embeddings, attention_mask, past_key_values=None)
+        mask = masking_utils.create_causal_mask(config, embeddings, attention_mask, None)
     assert mask.spans.nbytes < 1_000_000
     assert largest.bytes <= 8 * 32768  # no temporary is larger than an int64 for each token
     assert mask.spans.start.shape == (1, 1) or mask.spans.start.shape == (1, 32768)
@@ -645,9 +646,7 @@ def test_packed_positions_beside_a_2d_mask_keep_documents_apart(lengths: list[in
     query, key, value = torch.randn(3, 1, 4, tokens, 8).unbind()
     layer = torch.nn.Module().eval()
     config = make_config("my_triton")
-    mask = masking_utils.create_causal_mask(
-        config, torch.zeros(1, tokens, 1), attended, past_key_values=None, position_ids=positions
-    )
+    mask = masking_utils.create_causal_mask(config, torch.zeros(1, tokens, 1), attended, None, position_ids=positions)
     output, _ = attention_forward(layer, query, key, value, mask, position_ids=positions)
     begin = left
     for length in lengths:

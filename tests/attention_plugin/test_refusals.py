@@ -24,6 +24,8 @@ from attention_kernels import Spans, attention, configs, operators
 from attention_plugin import SpanMask, attention_forward, sources, span_mask, support
 from attention_plugin.weights import AbsentWeights
 
+from helpers import EARLIER_THAN_5_24
+
 BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 6, 8
 EAGER = 'attn_implementation="eager"'
 
@@ -622,6 +624,8 @@ SELF_COMPUTING: dict[str, dict[str, Any]] = {
     },
     "xglm": {"d_model": 16, "ffn_dim": 16, "num_layers": 1, "attention_heads": 2, "max_position_embeddings": 32},
 }  # fmt: skip
+if not EARLIER_THAN_5_24:  # which leave it to the interface since
+    del SELF_COMPUTING["gptj"], SELF_COMPUTING["codegen"]
 
 
 def self_computing(model_type: str, implementation: str) -> Any:

@@ -60,6 +60,7 @@ WHOLE = {"PixtralVisionModel"}
 
 # Their layers take [1, tokens, hidden_size].
 BATCH_FIRST = {
+    "HYV4VLVisionAttention",
     "HunYuanVLVisionAttention",
     "MiniCPMOcrVisionAttention",
     "MiniCPMV4_6VisionAttention",
@@ -162,7 +163,7 @@ def test_every_gated_layer(name: str, calls: list[bool]):
         arguments["position_embeddings"] = (angles.cos(), angles.sin())
     if "max_seqlen" in accepted:
         arguments["max_seqlen"] = max(LENGTHS)
-    if name == "HunYuanVLVisionAttention":  # hands on what its tower passes
+    if name in ("HunYuanVLVisionAttention", "HYV4VLVisionAttention"):  # hand on what their towers pass
         arguments["attention_mask"] = None
     batch_first = name in BATCH_FIRST
     outputs = {}

@@ -17,6 +17,7 @@ from attention_plugin.masks import SpanMask
 from model import modeling_vision, squares
 from model.configuration_multimodal import ReferenceMultimodalConfig, ReferenceVisionConfig
 from model.modeling_multimodal import ReferenceForConditionalGeneration, runs_of
+from model.modeling_reference import CACHE
 from model.multimodal_checkpoint import batch_of, build_processor, multimodal_config
 from model.processing_reference import ReferenceProcessor
 
@@ -130,8 +131,8 @@ def test_the_mask_of_images_is_read_as_spans(
             config=model.config.text_config,
             inputs_embeds=torch.empty(*ids.shape, 1),
             attention_mask=inputs["attention_mask"],
-            past_key_values=None,
             block_sequence_ids=blocks,
+            **{CACHE: None},
         )
         masks[implementation] = create_causal_mask(**arguments), create_sliding_window_causal_mask(**arguments)
     for ours, theirs in zip(*masks.values(), strict=True):
@@ -176,10 +177,10 @@ def test_a_second_image_may_follow_a_cached_conversation(
             input_ids=ids[:, tokens],
             image_grid_thw=inputs["image_grid_thw"][images],
             pixel_values=inputs["pixel_values"][rows],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
-        cache = outputs.past_key_values
+        cache = getattr(outputs, CACHE)
         logits.append(outputs.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, **TOLERANCE)
 

@@ -157,6 +157,16 @@ OVERRIDES = {
             for layer_type in ("sliding_attention", "full_attention")
         }
     },
+    # Layers that run once, layers that run twice with a cache for each time, layers that run once.
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    # Part of a head turns, and the default is more than these heads have.
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
     # The window is half of `local_attention`.
     "modernbert-decoder": {"local_attention": 2 * SLIDING_WINDOW},
     # The adapter of a language is chosen in the config when the input does not name one.
