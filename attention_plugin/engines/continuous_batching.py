@@ -295,14 +295,15 @@ def _begin_pass(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> No
         _use(cache)
 
 
-def _check_pass(model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _check_pass(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Refuse the result of a pass if the cache went into the model and never arrived at an attention layer.
 
     Such a layer sees the newest tokens alone. In compiled code nothing else would tell.
     """
     cache = _batch_cache(kwargs)
-    name = model.config.get_text_config(decoder=True)._attn_implementation
-    if cache is not None and _shared.pop(cache, None) is None and name in support.registered_names:
+    if cache is None or _shared.pop(cache, None) is not None:
+        return
+    if model.config.get_text_config(decoder=True)._attn_implementation in support.registered_names:
         _refuse_model(type(model).__name__, "does not hand `cache` on to its attention layers")
 
 

@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import model as model_package
 from model import modeling_reference
 from model.configuration_reference import ReferenceConfig
-from model.modeling_reference import ReferenceForCausalLM, ReferenceModel, ReferenceRMSNorm
+from model.modeling_reference import CACHE, ReferenceForCausalLM, ReferenceModel, ReferenceRMSNorm
+
+from helpers import EARLIER_TRANSFORMERS
 
 TOKENS = 12
 WINDOW = 5
@@ -110,6 +118,34 @@ def gradients(model: ReferenceForCausalLM) -> list[torch.Tensor]:
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="earlier ones hand the cache of a batch over in another way")
+@pytest.mark.parametrize("implementation", ["paged|eager", "sdpa"])
+def test_continuous_batching_gives_the_tokens_of_generate(implementation: str) -> None:
+    """Layers write to the cache of a batch since transformers 5.24, and attention does before."""
+    model, prompts = small_model("eager"), [random_ids(1, length)[0].tolist() for length in (3, 20, 1, 11)]
+    greedy = GenerationConfig(max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        expected.append(tokens[0, len(prompt) :].tolist())
+    model.set_attn_implementation(implementation)
+    small = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32, use_cuda_graph=False)
+    outputs = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small).values()
+    assert [list(output.generated_tokens) for output in outputs] == expected
+
+
+@pytest.mark.parametrize("name", ["past_key_values", CACHE])
+def test_the_cache_may_be_given_by_either_name(name: str) -> None:
+    model, ids = small_model(), random_ids()
+    cache = DynamicCache(config=model.config)
+    first = model(ids[:, :7], use_cache=True, **{name: cache})
+    assert getattr(first, CACHE) is cache
+    second = model(ids[:, 7:], use_cache=True, **{name: cache})
+    logits = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(logits, model(ids).logits, **TOLERANCE)
 
 
 def test_gradients_agree_with_and_without_checkpointing() -> None:
