@@ -36,6 +36,8 @@ BUILDERS = {
 BIDIRECTIONAL = ("bidirectional", "bidirectional_sliding")
 CHUNKS_HAVE_BLOCKS = "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
 """Earlier than transformers 5.23 chunked masks know no blocks, and `generate` cannot build them at all."""
+REMAPS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+"""Earlier, a mask of packed documents is one of the places in the row, whatever the positions in the documents."""
 
 
 def make_config(implementation: str, *, window: int = 4, chunk: int = 4, layer_types: list[str] | None = None):
@@ -102,7 +104,7 @@ class Case:
         """Whether the mask consists of transformers' own functions, and of blocks that are one run of tokens each."""
         users_own = self.or_function in USERS_OWN or self.and_function in USERS_OWN
         # transformers does not remap the positions of a union that packing wraps in a way that can be read.
-        packed_union = self.or_function is not None and self.packed
+        packed_union = REMAPS and self.or_function is not None and self.packed
         return not users_own and not packed_union and not self.blocks_recur
 
     @property
@@ -361,11 +363,8 @@ def mask_functions(draw, batch: int, tokens: int, depth: int = 3) -> Callable:
 
 
 def packed_function(function: Callable, positions: Tensor, documents: Tensor, blocks: Tensor | None = None) -> Callable:
-    """A mask function between the tokens of each document, as transformers packs it, united with blocks or not.
-
-    Earlier than transformers 5.23 it is one of the places in the row, whatever the positions in the documents.
-    """
-    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+    """A mask function between the tokens of each document, as transformers packs it, united with blocks or not."""
+    if REMAPS:
         function = masking_utils.remap_positions_for_packed_sequence(function, positions)
     if blocks is not None:
         function = masking_utils.or_masks(function, masking_utils.blockwise_overlay(blocks))

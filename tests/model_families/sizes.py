@@ -164,6 +164,8 @@ OVERRIDES = {
         "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    # The sides of a box are embedded in parts of the hidden size.
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32, "patch_size": 16},
     # Part of a head turns, and the default is more than these heads have.
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},

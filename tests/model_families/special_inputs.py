@@ -144,6 +144,18 @@ INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "LayoutLMForMaskedLM": lambda model: {
         "input_ids": tokens(BATCH, 13), "bbox": (30 * _boxes(BATCH, 13)).long(), "attention_mask": _ones(BATCH, 13),
     },
+    **dict.fromkeys(
+        (
+            "LayoutLMv3ForQuestionAnswering",
+            "LayoutLMv3ForSequenceClassification",
+            "LayoutLMv3ForTokenClassification",
+            "LayoutLMv3Model",
+        ),
+        lambda model: {
+            "input_ids": tokens(BATCH, 13), "bbox": (30 * _boxes(BATCH, 13)).long(), "attention_mask": _ones(BATCH, 13),
+            "pixel_values": noise(BATCH, 3, 32, 32),
+        },
+    ),
     "PPOCRV5ServerRecForTextRecognition": lambda model: {
         "pixel_values": noise(BATCH, 3, 96, 256), "output_hidden_states": True,
     },
