@@ -28,12 +28,12 @@ from transformers.utils import generic
 import attention_plugin
 from attention_kernels import attention_reference
 from attention_plugin import support
-from attention_plugin.engines import continuous_batching
+from attention_plugin.engines import batched_attention, continuous_batching, flash_gates
 
 from helpers import DEVICE, EARLIER_THAN_5_24, assert_within_bound
 from tiny_models import VOCAB_SIZE, build
 
-if Version(transformers.__version__) < Version(continuous_batching.MINIMUM_VERSION):
+if Version(transformers.__version__) < Version(flash_gates.MINIMUM_VERSION):
     pytest.skip("continuous batching is served from a later transformers on", allow_module_level=True)
 
 NEW_TOKENS = 12
@@ -59,14 +59,14 @@ def unregister() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, keys) of each call to attention over the paged cache."""
     seen: list[tuple[int, int]] = []
-    built = continuous_batching.request_spans
+    built = batched_attention.request_spans
 
     def counting(*args: Any):
         spans = built(*args)
         seen.append((spans.query_len, spans.key_len))
         return spans
 
-    monkeypatch.setattr(continuous_batching, "request_spans", counting)
+    monkeypatch.setattr(batched_attention, "request_spans", counting)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_request_spans(window: int | None):
     dense = torch.full((query_len, key_len), torch.finfo(torch.float32).min)
     # A window of 1 stands for none there.
     batching_utils.build_attention_mask(dense, query_offsets.tolist(), key_offsets.tolist(), window or 1)
-    spans = continuous_batching.request_spans(query_offsets, key_offsets, query_len, key_len, window)
+    spans = batched_attention.request_spans(query_offsets, key_offsets, query_len, key_len, window)
     assert torch.equal(spans.to_dense()[0], dense == 0)
 
 
@@ -176,13 +176,13 @@ def test_shared_prefix(page_size: int, monkeypatch: pytest.MonkeyPatch):
     ours, eager = tiny_pair("llama")
     prompts = random_prompts([4, 9, 1, 6, 3], shared=64)
     processed = []
-    prepared = continuous_batching._paged_forward
+    prepared = batched_attention._paged_forward
 
     def counting(forward: Callable, module: Any, query: torch.Tensor, *rest: Any):
         processed.append(query.shape[2] if module.layer_idx == 0 else 0)
         return prepared(forward, module, query, *rest)
 
-    monkeypatch.setattr(continuous_batching, "_paged_forward", counting)
+    monkeypatch.setattr(batched_attention, "_paged_forward", counting)
     options = {"page_size": page_size, "num_blocks": 512 // page_size, "max_batch_tokens": 80}
     expected = one_by_one(eager, prompts)
     tokens_processed = {}
@@ -226,7 +226,7 @@ def test_one_call_a_layer(monkeypatch: pytest.MonkeyPatch):
     """Requests are attended to together, with spans shared by the layers that see alike, and no dense mask."""
     ours, _ = tiny_pair("gemma2")
     attended, built = [], []
-    plain, spans = attention_plugin.attention_forward, continuous_batching.request_spans
+    plain, spans = attention_plugin.attention_forward, batched_attention.request_spans
 
     def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
         assert isinstance(mask, attention_plugin.SpanMask) and mask.holes is None
@@ -234,7 +234,7 @@ def test_one_call_a_layer(monkeypatch: pytest.MonkeyPatch):
         return plain(module, query, key, value, mask, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "my_triton", attend)
-    monkeypatch.setattr(continuous_batching, "request_spans", lambda *args: built.append(args[-1]) or spans(*args))
+    monkeypatch.setattr(batched_attention, "request_spans", lambda *args: built.append(args[-1]) or spans(*args))
     attention_plugin.enable_continuous_batching(attention_plugin.disable_continuous_batching(ours))
     ours.generate_batch(random_prompts([5, 9, 2]), **settings())
     layers = ours.config.num_hidden_layers
@@ -249,7 +249,7 @@ def test_the_same_offsets_twice():
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
 
     def shared(layer_idx: int):
-        return continuous_batching._shared_spans(requests, layer_idx, offsets, offsets, (5, 5), None)
+        return batched_attention._shared_spans(requests, layer_idx, offsets, offsets, (5, 5), None)
 
     first = shared(0)
     assert shared(1) is first
@@ -293,7 +293,7 @@ def test_attention_over_the_cache(passed: int | None):
 
     module = torch.nn.Module().eval()
     module.layer_idx = 0
-    output, weights = continuous_batching.variable_length_forward(
+    output, weights = batched_attention.variable_length_forward(
         attention_plugin.attention_forward, module, query, key[:, :, :5], value[:, :, :5], None,
         cache=Cache(), scaling=0.2, softcap=3.0, s_aux=sinks, sliding_window=passed, is_causal=True, dropout=0.0,
         cu_seq_lens_q=query_offsets, cu_seq_lens_k={"sliding_attention": key_offsets}, max_length_q=4,
@@ -404,6 +404,16 @@ def test_compiled_models_that_keep_the_cache_back():
     assert all("does not hand `cache` on to its attention layers" in output.error for output in outputs.values())
 
 
+def test_a_batch_for_a_part_of_the_enabled_model():
+    """Which is not told of the cache in use."""
+    tensors, offsets = torch.randn(3, 1, 2, 4, 8).unbind(), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="outside of a pass of the model that was enabled; pass the model that"):
+        batched_attention.variable_length_forward(
+            attention_plugin.attention_forward, torch.nn.Module().eval(), *tensors, None,
+            write_index=[], read_index=[], cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
+        )  # fmt: skip
+
+
 def test_hooks_are_taken_back():
     ours, _ = tiny_pair("llama")
     assert ours._forward_hooks and ours._forward_pre_hooks
@@ -423,7 +433,7 @@ def test_a_failed_pass_leaves_nothing_behind():
 def test_block_tables():
     module = torch.nn.Module().eval()
     with pytest.raises(ValueError, match=r"`block_table` .*max_blocks_per_request=0"):
-        continuous_batching.variable_length_forward(
+        batched_attention.variable_length_forward(
             attention_plugin.attention_forward, module, *torch.randn(3, 1, 2, 4, 8).unbind(), None,
             block_table=torch.zeros(1, 1, 1), cu_seq_lens_q=None,
         )  # fmt: skip
@@ -494,7 +504,7 @@ class OtherCache:
 MOVED = {
     # The plugin's own reference: when all tests are collected together, this file's is another module object.
     "version": (
-        continuous_batching.transformers,
+        flash_gates.transformers,
         "__version__",
         "5.22.1",
         "transformers 5.22.1 .* needs transformers 5.23",

@@ -17,11 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 import attention_plugin
 from attention_plugin import support
-from attention_plugin.engines import continuous_batching
+from attention_plugin.engines import flash_gates
 
 from tiny_models import build
 
-if Version(transformers.__version__) < Version(continuous_batching.MINIMUM_VERSION):
+if Version(transformers.__version__) < Version(flash_gates.MINIMUM_VERSION):
     pytest.skip("the call that enables it needs a later transformers", allow_module_level=True)
 
 TOLERANCE = 1e-5

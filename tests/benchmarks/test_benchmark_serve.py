@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from attention_plugin.engines.continuous_batching import MINIMUM_VERSION
+from attention_plugin.engines.flash_gates import MINIMUM_VERSION
 from benchmarks import __main__ as runner
 from benchmarks import measure, serve
 
