@@ -697,6 +697,38 @@ def test_what_blind_rows_hold_reaches_no_gradient(poison, tokens, softcap):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("wanted", [("query",), ("key", "value"), ("query", "key", "value")])
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_a_hidden_key_without_bound_reaches_no_gradient(tokens, wanted):
+    """Its scores are -Inf in all rows, as is right: no NaN tells of it before weights of 0 are multiplied by it."""
+    torch.manual_seed(0)
+    operands = {name: torch.rand(1, 4, tokens, 16) for name in ("query", "key", "value")}
+    mask, grad = torch.ones(1, 1, tokens, tokens, dtype=torch.bool), torch.randn(1, 4, tokens, 16)
+    mask[..., 20] = False
+
+    def gradients():
+        leaves = {name: each.clone().requires_grad_(name in wanted) for name, each in operands.items()}
+        output = attention(**leaves, mask=mask)
+        return torch.autograd.grad(output, [leaves[name] for name in wanted], grad)
+
+    clean = gradients()
+    operands["key"][:, :, 20] = -math.inf
+    for actual, expected in zip(gradients(), clean, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 16)])
+@pytest.mark.parametrize("tokens", [7, 60, 300, 700])
+def test_gradients_are_stored_token_by_token(tokens, dims, heads):
+    """Whichever part of them was all of them: compilers were told so."""
+    shapes = [(2, heads[0], tokens, dims[0]), (2, heads[1], tokens, dims[0]), (2, heads[1], tokens, dims[1])]
+    leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+    output = attention(*leaves, Spans.causal(tokens))
+    for gradient in torch.autograd.grad(output, leaves, torch.randn_like(output)):
+        assert gradient.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_autocast_rounds_nothing_inside(softcap):
     """It casts the operands of `attention`, and no product of float32 that follows from them."""

@@ -25,45 +25,46 @@ FEW_KEYS = 32
 FEW_SCORES = 1 << 18
 """Scores of a sequence, over all heads, up to which gradients are written out."""
 
+GRADIENT_SCORES = 1 << 18
+"""Scores whose gradients are written out at once, over all heads: there are several tensors of them at a time."""
+
 Five = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Gradients of query, key, value, bias and sinks; None where not wanted."""
 
 
-@dataclass(frozen=True)
 class Gradients:
-    """What the backward pass adds up, in the accumulator's dtype or wider; None where not wanted."""
+    """What the backward pass adds up, in the accumulator's dtype or wider; None where not wanted, or nothing was added.
 
-    query: Tensor | None
-    key: Tensor | None
-    value: Tensor | None
-    bias: Tensor | None
-    sinks: Tensor | None
+    Gradients of query, key and value are stored token by token, as the output is. One element of a bias or of the sinks
+    may stand for millions of scores: those are float64.
+    """
 
-    @staticmethod
-    def zeros(
-        problem: Problem, wants_query: bool, wants_key_value: bool, wants_bias: bool, wants_sinks: bool
-    ) -> Gradients:
-        """What to add to. One element of a bias or of the sinks may stand for millions of scores: those are float64.
-
-        Gradients of query, key and value are stored token by token, as the output is.
-        """
+    def __init__(
+        self, problem: Problem, wants_query: bool, wants_key_value: bool, wants_bias: bool, wants_sinks: bool
+    ) -> None:
+        self.query: Tensor | None = None
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+        self.wants_query, self.wants_key_value = wants_query, wants_key_value
+        self._problem = problem
         wide = accumulator(problem.query.dtype)
         widest = torch.float64 if problem.query.device.type == "cpu" else wide  # not every device has it
-
-        def token_major(tensor: Tensor, wanted: bool) -> Tensor | None:
-            batch, heads, tokens, dim = tensor.shape
-            return tensor.new_zeros(batch, tokens, heads, dim, dtype=wide).transpose(1, 2) if wanted else None
-
-        def plain(tensor: Tensor | None, wanted: bool) -> Tensor | None:
-            return tensor.new_zeros(tensor.shape, dtype=widest) if tensor is not None and wanted else None
-
-        return Gradients(
-            token_major(problem.query, wants_query),
-            token_major(problem.key, wants_key_value),
-            token_major(problem.value, wants_key_value),
-            plain(problem.bias, wants_bias),
-            plain(problem.sinks, wants_sinks),
+        self.bias, self.sinks = (
+            tensor.new_zeros(tensor.shape, dtype=widest) if tensor is not None and wanted else None
+            for tensor, wanted in ((problem.bias, wants_bias), (problem.sinks, wants_sinks))
         )
+
+    def add_query(self, elements: slice, rows: slice, part: Tensor) -> None:
+        """Add `[batch, num_heads, rows, head_dim]`, a tensor that nobody else has."""
+        self.query = _sum(self.query, elements, rows, part, self._problem.query)
+
+    def add_key(self, elements: slice, keys: slice, part: Tensor) -> None:
+        """Add `[batch, num_kv_heads, keys, head_dim]`, a tensor that nobody else has."""
+        self.key = _sum(self.key, elements, keys, part, self._problem.key)
+
+    def add_value(self, elements: slice, keys: slice, part: Tensor) -> None:
+        """Add `[batch, num_kv_heads, keys, value_dim]`, a tensor that nobody else has."""
+        self.value = _sum(self.value, elements, keys, part, self._problem.value)
 
     def tainted(self, elements: slice) -> bool:
         """Whether NaN has come to gradients of these batch elements."""
@@ -75,16 +76,36 @@ class Gradients:
             if total is not None:
                 total[elements] = 0
 
-    def rounded(self, problem: Problem) -> Five:
+    def rounded(self) -> Five:
         """Gradients of query, key, value, bias and sinks in the dtypes of those."""
+        problem = self._problem
 
-        def like(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-            return None if total is None or tensor is None else total.to(tensor.dtype)
+        def like(total: Tensor | None, tensor: Tensor, wanted: bool) -> Tensor | None:
+            total = _zeros(tensor) if total is None and wanted else total
+            return None if total is None else total.to(tensor.dtype)
 
         return (
-            like(self.query, problem.query), like(self.key, problem.key), like(self.value, problem.value),
-            like(self.bias, problem.bias), like(self.sinks, problem.sinks),
-        )  # fmt: skip
+            like(self.query, problem.query, self.wants_query),
+            like(self.key, problem.key, self.wants_key_value),
+            like(self.value, problem.value, self.wants_key_value),
+            None if self.bias is None or problem.bias is None else self.bias.to(problem.bias.dtype),
+            None if self.sinks is None or problem.sinks is None else self.sinks.to(problem.sinks.dtype),
+        )
+
+
+def _sum(total: Tensor | None, elements: slice, tokens: slice, part: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a tensor after a part of it was added: the part itself, where that is all of it."""
+    if total is None and part.shape == like.shape:
+        return part.transpose(1, 2).contiguous().transpose(1, 2)
+    total = _zeros(like) if total is None else total
+    total[elements, :, tokens] += part
+    return total
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """A gradient of 0 in the accumulator's dtype, stored token by token."""
+    batch, heads, tokens, dim = like.shape
+    return like.new_zeros(batch, tokens, heads, dim, dtype=accumulator(like.dtype)).transpose(1, 2)
 
 
 def backward(
@@ -103,11 +124,11 @@ def backward(
 
     `output`, `lse` and `rounding` are what `attend.forward` returned.
     """
-    gradients = Gradients.zeros(problem, wants_query, wants_key_value, wants_bias, wants_sinks)
+    gradients = Gradients(problem, wants_query, wants_key_value, wants_bias, wants_sinks)
     call = Call(problem, output, lse, rounding, grad_output, grad_lse, gradients)
     with torch.autocast(problem.query.device.type, enabled=False):  # or products of float32 would be rounded to 16 bits
         add_all(call)
-    return gradients.rounded(problem)
+    return gradients.rounded()
 
 
 def add_all(call: Call) -> None:
@@ -163,6 +184,13 @@ class Call:
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         return replace(self, problem=problem, output=output, lse=lse, grad_output=self.grad_output.to(wide))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but a softmax of scores, with something added to them or not."""
+        problem = self.problem
+        extras = problem.softcap, problem.dropout_seed, problem.sinks, self.gradients.bias, self.grad_lse
+        return all(extra is None for extra in extras)
+
     @cached_property
     def widened(self) -> Problem:
         """The problem with keys and values as the written-out chain rule takes them.
@@ -201,7 +229,9 @@ def add_written_out(call: Call, group: Group) -> None:
             # Rows that see no key have their sink alone, whose weight is 1.
             call.gradients.sinks.add_(call.grad_lse[group.elements, :, rows].to(call.gradients.sinks.dtype).sum((0, 2)))
     for piece in group.pieces:
-        for elements, few in narrow_pieces(call.problem, group.elements, piece):
+        for elements, few in narrow_pieces(call.problem, group.elements, piece, GRADIENT_SCORES):
+            if call.is_plain and _add_plain_rows(call.problem.widened, elements, few, call.grad_output, call.gradients):
+                continue
             _add_rows(call.widened, elements, few, call.grad_output, call.grad_lse, call.gradients)
 
 
@@ -217,7 +247,9 @@ def _add_piece(
     """Add a piece's gradients. Given the whole row's output and log-sum-exp, the fused backward yields its share."""
     query, key, value = piece_operands(problem, elements, piece)
     group_size = query.shape[1] // key.shape[1]
-    wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
+    wide_key, wide_value = key, value
+    if group_size > 1:
+        wide_key, wide_value = (tensor.repeat_interleave(group_size, 1) for tensor in (key, value))
     place = (elements, slice(None), piece.rows)
     query, wide_key, wide_value, part, grad = equal_dims(query, wide_key, wide_value, output[place], grad_output[place])
     added = None
@@ -225,14 +257,42 @@ def _add_piece(
         rows = piece.rows.stop - piece.rows.start
         added = four_dimensional(additive_mask(problem, elements, piece, query.dtype), rows, piece)
     parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad.contiguous(), query, wide_key, wide_value, part.contiguous(), lse[place].contiguous(), 0.0,
-        piece.kind == "causal", attn_mask=added, scale=problem.scale,
+        grad, query, wide_key, wide_value, part, lse[place], 0.0, piece.kind == "causal", attn_mask=added,
+        scale=problem.scale,
     )  # fmt: skip
-    if gradients.query is not None:
-        gradients.query[place] += parts[0][..., : problem.query.shape[-1]]
-    for total, part in ((gradients.key, parts[1]), (gradients.value, parts[2])):
-        if total is not None:
-            total[elements, :, piece.keys] += part[..., : total.shape[-1]].unflatten(1, (-1, group_size)).sum(2)
+    grad_query, grad_key, grad_value = parts
+    if gradients.wants_query:
+        gradients.add_query(elements, piece.rows, grad_query[..., : problem.query.shape[-1]])
+    if gradients.wants_key_value:
+        if group_size > 1:
+            grad_key, grad_value = (part.unflatten(1, (-1, group_size)).sum(2) for part in (grad_key, grad_value))
+        gradients.add_key(elements, piece.keys, grad_key[..., : key.shape[-1]])
+        gradients.add_value(elements, piece.keys, grad_value[..., : value.shape[-1]])
+
+
+def _add_plain_rows(problem: Problem, elements: slice, piece: Piece, grad_output: Tensor, gradients: Gradients) -> bool:
+    """As `_add_rows` where a softmax has nothing but scores, by torch's own softmax and the gradient of that.
+
+    Nothing is added where that made NaN, which may not be the row's own. Returns whether it was added.
+    """
+    query, key, value = piece_operands(problem, elements, piece)
+    place = (elements, slice(None), piece.rows)
+    grad, query = grad_output[place].to(key.dtype), query * problem.scale
+    scores = per_group(query, key.transpose(-1, -2))
+    added = additive_mask(problem, elements, piece, scores.dtype)
+    weights = torch.softmax(scores if added is None else scores.add_(added), -1)
+    grad_weights = per_group(grad, value.transpose(-1, -2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    # A product passes NaN on, and makes NaN of a hidden key that is Inf.
+    grad_query = per_group(grad_scores, key).mul_(problem.scale) if gradients.wants_query else None
+    if has_nan(grad_scores if grad_query is None else grad_query):
+        return False
+    if grad_query is not None:
+        gradients.add_query(elements, piece.rows, grad_query)
+    if gradients.wants_key_value:
+        gradients.add_key(elements, piece.keys, over_group(grad_scores, query, key.shape[1]))
+        gradients.add_value(elements, piece.keys, over_group(weights, grad, value.shape[1]))
+    return True
 
 
 def _add_rows(
@@ -254,9 +314,9 @@ def _add_rows(
         query, grad = query.masked_fill(blind, 0.0), grad.masked_fill(blind, 0.0)
     weights, sink_weights = _softmax(scores, largest, problem.sinks)
     factor = dropout_factor(problem, elements, piece)
-    if gradients.value is not None:
+    if gradients.wants_key_value:
         kept = weights if factor is None else weights * factor
-        gradients.value[elements, :, piece.keys] += over_group(kept, grad, value.shape[1])
+        gradients.add_value(elements, piece.keys, over_group(kept, grad, value.shape[1]))
     grad_scores = per_group(grad, value.transpose(-1, -2))
     if factor is not None:
         grad_scores.mul_(factor)
@@ -272,10 +332,11 @@ def _add_rows(
         total += grad_scores.to(total.dtype).sum_to_size(total.shape)
     if slope is not None:
         grad_scores.mul_(slope)
-    if gradients.query is not None:
-        gradients.query[place] = per_group(grad_scores, finite_or_zero(key)).mul_(problem.scale)
-    if gradients.key is not None:
-        gradients.key[elements, :, piece.keys] += over_group(grad_scores, query * problem.scale, key.shape[1])
+    if gradients.wants_query:
+        part = per_group(grad_scores, finite_or_zero(key)).mul_(problem.scale)
+        gradients.add_query(elements, piece.rows, part)
+    if gradients.wants_key_value:
+        gradients.add_key(elements, piece.keys, over_group(grad_scores, query * problem.scale, key.shape[1]))
 
 
 def _softmax(scores: Tensor, largest: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .pieces import Piece
+from .pieces import Piece, Plan
 from .problem import Problem, has_nan
 
 KEPT_SCORES = 1 << 21
@@ -55,14 +55,11 @@ def additive_mask(
         return torch.where(visible, bias, -math.inf) if problem.bias is not None and has_nan(added) else added
     if piece.kind == "all" or is_square(piece):
         return None
+    plan = problem.plan(fused=problem.fused)
+    tile_masks = plan.tile_masks
     pattern: tuple = (dtype, repeats, piece.kind, piece.shape)
     if piece.kind == "masked":
-        start, end = torch.broadcast_tensors(
-            *(_rows(bound, elements, piece.rows) for bound in (problem.start, problem.end))
-        )
-        relative = (torch.stack((start, end)) - piece.keys.start).cpu().numpy()
-        pattern += (relative.shape, relative.tobytes())
-    tile_masks = problem.plan(fused=problem.fused).tile_masks
+        pattern += _seen_by_tile(problem, plan, elements, piece)
     mask = tile_masks.get(pattern)
     if mask is None:
         if piece.kind == "masked":
@@ -75,6 +72,18 @@ def additive_mask(
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
         tile_masks[pattern] = mask
     return mask
+
+
+def _seen_by_tile(problem: Problem, plan: Plan, elements: slice, piece: Piece) -> tuple:
+    """What the rows of a masked piece see relative to it, as shape and bytes."""
+    rows, keys = piece.rows, piece.keys
+    place = (elements.start, elements.stop, rows.start, rows.stop, keys.start, keys.stop)
+    seen = plan.seen_by_tiles.get(place)
+    if seen is None:
+        bounds = torch.broadcast_tensors(*(_rows(bound, elements, rows) for bound in (problem.start, problem.end)))
+        relative = (torch.stack(bounds) - keys.start).cpu().numpy()
+        seen = plan.seen_by_tiles[place] = (relative.shape, relative.tobytes())
+    return seen
 
 
 def visible_by_kind(piece: Piece, device: torch.device) -> Tensor:

@@ -123,11 +123,13 @@ class Plan:
         groups: the batch, in parts that share a mask.
         tile_masks: the additive masks of the last tiles, by dtype, size, and what the rows see relative to the tile.
             All tiles of a sliding window share one, and so do all layers of a model.
+        seen_by_tiles: what that is, by place of the tile.
         token_parts: what `tokens` makes of the groups.
     """
 
     groups: list[Group]
     tile_masks: dict[tuple, Tensor] = field(default_factory=dict)
+    seen_by_tiles: dict[tuple[int, ...], tuple] = field(default_factory=dict)
     token_parts: dict[tuple, list] = field(default_factory=dict)
 
     @cached_property

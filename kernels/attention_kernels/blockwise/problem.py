@@ -52,6 +52,17 @@ class Problem:
 
     def plan(self, *, fused: bool) -> Plan:
         """How its batch is computed. What is written out has all keys of a row in one piece."""
+        return self._fused_plan if fused else self._written_out_plan
+
+    @cached_property
+    def _fused_plan(self) -> Plan:
+        return self._plan(fused=True)
+
+    @cached_property
+    def _written_out_plan(self) -> Plan:
+        return self._plan(fused=False)
+
+    def _plan(self, *, fused: bool) -> Plan:
         batch, query_len = self.query.shape[0], self.query.shape[2]
         tiles_only = self.has_tiles or not fused
         # A bias is there already; a mask is made for each tile, and small ones keep memory small.

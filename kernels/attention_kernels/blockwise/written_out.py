@@ -93,15 +93,17 @@ def dropout_factor(problem: Problem, elements: slice, piece: Piece) -> Tensor | 
     return keep.to(accumulator(problem.query.dtype)).mul_(threshold_and_scale(problem.dropout_p)[1])
 
 
-def narrow_pieces(problem: Problem, elements: slice, piece: Piece) -> Iterator[tuple[slice, Piece]]:
-    """The piece for fewer batch elements and rows at a time, so that its scores over all heads fit TILE_SCORES.
+def narrow_pieces(
+    problem: Problem, elements: slice, piece: Piece, most_scores: int = TILE_SCORES
+) -> Iterator[tuple[slice, Piece]]:
+    """The piece for fewer batch elements and rows at a time, so that its scores over all heads are no more than that.
 
     How rows are cut does not depend on the number of elements: a sequence's sums must not depend on its neighbours.
     """
     batch, num_heads = problem.query.shape[:2]
     scores_per_row = max(1, num_heads * (piece.keys.stop - piece.keys.start))
-    step = max(1, TILE_SCORES // scores_per_row)
-    together = max(1, TILE_SCORES // (scores_per_row * max(1, min(step, piece.rows.stop - piece.rows.start))))
+    step = max(1, most_scores // scores_per_row)
+    together = max(1, most_scores // (scores_per_row * max(1, min(step, piece.rows.stop - piece.rows.start))))
     first, last, _ = elements.indices(batch)
     for element in range(first, last, together):
         for row in range(piece.rows.start, piece.rows.stop, step):
@@ -127,4 +129,5 @@ def over_group(left: Tensor, right: Tensor, num_kv_heads: int) -> Tensor:
 
     One sum for each head and then their sum is more exact than one long sum.
     """
-    return (left.transpose(-1, -2) @ right).unflatten(1, (num_kv_heads, -1)).sum(2)
+    product = left.transpose(-1, -2) @ right
+    return product if product.shape[1] == num_kv_heads else product.unflatten(1, (num_kv_heads, -1)).sum(2)
