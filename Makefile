@@ -67,10 +67,12 @@ test-engines: $(STAMP) $(CHECKPOINT)/tokenizer.json checkpoints/multimodal/token
 # What another release of transformers may move: masks, caches, batches, what is refused, and the reference models under it.
 TRANSFORMERS ?= 5.24.0
 TRANSFORMERS_TESTS ?= tests/attention_plugin tests/model tests/examples tests/benchmarks
-test-transformers: $(STAMP)
-	test -d $(VENV)-transformers-$(TRANSFORMERS) || $(BIN)/python -m pip install --quiet --no-deps \
-		--target $(VENV)-transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(CURDIR)/$(VENV)-transformers-$(TRANSFORMERS) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(TRANSFORMERS_TESTS)
+OTHER := $(VENV)-transformers-$(TRANSFORMERS)
+test-transformers: $(OTHER)
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(TRANSFORMERS_TESTS)
+
+$(OTHER): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(TRANSFORMERS)
 
 # Every model family of transformers against eager; a quarter of them with the Triton kernels in the interpreter.
 test-models: $(STAMP)
