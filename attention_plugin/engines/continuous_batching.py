@@ -9,6 +9,7 @@ into the configurations of one model. No code of transformers is replaced, and n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -77,7 +78,7 @@ def serve(model: str, *, name: str = "my_triton", **options: Any) -> Any:
     """Start `transformers serve` for one model, with continuous batching and this attention.
 
     The command itself knows no other implementations than those of transformers, and loads the model on its own; so
-    what it has loaded is switched over. It returns once the server runs, in a thread that keeps the process alive.
+    what it has loaded is switched over. It returns once the server listens, in a thread that keeps the process alive.
 
     Args:
         model: what to serve, as for `transformers serve`.
@@ -88,7 +89,7 @@ def serve(model: str, *, name: str = "my_triton", **options: Any) -> Any:
         The `Serve` object, whose `kill_server()` ends it.
 
     Raises:
-        ValueError, RuntimeError: as for `enable`. The server is stopped.
+        ValueError, RuntimeError: as for `enable`; or it ended before it listened. The server is stopped.
     """
     from transformers.cli.serve import Serve
 
@@ -97,13 +98,29 @@ def serve(model: str, *, name: str = "my_triton", **options: Any) -> Any:
         manager = getattr(server, "_model_manager", None)
         if manager is None or not hasattr(manager, "loaded_models"):
             refuse_transformers("`transformers serve` keeps the models it has loaded elsewhere")
-        for loaded in manager.loaded_models.values():
-            loaded.model.set_attn_implementation(name)
-            enable(loaded.model)
+        # Before it listens, or the first requests might be answered without. One that ended has dropped its models.
+        for loaded_model in [loaded.model for loaded in list(manager.loaded_models.values())]:
+            if loaded_model is not None:
+                loaded_model.set_attn_implementation(name)
+                enable(loaded_model)
+        _wait_until_it_listens(server)
     except Exception:
         server.kill_server()
         raise
     return server
+
+
+def _wait_until_it_listens(server: Any) -> None:
+    """The server of `Serve`, uvicorn's, listens some time after its thread has begun."""
+    if not hasattr(server, "_thread") or not hasattr(getattr(server, "server", None), "started"):
+        refuse_transformers("`transformers serve` keeps its web server elsewhere")
+    while not server.server.started:
+        if not server._thread.is_alive():
+            raise RuntimeError(
+                "attention_plugin: `transformers serve` ended before it listened; its log says why. Where the port is "
+                "in use, pass another `port`"
+            )
+        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------- models

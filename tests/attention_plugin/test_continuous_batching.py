@@ -3,6 +3,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -443,9 +444,10 @@ def test_block_tables():
 
 
 class Serve:
-    """Stands for `transformers.cli.serve.Serve`, which needs a web server that the tests do not bring."""
+    """Stands for `transformers.cli.serve.Serve` where models without weights on disk will do, or it is to fail."""
 
     def __init__(self, **options: Any):
+        self.server, self._thread = SimpleNamespace(started=True), threading.current_thread()
         self.options = options
         self.killed = False
         SERVERS.append(self)
@@ -480,6 +482,20 @@ def test_serving(servers: list[Serve]):
 def test_serving_a_model_that_cannot_use_it(servers: list[Serve]):
     with pytest.raises(ValueError, match="chunked attention"):
         continuous_batching.serve("llama4_text")
+    assert servers[0].killed
+
+
+@pytest.mark.parametrize("gone", ["server", "_thread"])
+def test_a_web_server_elsewhere(servers: list[Serve], monkeypatch: pytest.MonkeyPatch, gone: str):
+    started = Serve.__init__
+
+    def without(self: Serve, **options: Any):
+        started(self, **options)
+        delattr(self, gone)
+
+    monkeypatch.setattr(Serve, "__init__", without)
+    with pytest.raises(RuntimeError, match="keeps its web server elsewhere"):
+        continuous_batching.serve("llama")
     assert servers[0].killed
 
 
