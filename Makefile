@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-transformers models lint clean
+.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-transformers other-transformers models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -70,6 +70,8 @@ TRANSFORMERS_TESTS ?= tests/attention_plugin tests/model tests/examples tests/be
 OTHER := $(VENV)-transformers-$(TRANSFORMERS)
 test-transformers: $(OTHER)
 	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(TRANSFORMERS_TESTS)
+
+other-transformers: $(OTHER)
 
 $(OTHER): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(TRANSFORMERS)

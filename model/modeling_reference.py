@@ -241,11 +241,12 @@ class ReferenceModel(ReferencePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Run every layer.
 
-        input_ids [B, T] or inputs_embeds [B, T, E], exactly one of them, else `ValueError`. attention_mask is None, or
-        [B, S] with 1 for a token and 0 for padding, or a prepared mask per layer type. position_ids [B or 1, T]
-        continue the cache when None; where they start anew within a row, and attention_mask is None, the row holds
-        several packed documents that do not see each other. block_sequence_ids [B, T] number the blocks of tokens that
-        also see each other backwards, such as those of an image, -1 elsewhere. `last_hidden_state` is [B, T, E].
+        input_ids [B, T] or inputs_embeds [B, T, E], exactly one of them, else `ValueError`. past_key_values may be
+        given as `CACHE` as well, and is returned by that name. attention_mask is None, or [B, S] with 1 for a token and
+        0 for padding, or a prepared mask per layer type. position_ids [B or 1, T] continue the cache when None; where
+        they start anew within a row, and attention_mask is None, the row holds several packed documents that do not see
+        each other. block_sequence_ids [B, T] number the blocks of tokens that also see each other backwards, such as
+        those of an image, -1 elsewhere. `last_hidden_state` is [B, T, E].
         """
         past_key_values = kwargs.pop(CACHE, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):

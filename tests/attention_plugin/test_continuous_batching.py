@@ -415,6 +415,14 @@ def test_a_batch_for_a_part_of_the_enabled_model():
         )  # fmt: skip
 
 
+def test_an_enabled_model_may_be_set_to_another_attention():
+    """Then no layer of this attention waits for the cache, as where only a vision tower has it."""
+    ours, eager = tiny_pair("llama")
+    ours.set_attn_implementation("sdpa")
+    prompts = random_prompts([3, 9])
+    assert batched(ours, prompts) == one_by_one(eager, prompts)
+
+
 def test_hooks_are_taken_back():
     ours, _ = tiny_pair("llama")
     assert ours._forward_hooks and ours._forward_pre_hooks

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from attention_kernels import Spans, attention, configs, operators
@@ -74,7 +74,8 @@ def test_every_refused_keyword_is_refused_and_every_ignored_one_passes():
         with raises(ValueError, f"`{name}`"):
             call(**{name: torch.ones(1)})
     expected, _ = attention_forward(torch.nn.Module().eval(), *(fixed := tensors()), span_mask(BATCH, TOKENS, TOKENS))
-    ignored = {name: torch.ones(1) for name in support.IGNORED_KEYWORDS}
+    ignored: dict[str, Any] = {name: torch.ones(1) for name in support.IGNORED_KEYWORDS}
+    ignored["cache"] = DynamicCache()  # as `past_key_values`, whose name it is since transformers 5.24
     output, _ = attention_forward(torch.nn.Module().eval(), *fixed, span_mask(BATCH, TOKENS, TOKENS), **ignored)
     assert torch.equal(output, expected)
     assert not support.IGNORED_KEYWORDS & support.REFUSED_KEYWORDS.keys()
