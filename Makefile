@@ -27,7 +27,7 @@ bench-ci-save: $(STAMP)
 GPU_PYTHON ?= python3
 gpu-report:
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks gpu-report
-# Needs no GPU: compiles every tile shape for every chip, and draws the tables of docs/compile-report.md.
+# Needs no GPU: compiles every 16-bit tile shape for every chip, and draws the tables of docs/compile-report.md.
 compile-report: $(STAMP)
 	$(BIN)/python -m attention_plugin compile-report --dtype bfloat16 --jobs 2 --write docs/compile-report.md
 

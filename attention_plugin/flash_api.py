@@ -2,7 +2,7 @@
 """The functions of the flash-attn package, for code that was written for it.
 
 Names, signatures, layouts and meanings are those of flash-attn 2.8 (Dao, "FlashAttention-2", 2023;
-`flash_attn/flash_attn_interface.py`). What differs: float32 and float64 are served too, as is any head dim up to 576; a
+`flash_attn/flash_attn_interface.py`). What differs: float32 and float64 are served too, as is any head dim up to 512; a
 row that sees no key has the log-sum-exp -inf (there +inf) beside its output of 0; the same bits come back every time,
 so `deterministic` changes nothing; the log-sum-exp has gradients. What is not served is refused by name.
 """
@@ -483,7 +483,8 @@ def _checked_slopes(name: str, slopes: Tensor, sequences: int, q: Tensor) -> Ten
     if tuple(slopes.shape) not in shapes or not slopes.is_floating_point() or slopes.device != q.device:
         raise ValueError(
             f"{name}: `alibi_slopes` must be floating point of shape [num_heads] = [{num_heads}] or [batch, num_heads] "
-            f"= {list(shapes[1])} on {q.device}, got {slopes.dtype} {list(slopes.shape)} on {slopes.device}"
+            f"= {list(shapes[1])} on {q.device}, got {slopes.dtype} {list(slopes.shape)} on {slopes.device}; give a "
+            "slope for each query head"
         )
     return slopes.to(torch.promote_types(q.dtype, torch.float32)).reshape(-1, num_heads)
 
@@ -551,7 +552,8 @@ def _cache_lengths(name: str, seqlens: int | Tensor | None, q: Tensor, capacity:
         if seqlens.shape != q.shape[:1] or seqlens.is_floating_point() or seqlens.device != q.device:
             raise ValueError(
                 f"{name}: `cache_seqlens` must be a number or integers of shape [batch] = [{q.shape[0]}] on "
-                f"{q.device}, got {seqlens.dtype} {list(seqlens.shape)} on {seqlens.device}"
+                f"{q.device}, got {seqlens.dtype} {list(seqlens.shape)} on {seqlens.device}; count the tokens that are "
+                "in the cache before the call"
             )
         lengths = seqlens.to(torch.int32)
         if not values_at_hand(seqlens) or not seqlens.numel():
@@ -592,7 +594,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, before: Tensor, interleaved: bo
 def _check_dims(name: str, tensors: dict[str, Tensor], layout: str) -> None:
     for argument, tensor in tensors.items():
         if tensor.ndim != layout.count(",") + 1:
-            raise ValueError(f"{name}: `{argument}` must be {layout}, got {list(tensor.shape)}")
+            raise ValueError(f"{name}: `{argument}` must be {layout}, got {list(tensor.shape)}; reshape it")
 
 
 def _unpacked(name: str, argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
@@ -618,7 +620,8 @@ def _check_offsets(name: str, q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Ten
         if wrong or offsets.ndim != 1 or offsets.numel() < 2 or offsets.shape != cu_seqlens_q.shape:
             raise ValueError(
                 f"{name}: `{argument}` must be int32 of shape [sequences + 1] on {q.device}, the same for queries and "
-                f"keys, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}"
+                f"keys, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; it is 0 and the running sum of "
+                "the lengths"
             )
 
 
@@ -674,7 +677,8 @@ def _check_cache_arguments(
         if k.shape[:2] != v.shape[:2] or k.shape[0] != q.shape[0] or k.dtype != q.dtype:
             raise ValueError(
                 f"{name}: `k` and `v` must be [batch, seqlen_new, heads, head_dim] with the batch and dtype of `q`, "
-                f"{q.shape[0]} and {q.dtype}, got {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
+                f"{q.shape[0]} and {q.dtype}, got {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}; leave both "
+                "out where the cache has them already"
             )
         if cache_seqlens is None:
             raise ValueError(f"{name}: `k` needs `cache_seqlens`, got None; pass the tokens already in the cache")
@@ -684,7 +688,7 @@ def _check_cache_arguments(
         if index is not None and (index.shape != q.shape[:1] or index.is_floating_point()):
             raise ValueError(
                 f"{name}: `{argument}` must be integers of shape [batch] = [{q.shape[0]}], got {index.dtype} "
-                f"{list(index.shape)}"
+                f"{list(index.shape)}; give one number for each sequence"
             )
     if block_table is not None:
         for argument, value in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):

@@ -197,6 +197,7 @@ def span_mask(
     config: Any = None,
     dtype: torch.dtype = torch.float32,
     allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> SpanMask | Tensor | None:
     """The mask that transformers asks for, as spans. Registered in `AttentionMaskInterface`.
@@ -212,6 +213,7 @@ def span_mask(
         config: the model's configuration; used to refuse models that compute attention themselves.
         dtype: of the additive mask that eager attention would be given.
         allow_is_bidirectional_skip: whether no mask is needed where everything is visible.
+        local_size: keys of the window or chunk that `mask_function` stands for, if it does.
         kwargs: what transformers hands to other implementations.
 
     Raises:
@@ -230,8 +232,9 @@ def span_mask(
         refuse_padding_mask(attention_mask, batch_size)
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
-    wide = mask_function is masking_utils.bidirectional_mask_function or kv_length < (kwargs.get("local_size") or 0)
-    everything = allow_is_bidirectional_skip and attention_mask is None and wide
+    # A window that is wider than there are keys hides none of them.
+    shows_all = mask_function is masking_utils.bidirectional_mask_function or kv_length < (local_size or 0)
+    everything = allow_is_bidirectional_skip and attention_mask is None and shows_all
     mask.batch_size, mask.everything = batch_size, everything
     if config is None or not may_compute_with_masks(config):
         return mask

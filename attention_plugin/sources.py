@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -32,6 +33,24 @@ def source(module_name: str) -> str | None:
 @lru_cache
 def _tree(module_name: str) -> ast.Module:
     return ast.parse(source(module_name) or "")
+
+
+@lru_cache
+def layer_calls_interface(layer: Any) -> bool:
+    """Whether the forward method of a class of layers is seen to call it."""
+    try:
+        return INTERFACE.search(inspect.getsource(layer.forward)) is not None
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
+@lru_cache
+def gathers_weights_by_hand(module_name: str) -> bool:
+    """Whether models of a file gather attention weights as `all_attentions + (weights,)`, without transformers' hooks.
+
+    Whether their layers are told that weights are wanted then depends on the file.
+    """
+    return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", source(module_name) or "") is not None
 
 
 def calls_interface(module_name: str) -> bool:

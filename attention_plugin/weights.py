@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 
+from . import sources
 from .support import log_once, refuse_absent_weights
 
 try:
@@ -64,7 +61,7 @@ def weights_wanted(module: torch.nn.Module, output_attentions: bool | None) -> b
 
 def absent_weights(module: torch.nn.Module, output_attentions: bool | None) -> AbsentWeights | None:
     """What to return in place of weights that nobody seems to want: None, where that can be known."""
-    if output_attentions is None and not torch.compiler.is_compiling() and _swallows_wish(type(module).__module__):
+    if output_attentions is None and not torch.compiler.is_compiling() and _gathers_by_hand(module):
         return AbsentWeights()
     return None
 
@@ -82,21 +79,12 @@ def _collected_around_compiler(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks) and torch.compiler.disable(_collects_attentions)()  # nor can the hooks
 
 
+def _gathers_by_hand(module: torch.nn.Module) -> bool:
+    return sources.gathers_weights_by_hand(type(module).__module__)
+
+
 def _set_where_it_counts(module: torch.nn.Module) -> bool:
     """Whether the configuration asks for weights in a model that hands them out itself."""
-    if not _swallows_wish(type(module).__module__):
+    if not _gathers_by_hand(module):
         return False
     return bool(getattr(getattr(module, "config", None), "output_attentions", False))
-
-
-@lru_cache
-def _swallows_wish(module_name: str) -> bool:
-    """Whether a modeling file gathers the weights by hand, as `all_attentions + (weights,)`.
-
-    transformers' hooks are not used there, and whether the layers are told depends on the file.
-    """
-    try:
-        code = inspect.getsource(sys.modules[module_name])
-    except (KeyError, OSError, TypeError):
-        return False
-    return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", code) is not None

@@ -8,14 +8,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attention_kernels import attention_reference
+from attention_kernels.reference import attention_reference, error_bound
 
 from .problem import Problem
 
@@ -24,10 +24,6 @@ CHECKED_ROWS = 128
 
 CHECKED_KEYS = 2**17
 """Keys of all sequences that are compared, likewise: fewer sequences where they are long, but at least one."""
-
-ERROR_FACTOR = 2.0
-ERROR_FLOOR = 3e-7
-"""A result may be off by this many times the error of eager in its dtype, plus this share of the result's norm."""
 
 Status = Literal["ok", "failed", "unavailable"]
 
@@ -98,11 +94,6 @@ def brief(error: Exception) -> str:
 # ---------------------------------------------------------------------- correctness
 
 
-def error_bound(eager_error: float, size: float, floor: float = ERROR_FLOOR) -> float:
-    """The largest error that is no mistake, given eager's own and the norm of the right answer."""
-    return ERROR_FACTOR * eager_error + floor * size
-
-
 @dataclass(frozen=True)
 class Reference:
     """The right answer of a problem on some rows of some of its sequences.
@@ -155,9 +146,8 @@ def build_reference(problem: Problem, checked_rows: int = CHECKED_ROWS) -> Refer
     compared = problem.compared(rows).expand(batch, -1)[sequences]
     truth = truth.masked_fill(~compared[..., None, None], 0.0)
     exact = Reference(sequences, rows, compared, truth, 0.0)
-    return Reference(
-        sequences, rows, compared, truth, error_bound(max(map(exact._distance, eager)), truth.norm().item())
-    )
+    bound = error_bound(max(map(exact._distance, eager)), truth.norm().item(), problem.query.dtype)
+    return replace(exact, bound=bound)
 
 
 def eager_as_t5_adds_a_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor) -> Tensor:

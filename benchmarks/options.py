@@ -7,9 +7,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+
+from attention_plugin.command import OneLineParser
 
 from . import cases, models, saved, serve, tensor_parallel
 from .providers import BASELINE, OURS, PROVIDERS
@@ -31,14 +32,6 @@ CHECKPOINTS = FOLDER.parent / "checkpoints"
 RESULTS = FOLDER / "results" / "local"
 
 Run = argparse.Namespace
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -141,14 +134,20 @@ def parser_of(section: str | None, description: str | None, epilog: str | None) 
         description=SECTIONS[section] if section else description,
         epilog=None if section else epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_common(parser)
     for add in EXTRAS.get(section, ()) if section else (add_tokens,):
         add(parser)
     if section is None:
-        parser.add_argument("--only", choices=tuple(SECTIONS), help="one section; the same as naming it first")
-        parser.add_argument("--tp", type=int, metavar="N", help="only the section tp, with 1 and N ranks")
+        add_choice(parser)
     return parser
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """What chooses one section."""
+    parser.add_argument("--only", choices=tuple(SECTIONS), help="one section; the same as naming it first")
+    parser.add_argument("--tp", type=int, metavar="N", help="only the section tp, with 1 and N ranks")
 
 
 def parse(section: str | None, arguments: Sequence[str], description: str | None = None, epilog: str = "") -> Run:
@@ -161,11 +160,9 @@ def parse(section: str | None, arguments: Sequence[str], description: str | None
         section = run.only or (None if run.tp is None else "tp")
         if section is not None:
             # Once more as that section, whose own defaults then hold.
-            kept, skip = [], False
-            for word in arguments:
-                skip, here = word in ("--only", "--tp"), skip
-                if not here and not skip and not word.startswith(("--only=", "--tp=")):
-                    kept.append(word)
+            choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            add_choice(choice)
+            kept = choice.parse_known_args(arguments)[1]
             ranks = [] if run.tp is None else ["--ranks", *map(str, sorted({1, run.tp}))]
             return parse(section, [*kept, *(ranks if section == "tp" else [])])
     run.sections = (section,) if section else tuple(SECTIONS)

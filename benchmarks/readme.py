@@ -118,7 +118,7 @@ def replaced(text: str, name: str, drawn: str) -> str:
 
 
 def run_readme(arguments: Sequence[str], parser: argparse.ArgumentParser, console: Console) -> int:
-    """The command `readme`: 0, or 2 with one line where the run cannot be used."""
+    """Draw the tables and the picture of README.md and docs/performance.md from a saved run."""
     parser.add_argument("--take", type=Path, metavar="PATH", help="JSON of a run to save in place of the saved one")
     options = parser.parse_args(arguments)
     try:

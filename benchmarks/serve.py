@@ -336,9 +336,7 @@ def serve_table(results: Sequence[Result]) -> Table | None:
         ratio = speed(row, own or baseline_of(peers))
         rate = f"{row.work / row.median:,.0f}" + ("" if ratio is None else f" ({ratio:.2f}{TIMES})")
         waits = [row.details.get(name) for name in ("first_token_seconds", "token_seconds")]
-        cells = [
-            ABSENT if each is None else f"{1e3 * each['median']:.0f}, {1e3 * each['p95']:.0f} ms" for each in waits
-        ]
+        cells = [ABSENT if each is None else waited(each) for each in waits]
         found = row.details
         equal = f"{found['tokens_equal_to_eager']} of {found['tokens_total']}"
         table.add_row(row.case, row.provider, rate, *cells, equal)

@@ -18,6 +18,7 @@ from attention_kernels import Spans, attention, attention_reference, tuned
 from attention_kernels.config_tables import CONFIGS
 from attention_kernels.configs import architecture
 from attention_kernels.operators import interpreting
+from attention_kernels.reference import error_bound
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 """A GPU runs the Triton kernels; a CPU runs the torch path, or the kernels where TRITON_INTERPRET=1."""
@@ -40,22 +41,21 @@ GRADIENTS = ("query", "key", "value", "bias", "sinks")
 
 
 def assert_within_bound(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "output") -> None:
-    """The project's error bound: at most twice the error of eager attention in the same dtype, in the Euclidean norm.
+    """The project's error bound, `reference.error_bound`: at most twice the error of eager attention in the same dtype.
 
     Args:
         actual: what is tested; its dtype is the one that eager ran in.
         eager: the same from dense attention with every intermediate in that dtype.
         exact: the same in float64.
     """
-    # For problems so small that eager happens to be exact: a quarter of a unit in the last place.
-    floor = torch.finfo(actual.dtype).eps / 4
+    dtype = actual.dtype
     actual, eager, exact = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, eager, exact))
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(actual.isfinite(), finite), f"{what}: NaN or Inf elsewhere than in the reference"
     error, eager_error = float((actual - exact)[finite].norm()), float((eager - exact)[finite].norm())
     size = float(exact[finite].norm())
-    assert error <= 2 * eager_error + floor * size, (
+    assert error <= error_bound(eager_error, size, dtype), (
         f"{what}: error {error:.2e}, eager's {eager_error:.2e}, norm {size:.2e}"
     )
 
@@ -90,8 +90,8 @@ def assert_gradients_within_bound(problem: Problem, wanted: Sequence[str] = GRAD
         error, eager_error = (float((each.double() - truth.double()).norm()) for each in (ours, plain))
         size = float(truth.double().norm())
         units = 1 if dtype == torch.float32 and size > 1e-3 * largest else 4
-        floor = torch.finfo(ours.dtype).eps / 4 * size + units * torch.finfo(torch.float32).eps * largest
-        assert error <= 2 * eager_error + floor, (
+        chance = units * torch.finfo(torch.float32).eps * largest
+        assert error <= error_bound(eager_error, size, ours.dtype) + chance, (
             f"gradient of {name}: error {error:.2e}, eager's {eager_error:.2e}, norm {size:.2e} of {largest:.2e}"
         )
 

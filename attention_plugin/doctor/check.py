@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from attention_kernels import attention_reference
+from attention_kernels.reference import attention_reference, error_bound
 
 from .. import NAME
 
@@ -64,8 +64,8 @@ def _outcome(what: str, inputs: list[Tensor], query_len: int) -> Outcome:
         results = [_gradients(result, inputs) for result in results]
     ours, eager, exact = (result.detach().double() for result in results)
     size = float(exact.norm())
-    floor = torch.finfo(inputs[0].dtype).eps / 4  # where eager happens to be exact
-    return Outcome(what, float((ours - exact).norm()) / size, 2 * float((eager - exact).norm()) / size + floor)
+    bound = error_bound(float((eager - exact).norm()), size, inputs[0].dtype)
+    return Outcome(what, float((ours - exact).norm()) / size, bound / size)
 
 
 def _served(inputs: list[Tensor], query_len: int) -> Tensor:

@@ -42,8 +42,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: `model` is no module of torch.
         ValueError: no part of the model uses this attention, or a part has layers that such a name rules out.
-        RuntimeError: the installed transformers decides by something else than the name. In a batch, where an error is
-            the request's: the model keeps the cache from its attention layers.
+        RuntimeError: the installed transformers decides by something else than the name. Later, as the error of a
+            request: the model does not hand its attention layers the cache.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(

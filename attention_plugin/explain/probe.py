@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .. import support
+from .. import sources, support
 from ..command import UsageError, one_line
 from .inputs import Prompts, inputs_for
 from .record import NAME, PREFIX, Call, Recorder
@@ -226,15 +226,7 @@ def _run_or_remember(kind: type, forward: Any, results: dict[Any, Tensor], *args
 def _attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules whose own code calls the attention interface."""
     classes: dict[torch.nn.Module, Any] = {module: type(module) for module in model.modules()}
-    return [module for module, module_class in classes.items() if _calls_interface(module_class)]
-
-
-@lru_cache
-def _calls_interface(module_class: Any) -> bool:
-    try:
-        return "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(module_class.forward)
-    except (OSError, TypeError):
-        return False
+    return [module for module, module_class in classes.items() if sources.layer_calls_interface(module_class)]
 
 
 def _unreached(model: torch.nn.Module, result: Probe) -> list[torch.nn.Module]:

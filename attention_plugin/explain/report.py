@@ -70,7 +70,7 @@ def share(part: int, whole: int) -> str:
 
 
 def elements_to_draw(mask: Mask) -> list[int]:
-    """The first elements of the batch whose masks differ."""
+    """Numbers of the first few elements of the batch, or 0 alone where all share one mask."""
     spans = mask.call.spans
     assert spans is not None
     return list(range(min(spans.batch, PICTURES)))

@@ -20,6 +20,7 @@ from attention_kernels.config_tables import (
     ForwardConfig,
 )
 from attention_kernels.configs import architecture, backward_config
+from attention_kernels.reference import error_bound
 
 PASSES = ("forward", "backward", "decode")
 WITH_TMA = ("sm_90", "sm_100", "sm_120", "interpreter")
@@ -160,5 +161,4 @@ def _truth(key: tuned.Key, device: torch.device, dtype: torch.dtype) -> tuple[Te
         parts = torch.autograd.grad(output.sum(), wanted) if part == "backward" else (output,)
         results.append(torch.cat([each.detach().double().flatten() for each in parts]))
     exact, eager = results
-    size = float(exact.norm())
-    return exact, 2 * float((eager - exact).norm()) + size * torch.finfo(dtype).eps / 4
+    return exact, error_bound(float((eager - exact).norm()), float(exact.norm()), dtype)

@@ -23,7 +23,7 @@ class Measured:
     Attributes:
         key, config: as in `attention_kernels.tuned`.
         microseconds: median time of a call with it.
-        default_microseconds: the same with the built-in shape, measured in turn.
+        default_microseconds: the same with the built-in shape, measured first.
     """
 
     key: tuned.Key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import gathered, prebound
 from .configs import unsupported_dtype
-from .operators import MAX_HEAD_DIM, runs_triton
+from .operators import MAX_HEAD_DIM, check_numbers, check_sinks, runs_triton
 from .quantised import QUANTISED, quantise
 from .spans import Spans, is_one_or
 
@@ -36,6 +36,9 @@ class PagedCache:
         seq_lens: int32 `[batch]`, number of tokens of each sequence, those of the current queries included.
         key_scale, value_scale: what quantised numbers are multiplied by, floating point, broadcastable to
             `[pages, page_size, num_kv_heads]`: one number, one for each head, or one for each token and head.
+
+    Raises:
+        ValueError, TypeError: an attribute breaks a rule above.
     """
 
     key: Tensor
@@ -49,22 +52,25 @@ class PagedCache:
         if self.key.ndim != 4 or self.value.ndim != 4 or self.value.shape[:3] != self.key.shape[:3]:
             raise ValueError(
                 "PagedCache: `key` and `value` must be [pages, page_size, num_kv_heads, dim] with equal first three "
-                f"sizes, got {list(self.key.shape)} and {list(self.value.shape)}"
+                f"sizes, got {list(self.key.shape)} and {list(self.value.shape)}; take both from one allocation"
             )
         pages, page_size, num_kv_heads = self.key.shape[:3]
         if not 1 <= page_size <= MAX_PAGE_SIZE:
-            raise ValueError(f"PagedCache: a page must hold 1 to {MAX_PAGE_SIZE} tokens, got {page_size}")
+            raise ValueError(
+                f"PagedCache: a page must hold 1 to {MAX_PAGE_SIZE} tokens, got {page_size}; view `key` and `value` as "
+                "more pages"
+            )
         if not num_kv_heads:
             raise ValueError("PagedCache: `key` and `value` must have at least one head, got 0; see num_kv_heads")
         if self.key.dtype != self.value.dtype:
             raise TypeError(
-                f"PagedCache: `key` and `value` must share a dtype, got {self.key.dtype}, {self.value.dtype}"
+                f"PagedCache: `key` and `value` must share a dtype, got {self.key.dtype}, {self.value.dtype}; cast one"
             )
         for name, tensor, ndim in (("block_table", self.block_table, 2), ("seq_lens", self.seq_lens, 1)):
             if tensor.dtype != torch.int32 or tensor.ndim != ndim or tensor.shape[0] != self.seq_lens.shape[0]:
                 raise ValueError(
                     f"PagedCache: `{name}` must be int32 with {ndim} dimensions and one row for each sequence, got "
-                    f"{tensor.dtype} {list(tensor.shape)}"
+                    f"{tensor.dtype} {list(tensor.shape)}; convert it with `.to(torch.int32)`"
                 )
         for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if (scale is not None) != self.quantised:
@@ -78,8 +84,13 @@ class PagedCache:
                     f"PagedCache: `{name}` must broadcast to [pages, page_size, num_kv_heads] = {list(rows)}, got "
                     f"{list(scale.shape)}; give one number, one for each head, or one for each token and head"
                 )
-        if len({each.device for each in (self.key, self.value, self.block_table, self.seq_lens)}) > 1:
-            raise ValueError("PagedCache: all tensors must be on one device")
+        tensors = self.key, self.value, self.block_table, self.seq_lens, self.key_scale, self.value_scale
+        if len({each.device for each in tensors if each is not None}) > 1:
+            names = (each.name for each in fields(self))
+            where = [
+                f"`{name}` on {each.device}" for name, each in zip(names, tensors, strict=True) if each is not None
+            ]
+            raise ValueError(f"PagedCache: all tensors must be on one device, got {', '.join(where)}; move them to one")
 
     @property
     def quantised(self) -> bool:
@@ -184,7 +195,9 @@ def paged_attention(
     Raises:
         ValueError, TypeError: an argument breaks a rule above. IndexError: `check` found a wrong entry.
     """
-    _check_query(query, cache, query_offsets, max_query_len, sinks, num_splits)
+    _check_query(query, cache, query_offsets, max_query_len)
+    check_sinks("paged_attention", sinks, query)
+    check_numbers("paged_attention", scale, softcap, num_splits)
     if out is not None:
         _check_out(out, query, cache)
     if check:
@@ -329,18 +342,16 @@ def _check_query(
     cache: PagedCache,
     query_offsets: Tensor | None,
     max_query_len: int | None,
-    sinks: Tensor | None,
-    num_splits: int | None,
 ) -> None:
     if query.ndim != 4 or query.shape[-1] != cache.key.shape[-1] or query.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"paged_attention: `query` must be [batch, num_heads, query_len, {cache.key.shape[-1]}] like the cache's "
-            f"keys, of at most {MAX_HEAD_DIM} columns, got {list(query.shape)}"
+            f"keys, of at most {MAX_HEAD_DIM} columns, got {list(query.shape)}; transpose or unsqueeze it"
         )
     if query.shape[1] % cache.key.shape[2]:
         raise ValueError(
             "paged_attention: the number of query heads must be a multiple of the cache's key heads, got "
-            f"{query.shape[1]} and {cache.key.shape[2]}"
+            f"{query.shape[1]} and {cache.key.shape[2]}; shard the heads so that each group is whole"
         )
     if not cache.quantised and query.dtype != cache.key.dtype:
         raise TypeError(f"paged_attention: `query` is {query.dtype}, the cache {cache.key.dtype}; cast one of them")
@@ -355,10 +366,10 @@ def _check_query(
     ):
         raise ValueError(
             f"paged_attention: `query_offsets` must be int32 [sequences + 1] = [{sequences + 1}] beside a `query` with "
-            f"a batch of 1, got {query_offsets.dtype} {list(query_offsets.shape)} and a batch of {query.shape[0]}"
+            f"a batch of 1, got {query_offsets.dtype} {list(query_offsets.shape)} and a batch of {query.shape[0]}; "
+            "leave it out for queries of equal number"
         )
-    for name, number in (("max_query_len", max_query_len), ("num_splits", num_splits)):
-        if number is not None and number < 1:
-            raise ValueError(f"paged_attention: `{name}` must be at least 1, got {number}")
-    if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"paged_attention: `sinks` must be [num_heads] = [{query.shape[1]}], got {list(sinks.shape)}")
+    if max_query_len is not None and max_query_len < 1:
+        raise ValueError(
+            f"paged_attention: `max_query_len` must be at least 1, got {max_query_len}; leave it out if not known"
+        )

@@ -37,10 +37,8 @@ everything else does."""
 
 
 class _Scratch(threading.local):
-    memory: dict[torch.dtype, Tensor]
-
     def __init__(self) -> None:
-        self.memory = {}
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
 
 _scratch = _Scratch()
@@ -157,13 +155,14 @@ def room(cache: PagedCache, pages: int) -> list[Tensor] | None:
     dtype = cache.key.dtype
     shapes = [(pages, *tensor.shape[1:]) for tensor in (cache.key, cache.value)]
     sizes = [math.prod(shape) for shape in shapes]
-    if cache.key.device.type != "cpu" or sum(sizes) * dtype.itemsize > KEPT_BYTES:
+    used = sum(sizes) * dtype.itemsize
+    if cache.key.device.type != "cpu" or used > KEPT_BYTES:
         return None
-    memory = _scratch.memory.get(dtype)
-    if memory is None or memory.numel() < sum(sizes):
+    if _scratch.memory.numel() < used:
         with torch.inference_mode(False):  # or else it could not be written to outside of that mode
-            memory = _scratch.memory[dtype] = torch.empty(sum(sizes), dtype=dtype)
-    return [part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]
+            _scratch.memory = torch.empty(used, dtype=torch.uint8)
+    parts = _scratch.memory[:used].view(dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def gather(

@@ -123,34 +123,37 @@ def attention(
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
-    repeatable = _are_numbers(scale, softcap) and _is_simple(query, key, value, sinks, mask, bias)
-    again = None
+    repeatable = _are_numbers(scale, softcap) and _are_at_hand(query, key, value, sinks, mask, bias)
+    known = None
     if repeatable and spans is None and key.ndim == 4:
         spans = window_spans(query.shape[2], key.shape[2], device=query.device)
     if repeatable and spans is not None:
         factor = query.shape[3] ** -0.5 if scale is None else scale
         asked = _forward_asked(factor, softcap, dropout_p, trains, num_splits)
         inputs = query, key, value, sinks, seed, mask, bias
-        again = prebound.find(spans, inputs, asked)
-        if again is not None and not trains:
-            known, tape = again
-            if (results := tape(known.operand, inputs)) is not None:
+        if (found := prebound.find(spans, inputs, asked)) is not None:
+            known, tape = found
+            if not trains and (results := tape(known.operand, inputs)) is not None:
                 return results[:2] if return_lse else results[0]
-    if again is None:
-        plain = (
+    if known is None:
+        spans_alone = (
             repeatable and spans is not None and not trains and mask is bias is seed is softcap is num_splits is None
         )
-        if plain and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
+        if spans_alone and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
             output, lse = step
             return (output, lse) if return_lse and lse is not None else output
         query, key, value = _validated(*cast_for_autocast(query, key, value))
         spans = _checked_spans(spans, query, key)
-        mask, bias = _on_scores("mask", mask, query, key), _on_scores("bias", bias, query, key)
-        _check_sinks(sinks, query)
-        _check_numbers(scale, softcap, dropout_p, num_splits)
-        first = remembered.first(query, key, value, spans, sinks, scale) if plain and not runs_triton(query) else None
-        if first is not None:
-            return first if return_lse else first[0]
+        mask = on_scores("attention", "mask", mask, query, key)
+        bias = on_scores("attention", "bias", bias, query, key)
+        check_sinks("attention", sinks, query)
+        check_numbers("attention", scale, softcap, num_splits)
+        if not 0 <= dropout_p <= 1:
+            raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
+        if spans_alone and not runs_triton(query):
+            first = remembered.first(query, key, value, spans, sinks, scale)
+            if first is not None:
+                return first if return_lse else first[0]
     assert spans is not None
     operands = (
         query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, seed,
@@ -159,10 +162,10 @@ def attention(
     )  # fmt: skip
     # Where nothing but autograd looks at the call, the operator's registration would add time only.
     looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing() or (trains and is_in_torch_dispatch_mode())
-    if looked_at or not _is_plain(query, key, value, mask, bias, sinks):
+    if looked_at or not _are_real(query, key, value, mask, bias, sinks):
         output, lse, _ = torch.ops.attention_kernels.forward(*operands, trains, num_splits)
     elif trains:
-        output, lse, _ = Attention.apply(*operands, trains, num_splits, None if again is None else again[0])
+        output, lse, _ = Attention.apply(*operands, trains, num_splits, known)
     else:
         output, lse, _ = _forward(*operands, trains, num_splits)
     return (output, lse) if return_lse else output
@@ -195,21 +198,21 @@ def _are_numbers(scale: float | None, softcap: float | None) -> bool:
     return (scale is None or type(scale) is float) and (softcap is None or type(softcap) in (float, int))
 
 
-def _is_simple(
+def _are_at_hand(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor | None, bias: Tensor | None
 ) -> bool:
     """Whether all are tensors proper, of which the first is a query, and nothing traces."""
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and type(query) is type(key) is type(value) is Tensor
-        and (sinks is mask is bias is None or _is_plain(sinks, mask, bias))
+        and (sinks is mask is bias is None or _are_real(sinks, mask, bias))
         and query.ndim == 4
         and query.shape[3] > 0
         and not (query.is_neg() or key.is_neg() or value.is_neg() or query.is_meta)
     )
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def _are_real(*tensors: Tensor | None) -> bool:
     """Whether all are tensors proper: not fake or wrapped, without numbers, or yet to be negated."""
     return all(
         tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg())
@@ -247,15 +250,18 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     batch = max(tensor.shape[0] for tensor in named.values())
     if not all(is_one_or(tensor.shape[0], batch) for tensor in named.values()):
         raise ValueError(
-            f"attention: batch sizes must be equal or 1, got {[tensor.shape[0] for tensor in named.values()]}"
+            f"attention: batch sizes of {', '.join(named)} must be equal or 1, got "
+            f"{[tensor.shape[0] for tensor in named.values()]}; expand or slice the others"
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"attention: `query` and `key` must share the head dim, got {query.shape[-1]} and {key.shape[-1]}"
+            f"attention: `query` and `key` must share the head dim, got {query.shape[-1]} and {key.shape[-1]}; pad the "
+            "narrower one with zeros, and pass the `scale` of the dim before"
         )
     if key.shape[1:3] != value.shape[1:3]:
         raise ValueError(
-            f"attention: `key` and `value` must share heads and length, got {list(key.shape)} and {list(value.shape)}"
+            f"attention: `key` and `value` must share heads and length, got {list(key.shape)} and "
+            f"{list(value.shape)}; only their last dimension may differ"
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -289,55 +295,58 @@ def _checked_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
     return spans
 
 
-def _on_scores(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """A mask or a bias with four dimensions, or an error if it does not broadcast to the shape of the scores."""
+def on_scores(function: str, name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask or a bias with four dimensions, or an error if it does not broadcast to the shape of the scores.
+
+    The error is in the name of the function that was called.
+    """
     if tensor is None:
         return None
     if (tensor.dtype == torch.bool) != (name == "mask") or (name == "bias" and not tensor.is_floating_point()):
         raise TypeError(
-            f"attention: `mask` must be bool (True where visible) and `bias` floating point (added to the scores), got "
-            f"`{name}` of {tensor.dtype}"
+            f"{function}: `mask` must be bool (True where visible) and `bias` floating point (added to the scores), "
+            f"got `{name}` of {tensor.dtype}; convert it, or pass it as the other"
         )
     scores, shape = (*query.shape[:3], key.shape[2]), (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
     if len(shape) != 4 or not all(map(is_one_or, shape, scores)):
         raise ValueError(
-            f"attention: `{name}` of shape {list(tensor.shape)} does not broadcast to [batch, num_heads, query_len, "
+            f"{function}: `{name}` of shape {list(tensor.shape)} does not broadcast to [batch, num_heads, query_len, "
             f"key_len] = {list(scores)}; slice or expand it"
         )
     if tensor.device != query.device:
-        raise ValueError(f"attention: `{name}` is on {tensor.device}, `query` on {query.device}; move it there")
+        raise ValueError(f"{function}: `{name}` is on {tensor.device}, `query` on {query.device}; move it there")
     return tensor.reshape(shape)
 
 
-def _check_sinks(sinks: Tensor | None, query: Tensor) -> None:
+def check_sinks(function: str, sinks: Tensor | None, query: Tensor) -> None:
+    """Refuse sinks that do not belong to the heads of `query`, in the name of the function that was called."""
     if sinks is None:
         return
     num_heads = query.shape[1]
     if sinks.shape != (num_heads,) or not sinks.is_floating_point():
         raise ValueError(
-            f"attention: `sinks` must be floating point of shape [num_heads] = [{num_heads}], got {sinks.dtype} "
+            f"{function}: `sinks` must be floating point of shape [num_heads] = [{num_heads}], got {sinks.dtype} "
             f"{list(sinks.shape)}; sinks that differ between tokens belong in `bias`"
         )
     if sinks.device != query.device:
-        raise ValueError(f"attention: `sinks` is on {sinks.device}, `query` on {query.device}; move it there")
+        raise ValueError(f"{function}: `sinks` is on {sinks.device}, `query` on {query.device}; move it there")
 
 
-def _check_numbers(scale: float | None, softcap: float | None, dropout_p: float, num_splits: int | None) -> None:
+def check_numbers(function: str, scale: float | None, softcap: float | None, num_splits: int | None) -> None:
+    """Refuse numbers that no attention has, likewise."""
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"attention: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
+        raise ValueError(f"{function}: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
     for name, given in (("scale", scale), ("softcap", softcap)):
         if isinstance(given, Tensor) and given.requires_grad:
             raise ValueError(
-                f"attention: `{name}` must be a number, got a tensor that wants a gradient; detach it, or multiply "
+                f"{function}: `{name}` must be a number, got a tensor that wants a gradient; detach it, or multiply "
                 "`query` by a scale and pass 1.0"
             )
     # torch.compile may trace a number, which math.isfinite does not take.
     if scale is not None and not -math.inf < float(scale) < math.inf:
-        raise ValueError(f"attention: `scale` must be finite, got {float(scale)}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
+        raise ValueError(f"{function}: `scale` must be finite, got {float(scale)}; pass None for `head_dim ** -0.5`")
     if num_splits is not None and num_splits < 1:
-        raise ValueError(f"attention: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
+        raise ValueError(f"{function}: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
 
 
 # ---------------------------------------------------------------------- paths
@@ -572,7 +581,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx, *gradients):
         """As `_autograd`; by the registered operator where more than autograd looks, which serves or refuses that."""
         looked_at = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        if looked_at or not _is_plain(*gradients) or any(map(_is_batched, gradients)):
+        if looked_at or not _are_real(*gradients) or any(map(_is_batched, gradients)):
             return _autograd(ctx, *gradients)
         return _autograd(ctx, *gradients, partial(_backward, known_spans=ctx.known_spans))
 

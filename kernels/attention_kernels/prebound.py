@@ -189,7 +189,7 @@ def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: N
 
 
 def kind_of(spans: KnownSpans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple | None:
-    """All that decides how a call is checked and which kernels serve it; None where 16 divides not all addresses.
+    """All that decides how a call is checked and which kernels serve it; None unless 16 divides every address.
 
     Args:
         spans: its spans.

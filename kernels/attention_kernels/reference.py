@@ -69,6 +69,18 @@ def attention_reference(
     return _weighted_sum(weights.to(dtype), value), lse
 
 
+def error_bound(eager_error: float, size: float, dtype: torch.dtype) -> float:
+    """The largest error of a result in `dtype` that is no mistake, all three in the Euclidean norm.
+
+    Args:
+        eager_error: that of `attention_reference` with every intermediate in `dtype`.
+        size: norm of the right result, of which a quarter of a unit in the last place is allowed, as eager may happen
+            to be exact.
+        dtype: of the result.
+    """
+    return 2 * eager_error + torch.finfo(dtype).eps / 4 * size
+
+
 def _weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
     """`weights @ value` in which a weight of exactly 0 takes nothing from a value, not even NaN."""
     if value.isfinite().all():

@@ -131,7 +131,7 @@ class Spans:
         """
         for name, size in (("left", left), ("right", right)):
             if size is not None and size < 0:
-                raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}")
+                raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}; None is no limit")
         key_len = query_len if key_len is None else key_len
         if not torch.compiler.is_compiling():
             _check_lengths(query_len, key_len)  # or counting positions would fail first
@@ -164,7 +164,7 @@ class Spans:
             ValueError: a length is negative, or `chunk_size` is less than 1.
         """
         if chunk_size < 1:
-            raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}")
+            raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}; see Spans.causal")
         key_len = query_len if key_len is None else key_len
         if not torch.compiler.is_compiling():
             _check_lengths(query_len, key_len)
@@ -218,7 +218,10 @@ class Spans:
             ValueError: there are no lengths, or one is negative.
         """
         if not lengths or min(lengths) < 0:
-            raise ValueError(f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {list(lengths)}")
+            raise ValueError(
+                f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {list(lengths)}; they are the "
+                "tokens of each document"
+            )
         counts = torch.tensor(lengths, device=device)
         return cls.packed(torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)[None])
 
@@ -237,7 +240,7 @@ class Spans:
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
                 "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and one length of "
-                f"at least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}"
+                f"at least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}; begin both with 0"
             )
         rows = torch.arange(query_len, device=query_offsets.device, dtype=query_offsets.dtype)
         document = torch.searchsorted(query_offsets.contiguous(), rows, right=True) - 1
@@ -262,7 +265,8 @@ class Spans:
         """
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
-                f"Spans.padded: `key_mask` must be bool [batch, key_len], got {key_mask.dtype} {list(key_mask.shape)}"
+                f"Spans.padded: `key_mask` must be bool [batch, key_len], got {key_mask.dtype} {list(key_mask.shape)}; "
+                "True is a token"
             )
         key_len = key_mask.shape[1]
         if values_at_hand(key_mask):
@@ -380,7 +384,9 @@ class Spans:
         row, last_row, row_step = rows.indices(self.query_len)
         first, last, key_step = keys.indices(self.key_len)
         if row_step != 1 or key_step != 1:
-            raise ValueError(f"Spans.cut: `rows` and `keys` must be slices of step 1, got {rows} and {keys}")
+            raise ValueError(
+                f"Spans.cut: `rows` and `keys` must be slices of step 1, got {rows} and {keys}; cut runs one by one"
+            )
         query_len, key_len = max(last_row - row, 0), max(last - first, 0)
         start, end = (
             ((bound if bound.shape[1] == 1 else bound[:, row : row + query_len]) - first).clamp_(0, key_len)

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import BITS
 from .interpreter import mend_loop_bounds
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(2**31 - 1)
-DROPOUT_BITS = tl.constexpr(24)
+DROPOUT_BITS = tl.constexpr(BITS)
 SPLITMIX_STEP = tl.constexpr(0x9E3779B97F4A7C15)
 SPLITMIX_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 SPLITMIX_SECOND = tl.constexpr(0x94D049BB133111EB)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .operators import cast_for_autocast
-from .spans import Spans
+from .operators import cast_for_autocast, check_numbers, on_scores
+from .spans import Spans, is_one_or
 
 
 def attention_weights(
@@ -45,10 +45,14 @@ def attention_weights(
         longer tells how many keys there are.
 
     Raises:
-        ValueError: `lse` or `spans` is of another shape, heads do not group, or dropout has no seed.
+        ValueError, TypeError: an argument is not what `attention` takes or gave, or dropout has no seed.
     """
     query, key = cast_for_autocast(query, key)
     _check(query, key, lse, spans, dropout_p, dropout_seed)
+    check_numbers("attention_weights", scale, softcap, None)
+    whole = query.expand(lse.shape[0], -1, -1, -1)
+    mask = on_scores("attention_weights", "mask", mask, whole, key)
+    bias = on_scores("attention_weights", "bias", bias, whole, key)
     scores = _scores(query, key, lse.dtype, scale, softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -67,7 +71,18 @@ def attention_weights(
 def _check(
     query: Tensor, key: Tensor, lse: Tensor, spans: Spans | None, dropout_p: float, dropout_seed: Tensor | None
 ) -> None:
-    rows = (max(query.shape[0], key.shape[0]), *query.shape[1:3])
+    if query.ndim != 4 or key.ndim != 4 or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "attention_weights: `query` and `key` must be [batch, heads, tokens, head_dim], got "
+            f"{list(query.shape)} and {list(key.shape)}; pass what `attention` was given"
+        )
+    batch = max(query.shape[0], key.shape[0])
+    if not (is_one_or(query.shape[0], batch) and is_one_or(key.shape[0], batch)):
+        raise ValueError(
+            "attention_weights: batch sizes of `query` and `key` must be equal or 1, got "
+            f"{query.shape[0]} and {key.shape[0]}; pass what `attention` was given"
+        )
+    rows = (batch, *query.shape[1:3])
     wide = torch.promote_types(query.dtype, torch.float32)
     if tuple(lse.shape) != rows or lse.dtype != wide:
         raise ValueError(

@@ -12,7 +12,7 @@ import transformers
 from test_attention import ENCODERS, LLAMA, SEQUENCE_TO_SEQUENCE, VISION_MODELS, ids, padding, pair
 from torch import Tensor
 
-from attention_plugin import attention_forward, span_mask, support, weights
+from attention_plugin import attention_forward, sources, span_mask, support, weights
 
 import tiny_models
 
@@ -213,8 +213,8 @@ def test_which_files_gather_weights_by_hand():
     by_hand = ("llama4", "longt5", "patchtst", "pix2struct")
     for name in (*by_hand, "llama", "bert", "t5", "gpt2"):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        assert weights._swallows_wish(module.__name__) == (name in by_hand)
-    assert not weights._swallows_wish("a_module_that_is_not_there")
+        assert sources.gathers_weights_by_hand(module.__name__) == (name in by_hand)
+    assert not sources.gathers_weights_by_hand("a_module_that_is_not_there")
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,21 @@ def test_a_configuration_of_another_name_finds_the_code_beside_it(checkpoint_dir
     expected = explain(str(checkpoint_dir), [200, 50], trust_remote_code=True)
     assert report.model == expected.model
     assert [row.mask.name for row in report.rows] == [row.mask.name for row in expected.rows]
+
+
+def test_layers_that_call_the_interface_in_brackets_are_found(checkpoint_dir, tmp_path):
+    """As code on the Hub does; what is not found would be left out in silence."""
+    shutil.copytree(checkpoint_dir, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "modeling_reference.py"
+    code = re.sub(
+        r"ALL_ATTENTION_FUNCTIONS\.get_interface\(\s*(self\.config\._attn_implementation), [^)]*\)",
+        r"ALL_ATTENTION_FUNCTIONS[\1]",
+        file.read_text(),
+    )
+    assert ".get_interface(" not in code
+    file.write_text(code)
+    found, expected = (explain(str(folder), [200], trust_remote_code=True) for folder in (tmp_path, checkpoint_dir))
+    assert [row.layers for row in found.rows] == [row.layers for row in expected.rows]
 
 
 def test_nothing_stays_registered():

@@ -312,7 +312,11 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("must be on one device", "'cpu', 'cpu', 'meta'", "move"),
     ),
-    "batch": (lambda: {"key": torch.randn(3, 2, 6, 8)}, ValueError, ("batch sizes must be equal or 1", "[2, 3, 2]")),
+    "batch": (
+        lambda: {"key": torch.randn(3, 2, 6, 8)},
+        ValueError,
+        ("batch sizes of query, key, value must be equal or 1", "[2, 3, 2]"),
+    ),
     "head dim": (
         lambda: {"key": torch.randn(2, 2, 6, 16)},
         ValueError,
@@ -444,8 +448,9 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
 @pytest.mark.parametrize("name", OPERATOR_REFUSALS)
 def test_operator(name: str):
     changes, error, words = OPERATOR_REFUSALS[name]
-    with raises(error, "attention: ", *words):
+    with raises(error, "attention: ", *words) as caught:
         operator(**changes())
+    assert "; " in str(caught.value), "no alternative is named"
 
 
 def test_operator_errors_reach_through_the_attention_function():

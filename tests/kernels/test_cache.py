@@ -241,7 +241,7 @@ def test_entries_of_sequences_without_keys_are_not_read():
 def test_memory_that_is_kept_serves_every_mode_and_thread():
     problems = [batch_of([100 - number, 77, 3]) for number in range(8)]
     expected = [problem.run()[0] for problem in problems]
-    gathered._scratch.memory.clear()
+    gathered._scratch.memory = torch.empty(0, dtype=torch.uint8)
     with torch.inference_mode():
         problems[0].run()
     problems[0].run()
@@ -324,7 +324,16 @@ def test_checking_finds_entries_out_of_range():
         ({"dtype": torch.float16}, TypeError, "`query` is torch.float16, the cache torch.float32"),
         ({"query_offsets": torch.zeros(2, dtype=torch.int32)}, ValueError, r"`query_offsets` must be int32 .* = \[3\]"),
         ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1, got 0"),
-        ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be \[num_heads\] = \[4\], got \[3\]"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be .* \[num_heads\] = \[4\], got torch.float32 \[3\]"),
+        (
+            {"sinks": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            "`sinks` must be floating point .*, got torch.int64",
+        ),
+        ({"softcap": -1.0}, ValueError, "`softcap` must be a positive number, got -1.0; pass None"),
+        ({"softcap": 0.0}, ValueError, "`softcap` must be a positive number, got 0.0"),
+        ({"scale": float("nan")}, ValueError, "`scale` must be finite, got nan"),
+        ({"scale": float("inf")}, ValueError, "`scale` must be finite, got inf"),
         ({"spans": Spans.causal(1, 9)}, ValueError, "`spans` must be for 1 queries and the cache's 8 keys"),
         ({"spans": Spans(*torch.ones(2, 3, 1, dtype=torch.int32), 1, 8)}, ValueError, "of a batch of 2 or 1"),
     ],
@@ -334,7 +343,7 @@ def test_bad_calls(change, error, words):
     cache = PagedCache(key, key, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
     change = dict(change)
     query = torch.zeros(change.pop("query", (2, 4, 1, 16)), dtype=change.pop("dtype", torch.float32))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"paged_attention: .*{words}"):
         paged_attention(query, cache, **change)
 
 
@@ -353,6 +362,12 @@ def test_bad_calls(change, error, words):
         ({"value": torch.zeros(4, 4, 2, 16, dtype=torch.float16)}, TypeError, "must share a dtype"),
         ({"block_table": torch.zeros(2, 2)}, ValueError, "`block_table` must be int32 with 2 dimensions"),
         ({"key_scale": torch.ones(1)}, ValueError, "`key_scale` belongs to quantised keys and values"),
+        (
+            dict.fromkeys(("key", "value"), torch.zeros(4, 4, 2, 16).to(torch.int8))
+            | {"key_scale": torch.ones(1, device="meta"), "value_scale": torch.ones(1)},
+            ValueError,
+            "must be on one device, got `key` on cpu, .*, `key_scale` on meta, `value_scale` on cpu; move them to one",
+        ),
     ],
 )
 def test_bad_caches(change, error, words):

@@ -184,7 +184,7 @@ def equal_bits(left, right):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="tiles of the torch path")
 def test_tiles_do_not_change_the_mask(monkeypatch):
-    """However rows are cut, and whatever is next to a sequence in its batch."""
+    """However rows are cut."""
     inputs = tensors(tokens=300)
     padded = torch.arange(300)[None] >= torch.tensor([[40], [0]])
     spans = Spans.causal(300) & Spans.padded(padded, 300)

@@ -66,7 +66,7 @@ def test_softcap_moves_a_score_by_what_its_tanh_is_off(softcap, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_give_the_same_bits(layout):
+def test_any_strides(layout):
     torch.manual_seed(0)
     tensors = [tensor(2, heads, 35, 24, layout=layout) for heads in (6, 3, 3)]
     spans = Spans.causal(35, device=DEVICE)

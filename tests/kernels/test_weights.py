@@ -165,3 +165,13 @@ def test_errors():
         attention_weights(query, key, lse, Spans.causal(5, 6, device=query.device))
     with pytest.raises(ValueError, match=r"`dropout_p`=0\.1 needs the `dropout_seed` .*draw one for both"):
         attention_weights(query, key, lse, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"must be \[batch, heads, tokens, head_dim\], got .* \[2, 2, 6, 9\]; pass"):
+        attention_weights(query, tensor(2, 2, 6, 9), lse)
+    with pytest.raises(ValueError, match=r"batch sizes of `query` and `key` must be equal or 1, got 2 and 3; pass"):
+        attention_weights(query, tensor(3, 2, 6, 8), lse)
+    with pytest.raises(TypeError, match=r"attention_weights: `mask` must be bool .*got `mask` of torch.float32"):
+        attention_weights(query, key, lse, mask=torch.ones(6, 6, device=DEVICE))
+    with pytest.raises(ValueError, match=r"attention_weights: `bias` of shape \[6, 7\] does not broadcast"):
+        attention_weights(query, key, lse, bias=torch.ones(6, 7, device=DEVICE))
+    with pytest.raises(ValueError, match="attention_weights: `softcap` must be a positive number, got 0"):
+        attention_weights(query, key, lse, softcap=0.0)

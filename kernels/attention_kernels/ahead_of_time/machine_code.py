@@ -252,7 +252,7 @@ def shared_bytes(each: Instruction) -> float:
 
 
 def _volume(name: str) -> int:
-    """Multiply-adds of a matrix instruction, in thousandths of its shape where the name tells it, else 1000."""
+    """What a matrix instruction counts for: its multiply-adds where the name tells its shape, in 128ths; else 1000."""
     if kind_of(name) != "matrix":
         return 0
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
