@@ -2,7 +2,8 @@
 """The calls of a model, made with tensors of no content through the real launchers, which compile and do not launch.
 
 What Triton compiles apart depends on dtypes, on what is None, and on whether a number is 1 or a multiple of 16. So
-calls are made with prompts of one and of several sequences, of lengths that are multiples of 16 and that are not.
+calls are made with prompts of one and of several sequences, with and without a 2D mask (`generate` makes one where it
+is given none), of lengths that are multiples of 16 and that are not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -71,9 +73,9 @@ def compile_calls(
         for kind in kinds:
             note["for"] = kind.words
             for length in dict.fromkeys(each for n in lengths for each in (max(16, n // 16 * 16), n // 16 * 16 + 1)):
-                for batch in (1, 2):
-                    _prompt(kind, dtype, batch, length, device, training)
-                    _next_token(kind, dtype, batch, length, device)
+                for batch, masked in product((1, 2), (False, True)):
+                    _prompt(kind, dtype, batch, length, masked, device, training)
+                    _next_token(kind, dtype, batch, length, masked, device)
     return list(found.values())
 
 
@@ -124,18 +126,19 @@ def _tensors(
     )
 
 
-def _spans(batch: int, rows: int, keys: int, device: torch.device) -> Spans:
-    """Causal; of several sequences padded on the left."""
+def _spans(batch: int, rows: int, keys: int, masked: bool, device: torch.device) -> Spans:
+    """Causal; with a 2D mask as `Spans.padded` leaves it on a GPU, where it does not look at it."""
     spans = Spans.causal(rows, keys, device=device)
-    if batch == 1:
+    if not masked:
         return spans
-    attended = torch.arange(keys, device=device) >= torch.tensor([[0], [keys // 2]], device=device)
-    return spans & Spans.padded(attended, rows)
+    first = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+    key_mask = torch.ones(batch, keys, dtype=torch.bool, device=device)
+    return spans & Spans(first, first + keys, rows, keys, key_mask, first[:, 0])
 
 
-def _given(kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, device: torch.device) -> Any:
+def _given(kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, masked: bool, device: torch.device) -> Any:
     """Everything up to the sinks, as launchers take it."""
-    spans = _spans(batch, rows, keys, device)
+    spans = _spans(batch, rows, keys, masked, device)
     mask = torch.ones(batch, 1, rows, keys, dtype=torch.bool, device=device) if kind.has_mask else None
     bias = torch.zeros(1, kind.heads, rows, keys, dtype=dtype, device=device) if kind.has_bias else None
     sinks = torch.zeros(kind.heads, dtype=dtype, device=device) if kind.has_sinks else None
@@ -143,10 +146,12 @@ def _given(kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, dev
     return (*tensors, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks)
 
 
-def _prompt(kind: Kind, dtype: torch.dtype, batch: int, length: int, device: torch.device, training: bool) -> None:
+def _prompt(
+    kind: Kind, dtype: torch.dtype, batch: int, length: int, masked: bool, device: torch.device, training: bool
+) -> None:
     from attention_kernels import backward, forward
 
-    given = _given(kind, dtype, batch, length, length, device)
+    given = _given(kind, dtype, batch, length, length, masked, device)
     scale = kind.head_dim**-0.5
     arguments: Any = (*given, None, scale, kind.softcap, 0.0)
     forward.forward(*arguments, wants_rounding=False)
@@ -156,10 +161,10 @@ def _prompt(kind: Kind, dtype: torch.dtype, batch: int, length: int, device: tor
         backward.backward(*results, *arguments)
 
 
-def _next_token(kind: Kind, dtype: torch.dtype, batch: int, length: int, device: torch.device) -> None:
+def _next_token(kind: Kind, dtype: torch.dtype, batch: int, length: int, masked: bool, device: torch.device) -> None:
     """With keys read whole, and in parts that are merged."""
     from attention_kernels import decode
 
-    given = _given(kind, dtype, batch, 1, length, device)
+    given = _given(kind, dtype, batch, 1, length, masked, device)
     for splits in (1, 2, 16):
         decode.decode(*given, scale=kind.head_dim**-0.5, softcap=kind.softcap, num_splits=splits)

@@ -243,7 +243,7 @@ def key_value_gradients(call: Call, spans_batch: int) -> tuple[Tensor, Tensor]:
     config = call.config("key_value")
     tiles = triton.cdiv(key_len, config.block_n)
     bounds = memory(call.lse2, spans_batch, tiles, 4, dtype=torch.int32)
-    launch(row_bounds_kernel, (spans_batch, tiles), dict(
+    launch(row_bounds_kernel, (tiles * spans_batch,), dict(
         spans=call.spans, bounds_ptr=bounds, query_len=call.scores[2], key_len=key_len, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, ROWS=ROWS_PER_SCAN.value,
     ))  # fmt: skip
@@ -289,7 +289,7 @@ def bias_gradients(call: Call) -> Tensor:
     arguments = bias_arguments(call, grad_bias, call.config("bias"))
     key_tiles = 1 if over_keys else triton.cdiv(key_len, arguments["BLOCK_N"])
     row_tiles = 1 if over_rows else triton.cdiv(query_len, arguments["BLOCK_M"])
-    launch(bias_kernel, (shape[0] * shape[1], row_tiles, key_tiles), arguments)
+    launch(bias_kernel, (key_tiles * row_tiles * shape[0] * shape[1],), arguments)
     return grad_bias
 
 

@@ -44,10 +44,11 @@ def row_bounds_kernel(
     """First and last row that see a tile of keys and, between them, the body of rows that see all of it.
 
     The mirror image of `key_bounds`: int32 `(first, body_first, body_last, last)` for each batch element and key tile,
-    all but the last multiples of BLOCK_M. The grid is (batch, key tiles).
+    all but the last multiples of BLOCK_M. The grid is (key tiles x batch,).
     """
-    b = tl.program_id(0)
-    first_key = tl.program_id(1) * BLOCK_N
+    num_tiles = tl.cdiv(key_len, BLOCK_N)
+    b = tl.program_id(0) // num_tiles
+    first_key = tl.program_id(0) % num_tiles * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, key_len)
     offsets = tl.arange(0, ROWS)
     touch_first, whole_first = tl.full([ROWS], FAR, tl.int32), tl.full([ROWS], FAR, tl.int32)
@@ -73,7 +74,7 @@ def row_bounds_kernel(
     first = (first // BLOCK_M) * BLOCK_M
     body_first, body_last = tl.cdiv(body_first, BLOCK_M) * BLOCK_M, (body_last // BLOCK_M) * BLOCK_M
     has_body = unbroken & (body_first < body_last)
-    place = bounds_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * 4
+    place = bounds_ptr + tl.program_id(0) * 4
     tl.store(place, first)
     tl.store(place + 1, tl.where(has_body, body_first, first))
     tl.store(place + 2, tl.where(has_body, body_last, first))
@@ -226,7 +227,9 @@ def exact_statistics_kernel(
     if sinks_ptr is not None:
         total += tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse)
     total = tl.where(total == 0.0, 1.0, total)
-    store_statistics(lse + tl.log2(total), mean / total, grad_lse_ptr, lse2_ptr, delta_ptr, place, inside)
+    # Rounded to the nearest, or a row that sees one key would have a gradient: there both are that key's, and as `/` is
+    # compiled for a GPU, `p * d / p` need not be `d`.
+    store_statistics(lse + tl.log2(total), tl.div_rn(mean, total), grad_lse_ptr, lse2_ptr, delta_ptr, place, inside)
 
 
 @triton.jit
@@ -425,12 +428,16 @@ def bias_kernel(
 ):  # fmt: skip
     """One tile of the gradient of a bias, summed over the dimensions in which the bias is broadcast (OVER_...).
 
-    The grid is (batch x heads, row tiles, key tiles), 1 for what is summed over.
+    The grid is (key tiles x row tiles x batch x heads), with 1 for what is summed over.
     """
+    key_tiles = 1 if OVER_KEYS else tl.cdiv(key_len, BLOCK_N)
+    row_tiles = 1 if OVER_ROWS else tl.cdiv(query_len, BLOCK_M)
+    key_first = tl.program_id(0) % key_tiles * BLOCK_N
+    row_first = tl.program_id(0) // key_tiles % row_tiles * BLOCK_M
+    batch_head = tl.program_id(0) // key_tiles // row_tiles
     batches = 1 if OVER_BATCH else batch
-    b_first, h_first = tl.program_id(0) % batches, tl.program_id(0) // batches
+    b_first, h_first = batch_head % batches, batch_head // batches
     b_last, h_last = (batch if OVER_BATCH else b_first + 1), (num_heads if OVER_HEADS else h_first + 1)
-    row_first, key_first = tl.program_id(1) * BLOCK_M, tl.program_id(2) * BLOCK_N
     row_last = query_len if OVER_ROWS else row_first + BLOCK_M
     key_last = key_len if OVER_KEYS else key_first + BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

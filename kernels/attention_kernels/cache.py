@@ -176,6 +176,7 @@ def paged_attention(
             `query_offsets`, `[1, num_heads, tokens, head_dim]`: the queries of all sequences one after the other.
         cache: where the keys are, those of the queries included (`write_cache` puts them there).
         spans: which keys of its own sequence each row sees, `key_len` being that of the cache; the default is causal.
+            Nobody sees keys beyond the sequence's length.
         query_offsets: int32 `[batch + 1]`; sequence `b` has the queries `[query_offsets[b], query_offsets[b + 1])`.
         max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens.
         sinks: floating point `[num_heads]`, as for `attention`.
@@ -240,15 +241,16 @@ def _launch(
     max_query_len, num_splits = (None if each is None else operator.index(each) for each in (max_query_len, num_splits))
     key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
     value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
+    seq_lens = cache.seq_lens.contiguous()
 
     def launch() -> tuple[Tensor, Tensor]:
         return decode(
             query, key, value, spans.start, spans.end, sinks=sinks, scale=scale, softcap=softcap,
-            block_table=cache.block_table, query_offsets=query_offsets, max_query_len=max_query_len,
+            block_table=cache.block_table, seq_lens=seq_lens, query_offsets=query_offsets, max_query_len=max_query_len,
             num_splits=num_splits, key_scale=key_scale, value_scale=value_scale, out=in_place,
         )  # fmt: skip
 
-    inputs = query, key, value, key_scale, value_scale, cache.block_table, query_offsets, sinks, in_place
+    inputs = query, key, value, key_scale, value_scale, cache.block_table, seq_lens, query_offsets, sinks, in_place
     asked = ("paged", scale, softcap, max_query_len, num_splits)
     known = None if torch.compiler.is_compiling() else prebound.known_spans(spans)
     output, lse = prebound.launched(launch, known, inputs, asked)

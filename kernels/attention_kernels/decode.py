@@ -119,28 +119,31 @@ def decode_step(
         return softmax_step(m, l, acc, s, v, factor[None, :], CLEAN, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def decode_kernel(
     query, key, value, pages, key_scales, value_scales, output_ptr, output_lse, spans, mask, bias, sinks_ptr,
-    offsets_ptr, scale, softcap, num_kv_heads, group_size, query_len, tokens, lse_stride_split,
+    offsets_ptr, lengths_ptr, scale, softcap, num_groups, num_kv_heads, group_size, query_len, tokens, lse_stride_split,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys for a tile of rows of one group of heads; the grid is (batch x key heads, row tiles, parts).
+    """One part of the keys for a tile of rows of one group of heads; the grid is (batch x key heads x tiles, parts).
 
-    What may be many comes first, since CUDA takes 65,535 programs at most in the other two.
+    There are `num_groups` groups of heads in the batch. What may be many comes first in the grid, since CUDA takes
+    65,535 programs at most in its other dimensions.
 
     Rows are (query, head of the group) in this order, so that the rows of a tile see much the same keys. With
-    `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on.
+    `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on. With
+    `lengths_ptr` sequence b has `lengths[b]` keys, whatever spans say: behind them there need not be a page.
     """
-    b, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
-    split, num_splits = tl.program_id(2), tl.num_programs(2)
+    group, row_tile = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
+    b, kv_head = group // num_kv_heads, group % num_kv_heads
+    split, num_splits = tl.program_id(1), tl.num_programs(1)
     first_token, own_batch = 0, b
     if offsets_ptr is not None:
         first_token = tl.load(offsets_ptr + b)
         query_len = tl.load(offsets_ptr + b + 1) - first_token
         own_batch = 0
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < query_len * group_size
     q_pos = first_token + tl.where(inside, row // group_size, 0)
     h = kv_head * group_size + row % group_size
@@ -156,6 +159,8 @@ def decode_kernel(
     place = spans.start_ptr + own_batch * spans.start_stride_b + q_pos * spans.start_stride_m
     start = tl.load(place, mask=inside, other=0)
     end = tl.load(spans.end_ptr + own_batch * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
+    if lengths_ptr is not None:
+        end = tl.minimum(end, tl.load(lengths_ptr + b))
     first, body_first, body_last, last = key_bounds(spans, b, start, end, inside, BLOCK_N)
     seen_first = tl.min(tl.where(inside & (end > start), start, FAR), 0)
     end = tl.where(inside, end, 0)
@@ -258,6 +263,7 @@ def decode(
     scale: float,
     softcap: float | None = None,
     block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
     query_offsets: Tensor | None = None,
     max_query_len: int | None = None,
     key_scale: Tensor | None = None,
@@ -280,8 +286,8 @@ def decode(
         key, value = (each.float() if each.dtype == torch.bfloat16 else each for each in (key, value))
         output, lse = decode(
             query.float(), key, value, start, end, key_mask, gap_count, mask, bias, sinks, scale=scale, softcap=softcap,
-            block_table=block_table, query_offsets=query_offsets, max_query_len=max_query_len, key_scale=key_scale,
-            value_scale=value_scale, num_splits=num_splits,
+            block_table=block_table, seq_lens=seq_lens, query_offsets=query_offsets, max_query_len=max_query_len,
+            key_scale=key_scale, value_scale=value_scale, num_splits=num_splits,
         )  # fmt: skip
         return output.to(torch.bfloat16) if out is None else out.copy_(output), lse
     batch, num_heads, query_len, _ = query.shape
@@ -304,10 +310,10 @@ def decode(
         part_lse = memory(lse, splits, *lse.shape)
     arguments = decode_arguments(
         query, key, value, parts, part_lse, span_operand(start, end, key_mask, gap_count), mask, bias, sinks, scale,
-        softcap, block_table, query_offsets, key_scale, value_scale, key_len, config,
+        softcap, block_table, seq_lens, query_offsets, key_scale, value_scale, key_len, sequences, config,
     )  # fmt: skip
     with launching_on(query):
-        launch(decode_kernel, (sequences * num_kv_heads, row_tiles, splits), arguments)
+        launch(decode_kernel, (programs, splits), arguments)
         if splits > 1:
             launch(merge_kernel, (batch * query_len, num_heads), merge_arguments(parts, part_lse, output, lse))
     return output, lse
@@ -342,10 +348,12 @@ def decode_arguments(
     scale: float,
     softcap: float | None,
     block_table: Tensor | None,
+    seq_lens: Tensor | None,
     query_offsets: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     key_len: int,
+    sequences: int,
     config: DecodeConfig,
 ) -> dict[str, Any]:
     """Everything `decode_kernel` is called with but its grid; compiling ahead of time takes the same."""
@@ -357,8 +365,9 @@ def decode_arguments(
         query=operand(query), key=operand(key), value=operand(value), pages=pages,
         key_scales=scale_operand(key_scale, key), value_scales=scale_operand(value_scale, value), output_ptr=output,
         output_lse=row_operand(lse), spans=spans, mask=score_operand(mask, scores), bias=score_operand(bias, scores),
-        sinks_ptr=None if sinks is None else sinks.contiguous(), offsets_ptr=query_offsets, scale=scale,
-        softcap=softcap, num_kv_heads=key.shape[1], group_size=num_heads // key.shape[1], query_len=query_len,
+        sinks_ptr=None if sinks is None else sinks.contiguous(), offsets_ptr=query_offsets,
+        lengths_ptr=seq_lens, scale=scale, softcap=softcap, num_groups=sequences * key.shape[1],
+        num_kv_heads=key.shape[1], group_size=num_heads // key.shape[1], query_len=query_len,
         tokens=batch * query_len, lse_stride_split=lse.stride(0) if lse.ndim == 4 else 0,
         HEAD_DIM=head_dim, VALUE_DIM=value.shape[3], BLOCK_D=block_d, BLOCK_DV=block_dv,
         CHUNK_D=min(config.chunk_d or block_d, block_d), BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -210,6 +210,25 @@ def test_measuring_checks_times_and_saves(monkeypatch):
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
+def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
+    """And not with what the run before has left, which nothing would then be faster than."""
+    from attention_plugin import tune as command
+    from attention_plugin.tune import measure
+
+    key = ("decode", 4, 64, "few")
+    built_in, faster = DecodeConfig(16, 32, 1, 1), DecodeConfig(16, 64, 1, 1)
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: [Problem(key, built_in, (faster,))])
+    monkeypatch.setattr(
+        measure, "_time", lambda *given: 1.0 if tuned.tuned_rows(CPU).get(key, built_in)[:4] == faster[:4] else 2.0
+    )
+    for _ in range(3):
+        (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True)
+        assert (found.microseconds, found.default_microseconds) == (1e6, 2e6)
+        assert dict(tuned.tuned_rows(CPU))[key][:4] == faster[:4]
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 @pytest.mark.parametrize(
     "key", [("forward", 4, 64, "spans"), ("backward", 4, 64, "query"), ("backward", 4, 64, "key_value")]
 )

@@ -63,7 +63,7 @@ def test_a_launch_compiles_and_goes_no_further():
     kind, found = Kind(4, 2, 64, 64, False, None, False, False), {}
     with absent_device("sm_90"), configs.assuming("sm_90"), calls.compiling_only(found) as note:
         note["for"] = kind.words
-        calls._next_token(kind, torch.bfloat16, 1, 32, torch.device("cpu"))
+        calls._next_token(kind, torch.bfloat16, 1, 32, False, torch.device("cpu"))
     # Whole, and in parts whose number is or is not a multiple of 16.
     assert sorted(row["kernel"] for row in found.values()) == ["decode_kernel"] * 2 + ["merge_kernel"] * 2
     assert configs.architecture(torch.device("cpu")) == "interpreter" and "run" not in vars(decode_kernel)
@@ -79,6 +79,26 @@ def test_training_compiles_the_backward_pass_and_leaves_everything_as_it_was():
     names = {row["kernel"] for row in found}
     assert {"query_kernel", "key_value_kernel", "statistics_kernel", "row_bounds_kernel", "forward_kernel"} <= names
     assert configs.architecture(torch.device("cpu")) == "interpreter" and "run" not in vars(forward_kernel)
+
+
+@compiles
+def test_prompts_come_with_and_without_a_mask(monkeypatch):
+    """As on a GPU: `generate` makes a mask for one sequence too, and nobody looks whether it hides a key."""
+    from attention_kernels import decode, forward
+
+    seen = {"prompt": set(), "token": set()}
+    monkeypatch.setattr(forward, "forward", lambda query, *given, **named: seen["prompt"].add(_mask(query, given)))
+    monkeypatch.setattr(decode, "decode", lambda query, *given, **named: seen["token"].add(_mask(query, given)))
+    kind = Kind(4, 2, 64, 64, False, None, False, False)
+    compile_calls([kind], torch.bfloat16, (32,), "sm_90", torch.device("cpu"), False)
+    assert seen["prompt"] == seen["token"] == {(1, False), (1, True), (2, False), (2, True)}
+
+
+def _mask(query, given):
+    key_mask, gap_count = given[4:6]
+    assert (key_mask is None) == (gap_count is None)
+    assert key_mask is None or key_mask.shape[0] == query.shape[0]
+    return query.shape[0], key_mask is not None
 
 
 def test_kinds_in_words():

@@ -428,3 +428,22 @@ def test_a_place_for_the_output_that_does_not_fit_is_refused():
         problem.run(out=problem.query.double())
     with pytest.raises(ValueError, match=r"leave it out to have it made"):
         problem.run(out=problem.query[:, :, 1:])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_spans_reach_no_key_behind_a_sequence(packed):
+    """What stands there in the block table may be no page at all."""
+    problem = random_paged_problem(8, packed=packed, stored=None, page_size=16, query_len=1)
+    cache, rows = problem.cache, problem.query.shape[2]
+    visible = torch.arange(cache.block_table.shape[1], device=DEVICE)[None] * 16 < cache.seq_lens[:, None]
+    cache.block_table[~visible] = 10**6
+    everything = Spans.full(rows, cache.key_len, device=DEVICE)
+    ends = cache.seq_lens
+    if problem.offsets is not None:
+        ends = ends.repeat_interleave(problem.offsets.diff().long())
+    clamped = Spans(everything.start, ends.view(-1, 1) if problem.offsets is None else ends[None], rows, cache.key_len)
+    options = problem.options | {"query_offsets": problem.offsets, "return_lse": True}
+    found, expected = (paged_attention(problem.query, cache, spans, **options) for spans in (everything, clamped))
+    assert not (ends == cache.key_len).all()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

@@ -204,8 +204,8 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
     config = _whole(case.config, case.dim)
     return decoding.decode_kernel, decoding.decode_arguments(
         query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
-        given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32), None,
-        torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, config,
+        given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32),
+        torch.ones(2, dtype=torch.int32), None, torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, len(query), config,
     )  # fmt: skip
 
 
