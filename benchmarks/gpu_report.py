@@ -60,17 +60,21 @@ class Part:
 WORDS = 10.0
 """Seconds for a part that is stopped to say what it knows: pytest shows what failed when it ends."""
 
-# Compiling kernels for the tests takes longer than running them, and takes one core each.
-WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+# Compiling kernels for the tests takes longer than running them, and takes one core each. The checkpoint takes four.
+WORKERS = ("-n", str(max(2, (os.cpu_count() or 2) - 4))) if importlib.util.find_spec("xdist") else ()
 TESTS = ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", *WORKERS)
-GPU_TESTED = "operators gradients cache overlap prebound shared_spans wide_output dropout merge weights spans"
+GPU_TESTED = "prebound wide_output cache operators shared_spans merge dropout overlap gradients weights spans"
 GPU_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in GPU_TESTED.split())
-"""The others in their folder are of the torch path, or compile for GPUs that are not there."""
+"""The others in their folder are of the torch path, or compile for GPUs that are not there. First what no interpreter
+has run: kernels launched again, halves of outputs, pages."""
+
+EACH_COMPILED = ("-k", "not random_problems and not random_pages")
+"""Left to `python -m pytest tests/kernels`: problems that nearly all take kernels of their own, which takes minutes."""
 
 GLUON_TESTS = "tests/kernels/test_hopper.py"
 
 PARTS = (
-    Part("tests", (*TESTS, *GPU_TESTS), 60),
+    Part("tests", (*TESTS, *EACH_COMPILED, *GPU_TESTS), 60),
     Part("overview", ("benchmarks", "kernels"), 80),
     Part("lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", *FUSED), 130),
     Part("decode", ("benchmarks", "kernels", "--sweep", "decode", "--against", *FUSED), 70),
