@@ -16,6 +16,7 @@ from attention_kernels.blockwise.pieces import Piece, plan_batch
 from attention_kernels.configs import CONFIGS, architecture, forward_config, unsupported_device
 from attention_kernels.operators import interpreting, triton_installed
 
+from ..command import UsageError
 from .probe import Probe
 from .record import Call
 
@@ -35,12 +36,15 @@ class Target:
     def chosen(cls, config: Any, name: str | None = None) -> Target:
         """This machine's path, or that of an architecture by name or of "torch", in the dtype of a configuration.
 
-        `unsupported_device` is left to `my-triton doctor`: such a GPU runs nothing, and is shown the torch path.
+        Raises:
+            UsageError: no name is given, and the kernels do not run on this machine's GPU.
         """
         dtype = getattr(config, "dtype", None)
         if name is None and torch.cuda.is_available() and triton_installed():
             device = torch.device("cuda", torch.cuda.current_device())
-            name = architecture(device) if unsupported_device(device) is None else None
+            if (reason := unsupported_device(device)) is not None:
+                raise UsageError(f"{reason}; --architecture NAME shows what another would get")
+            name = architecture(device)
         if name is None and interpreting():
             name = "interpreter"
         name = None if name == TORCH else name

@@ -330,6 +330,18 @@ def test_what_hangs_on_weights_is_guessed_and_counted():
     assert mode.guesses == 3
 
 
+def test_a_gpu_that_the_kernels_do_not_run_on_is_said(monkeypatch):
+    from attention_plugin.explain import layers
+
+    reason = "attention: the GPU 'old' (sm_70) is not supported by the Triton kernels, which run on sm_80"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(layers, "unsupported_device", lambda device: reason)
+    with pytest.raises(UsageError, match=r"\(sm_70\) is not supported .*; --architecture NAME shows"):
+        layers.Target.chosen(None)
+    assert layers.Target.chosen(None, "sm_90").architecture == "sm_90"
+
+
 def test_large_results_lose_their_values_instead_of_filling_memory():
     with Weightless():
         row = torch.arange(1_000_000, device="meta")
