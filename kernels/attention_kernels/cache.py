@@ -176,7 +176,7 @@ def paged_attention(
             `query_offsets`, `[1, num_heads, tokens, head_dim]`: the queries of all sequences one after the other.
         cache: where the keys are, those of the queries included (`write_cache` puts them there).
         spans: which keys of its own sequence each row sees, `key_len` being that of the cache; the default is causal.
-            Nobody sees keys beyond the sequence's length.
+            Of what they say beyond the sequence's keys nothing is seen.
         query_offsets: int32 `[batch + 1]`; sequence `b` has the queries `[query_offsets[b], query_offsets[b + 1])`.
         max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens.
         sinks: floating point `[num_heads]`, as for `attention`.
@@ -270,6 +270,7 @@ def causal_spans(cache: PagedCache, query_len: int, query_offsets: Tensor | None
     return Spans(start, end.clamp(0, cache.key_len).to(torch.int32), query_len, cache.key_len)
 
 
+@torch.no_grad()
 def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) -> None:
     """Put new keys and values into pages, quantised on the way where the cache is.
 

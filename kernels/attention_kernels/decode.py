@@ -25,6 +25,7 @@ from .tiles import (
     ScaleOperand,
     SpanOperand,
     any_nan,
+    bias_and_mask,
     finish,
     key_bounds,
     product,
@@ -102,12 +103,12 @@ def decode_step(
         s = s * row_scales(key_scales, pages, b, kv_head, k_pos, inside)[None, :]
     s = score_tile(s, scale, softcap, query_rows.dtype.element_ty == tl.float32)
     both = query_inside[:, None] & inside[None, :]
+    bias_tile, mask_tile = bias_rows, mask_rows
     if bias_rows is not None:
-        added = tl.load(bias_rows[:, None] + k_pos[None, :] * bias_stride_n, mask=both, other=0.0).to(tl.float32)
-        s = tl.where(added == NEG_INF, NEG_INF, s + added * LOG2E)
+        bias_tile = tl.load(bias_rows[:, None] + k_pos[None, :] * bias_stride_n, mask=both, other=0.0)
     if mask_rows is not None:
-        shown = tl.load(mask_rows[:, None] + k_pos[None, :] * mask_stride_n, mask=both, other=0)
-        s = tl.where(shown != 0, s, NEG_INF)
+        mask_tile = tl.load(mask_rows[:, None] + k_pos[None, :] * mask_stride_n, mask=both, other=0)
+    s = bias_and_mask(s, bias_tile, mask_tile)
     if (first_key < body_first) | (first_key >= body_last):
         s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], seen_last)
     rows = key_rows(value, pages, b, kv_head, k_pos, inside)
@@ -133,7 +134,7 @@ def decode_kernel(
 
     Rows are (query, head of the group) in this order, so that the rows of a tile see much the same keys. With
     `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on. With
-    `lengths_ptr` sequence b has `lengths[b]` keys, whatever spans say: behind them there need not be a page.
+    `lengths_ptr` sequence b has the keys 0 to `lengths[b]`, whatever spans say: elsewhere there need not be a page.
     """
     group, row_tile = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
     b, kv_head = group // num_kv_heads, group % num_kv_heads
@@ -160,7 +161,7 @@ def decode_kernel(
     start = tl.load(place, mask=inside, other=0)
     end = tl.load(spans.end_ptr + own_batch * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
     if lengths_ptr is not None:
-        end = tl.minimum(end, tl.load(lengths_ptr + b))
+        start, end = tl.maximum(start, 0), tl.minimum(end, tl.load(lengths_ptr + b))
     first, body_first, body_last, last = key_bounds(spans, b, start, end, inside, BLOCK_N)
     seen_first = tl.min(tl.where(inside & (end > start), start, FAR), 0)
     end = tl.where(inside, end, 0)

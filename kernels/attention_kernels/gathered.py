@@ -38,7 +38,7 @@ everything else does."""
 
 class _Scratch(threading.local):
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 _scratch = _Scratch()
@@ -115,7 +115,7 @@ def what_is_seen(cache: PagedCache, spans: Spans | None, query_len: int, query_o
         shape = (cache.seq_lens.shape[0] if query_offsets is None else 1, query_len)
         given = (bound.cpu().expand(shape).flatten().numpy() for bound in (spans.start, spans.end))
         start[own], end[own] = (bound[own] for bound in given)
-        end[own] = np.minimum(end[own], np.repeat(lengths, rows))
+        start[own], end[own] = np.maximum(start[own], 0), np.minimum(end[own], np.repeat(lengths, rows))
     if not sequences.size:
         return Seen(start, end, sequences, first_row, rows, sequences, sequences)
     visible = start < end
@@ -160,7 +160,7 @@ def room(cache: PagedCache, pages: int) -> list[Tensor] | None:
         return None
     if _scratch.memory.numel() < used:
         with torch.inference_mode(False):  # or else it could not be written to outside of that mode
-            _scratch.memory = torch.empty(used, dtype=torch.uint8)
+            _scratch.memory = torch.empty(used, dtype=torch.uint8, device="cpu")  # whatever the default device is
     parts = _scratch.memory[:used].view(dtype).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

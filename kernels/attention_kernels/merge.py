@@ -177,7 +177,9 @@ def cascade_attention(
     prefix_output, prefix_lse = attention(
         folded, prefix_key, prefix_value, prefix_spans, scale=scale, softcap=softcap, return_lse=True
     )
-    prefix_output = prefix_output.transpose(1, 2).reshape(batch, query_len, num_heads, -1).transpose(1, 2)
+    prefix_output = (
+        prefix_output.transpose(1, 2).reshape(batch, query_len, num_heads, prefix_output.shape[3]).transpose(1, 2)
+    )
     prefix_lse = prefix_lse.reshape(num_heads, batch, query_len).transpose(0, 1)
     states = [(output, lse), (prefix_output, prefix_lse)]
     if sinks is not None:

@@ -93,7 +93,9 @@ def attention(
         value: `[batch, num_kv_heads, key_len, value_dim]`. A batch of 1 beside a larger one is broadcast.
         spans: the keys that each row sees; None means all.
         mask: bool, broadcastable to `[batch, num_heads, query_len, key_len]`, True where visible, on top of `spans`.
-        bias: floating point, broadcastable likewise, added to the scaled scores; -inf hides a key.
+        bias: floating point, broadcastable likewise, added to the scaled scores; -inf hides a key. Other numbers hide
+            none: a row of nothing but the lowest is the mean of its values, whose gradient is that of their sum, as the
+            log-sum-exp of such numbers does not tell how many there are. Use -inf, `mask` or `spans`.
         sinks: floating point `[num_heads]`, a score per head without a value, in every row's softmax.
         scale: factor of the scores; default `head_dim ** -0.5`.
         softcap: if given, scores become `softcap * tanh(scores / softcap)` before bias and mask.
@@ -120,6 +122,8 @@ def attention(
             "attention: transforms of torch.func (vmap, grad, jvp, ...) are not served; use torch.autograd, and a "
             'dimension of the batch in place of vmap, or attn_implementation="eager"'
         )
+    if spans is not None and not isinstance(spans, Spans):
+        raise TypeError(f"attention: `spans` must be Spans, got {type(spans).__name__}; pass a dense mask as `mask`")
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
@@ -181,6 +185,11 @@ def _forward_asked(
 def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return draw_seed(device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(
+            f"attention: `dropout_seed` must be an int64 tensor of shape [1], got {type(seed).__name__}; leave it out "
+            "to have one drawn"
+        )
     if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(
             f"attention: `dropout_seed` must be int64 of shape [1] on {device}, got {seed.dtype} {list(seed.shape)} on "
@@ -263,7 +272,7 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
             f"attention: `key` and `value` must share heads and length, got {list(key.shape)} and "
             f"{list(value.shape)}; only their last dimension may differ"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if key.shape[1] == 0 or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"attention: the number of query heads must be a multiple of the number of key heads, got {query.shape[1]} "
             f"and {key.shape[1]}; shard or repeat the heads so that each group is whole"

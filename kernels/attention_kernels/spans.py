@@ -22,6 +22,9 @@ from torch import Tensor
 Offset = int | Tensor
 Device = torch.device | str | None
 
+FARTHEST = 2**30
+"""A window or chunk of more keys hides none: int32 positions end there."""
+
 
 class TileBounds(NamedTuple):
     """Key ranges of tiles of rows, each int32 `[batch or 1, tiles]`, with `first <= body_first <= body_last <= last`.
@@ -139,6 +142,8 @@ class Spans:
             first = 0 if left is None else min(max(0, offset - left), key_len)
             last = key_len if right is None else min(max(0, offset + right + 1), key_len)
             return cls(_constant(first, device), _constant(last, device), query_len, key_len)
+        # Sums of positions and limits are int32.
+        left, right = (None if size is None else min(size, FARTHEST) for size in (left, right))
         position = _positions(query_len, key_len, offset, device)
         start = _constant(0, device) if left is None else (position - left).clamp_(0, key_len)
         end = _constant(key_len, device) if right is None else (position + (right + 1)).clamp_(0, key_len)
@@ -168,6 +173,7 @@ class Spans:
         key_len = query_len if key_len is None else key_len
         if not torch.compiler.is_compiling():
             _check_lengths(query_len, key_len)
+        chunk_size = min(chunk_size, FARTHEST)
         position = _positions(query_len, key_len, offset, device)
         if isinstance(first, Tensor):
             first = first.to(position.device, torch.int32).reshape(-1, 1)
@@ -189,6 +195,8 @@ class Spans:
         run_start, run_end = _runs(block_ids)
         key_len = block_ids.shape[1]
         query_len = key_len if query_len is None else query_len
+        if not key_len:
+            return cls(_constant(0, block_ids.device), _constant(0, block_ids.device), query_len, 0)
         position = _positions(query_len, key_len, offset, block_ids.device).long().clamp_(0, max(key_len - 1, 0))
         position = position.expand(block_ids.shape[0], -1)
         inside = block_ids.gather(1, position) >= 0
@@ -537,6 +545,7 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     # Not slices of one token less: a compiler would have to tell two tokens, whose slice broadcasts, from more.
     begins = (ids != ids.roll(1, 1)) | (index == 0)
     start = torch.where(begins, index, 0).cummax(1).values if tokens else index.expand(ids.shape)
-    ends = begins.roll(-1, 1) | (index == tokens - 1)
-    end = torch.where(ends, index + 1, tokens).flip(1).cummin(1).values.flip(1) if tokens else start
-    return start, end
+    # The place behind the last token of the same run. (The least end from the right on would be two flips around a
+    # scan, of which torch 2.13's inductor makes code that fails at the next length.)
+    run = begins.cumsum(1)
+    return start, torch.searchsorted(run, run, right=True)

@@ -18,6 +18,8 @@ from .interpreter import mend_loop_bounds
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST_BIAS = tl.constexpr(-2.3e38)
+"""The lowest bias that is finite in base 2 as well."""
 FAR = tl.constexpr(2**31 - 1)
 DROPOUT_BITS = tl.constexpr(BITS)
 SPLITMIX_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -276,8 +278,9 @@ def bias_and_mask(s, bias_tile, mask_tile):
     """Scores `[M, N]` plus a bias, and -inf where the mask is 0 or the bias is -inf; None where there is none."""
     if bias_tile is not None:
         added = bias_tile.to(tl.float32)
-        # A key hidden by -inf stays hidden where its score is NaN.
-        s = tl.where(added == NEG_INF, NEG_INF, s + added * LOG2E)
+        # A key hidden by -inf stays hidden where its score is NaN. The lowest number of a dtype, with which models fill
+        # masks, hides none: a row of nothing else is the mean of its values.
+        s = tl.where(added == NEG_INF, NEG_INF, s + tl.maximum(added, LOWEST_BIAS) * LOG2E)
     if mask_tile is not None:
         s = tl.where(mask_tile != 0, s, NEG_INF)
     return s

@@ -112,7 +112,7 @@ def _scores(query: Tensor, key: Tensor, dtype: torch.dtype, scale: float | None,
     scale = head_dim**-0.5 if scale is None else scale
     # Rows that see a NaN have it in their log-sum-exp. Elsewhere it must not come back as the gradient 0 x NaN.
     query, key = (tensor.to(dtype).nan_to_num(0.0, math.inf, -math.inf) for tensor in (query, key))
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, head_dim)
+    grouped = query.reshape(query.shape[0], key.shape[1], num_heads // key.shape[1] * query_len, head_dim)
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores to 16 bits
         scores = (grouped @ key.transpose(-1, -2)) * scale
     scores = scores.reshape(scores.shape[0], num_heads, query_len, key.shape[2])

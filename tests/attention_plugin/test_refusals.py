@@ -437,6 +437,16 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("`bias` of shape [1, 1, 1, 6, 6] does not broadcast", "[2, 4, 6, 6]"),
     ),
+    "a dense mask as spans": (
+        lambda: {"spans": torch.ones(6, 6, dtype=torch.bool)},
+        TypeError,
+        ("`spans` must be Spans, got Tensor", "pass a dense mask as `mask`"),
+    ),
+    "a number as seed": (
+        lambda: {"dropout_p": 0.1, "dropout_seed": 3},
+        TypeError,
+        ("`dropout_seed` must be an int64 tensor", "got int", "leave it out"),
+    ),
     "bias elsewhere": (
         lambda: {"bias": torch.zeros(6, 6, device="meta")},
         ValueError,

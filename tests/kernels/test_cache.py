@@ -445,5 +445,29 @@ def test_spans_reach_no_key_behind_a_sequence(packed):
     options = problem.options | {"query_offsets": problem.offsets, "return_lse": True}
     found, expected = (paged_attention(problem.query, cache, spans, **options) for spans in (everything, clamped))
     assert not (ends == cache.key_len).all()
-    for one, other in zip(found, expected, strict=True):
+    before_the_first = Spans(clamped.start - 5, clamped.end, rows, cache.key_len)
+    found += paged_attention(problem.query, cache, before_the_first, **options)
+    for one, other in zip(found, 2 * expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@on_the_torch_path
+def test_another_default_device_does_not_reach_the_memory_that_is_kept():
+    problem = batch_of([100, 77, 3])
+    expected, _ = problem.run()
+    gathered._scratch.memory = torch.empty(0, dtype=torch.uint8)
+    with torch.device("meta"):
+        found, _ = problem.run()
+    torch.testing.assert_close(found, expected)
+
+
+def test_writing_takes_no_gradient_along():
+    zeros = torch.zeros(2, 4, 1, 8, device=DEVICE)
+    table, lengths = (
+        torch.zeros(1, 1, dtype=torch.int32, device=DEVICE),
+        torch.ones(1, dtype=torch.int32, device=DEVICE),
+    )
+    cache = PagedCache(zeros, zeros.clone(), table, lengths)
+    new = torch.ones(1, 1, 8, device=DEVICE, requires_grad=True)
+    write_cache(new, new, cache, torch.tensor([3], device=DEVICE))
+    assert not cache.key.requires_grad and cache.key[0, 3].eq(1).all()

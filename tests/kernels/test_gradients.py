@@ -386,3 +386,14 @@ def test_several_gradients_at_once():
     (together,) = torch.autograd.grad(output, query, gradients, is_grads_batched=True, retain_graph=True)
     for ours, gradient in zip(together, gradients, strict=True):
         torch.testing.assert_close(ours, *torch.autograd.grad(output, query, gradient, retain_graph=True))
+
+
+def test_a_sink_that_is_none_beside_a_row_that_sees_nothing():
+    """The softmax of such a row has neither a key nor a sink: nothing to divide by."""
+    torch.manual_seed(0)
+    inputs = [tensor(1, 2, 3, 8).requires_grad_() for _ in range(3)]
+    sinks = torch.tensor([-math.inf, 0.5], device=DEVICE, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False] * 3, [True] * 3], device=DEVICE)
+    output = attention(*inputs, mask=mask, sinks=sinks)
+    for gradient in torch.autograd.grad(output.sum(), (*inputs, sinks)):
+        assert gradient.isfinite().all()

@@ -255,3 +255,22 @@ def test_the_forward_kernel_is_launched_in_the_row_for_what_a_call_has(extra, mo
     (has,) = asked
     assert has["has_tiles"] == (extra in ("hidden keys", "mask", "bias"))
     assert has["has_dropout"] == (extra == "dropout")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_lowest_bias_hides_no_key(dtype):
+    """Models fill masks with it: a row of nothing else is the mean of its values, as in eager attention."""
+    torch.manual_seed(0)
+    query, key, value = tensor(1, 2, 4, 16, dtype=dtype), *(tensor(1, 2, 40, 16, dtype=dtype) for _ in range(2))
+    for lowest in {torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min} if dtype != torch.float16 else {-65504.0}:
+        bias = torch.zeros(4, 40, device=DEVICE, dtype=dtype)
+        bias[1] = lowest
+        bias[2, :30] = lowest
+        output = attention(query, key, value, bias=bias)
+        rounding = torch.finfo(dtype).eps
+        if dtype != torch.float16:  # to whose lowest number a score still adds something
+            torch.testing.assert_close(output[:, :, 1], value.mean(2), rtol=0, atol=2 * rounding)
+        hidden = torch.zeros(4, 40, device=DEVICE, dtype=torch.bool)
+        hidden[2, :30] = True
+        seen = attention(query, key, value, mask=~hidden)
+        torch.testing.assert_close(output[:, :, 2], seen[:, :, 2], rtol=0, atol=2 * rounding)

@@ -89,6 +89,28 @@ def test_padded(rows, query_len):
     assert (spans.key_mask is not None) == bool((changes > 2).any()), "a mask is kept exactly where there are gaps"
 
 
+def test_limits_that_no_sum_holds():
+    """Positions are int32: a limit of more keys than there are is none."""
+    for far in (2**31 - 1, 2**40):
+        assert torch.equal(Spans.sliding(6, left=far).to_dense(), Spans.causal(6).to_dense())
+        assert Spans.sliding(6, left=None, right=far).to_dense().all()
+        assert Spans.chunked(6, chunk_size=far, first=2).to_dense().sum(-1).tolist() == [[2, 2, 4, 4, 4, 4]]
+
+
+def test_blocks_of_no_keys():
+    spans = Spans.blocks(torch.zeros(1, 0, dtype=torch.int64), 2)
+    assert (spans.query_len, spans.key_len) == (2, 0) and not spans.to_dense().any()
+
+
+def test_runs_are_compiled_for_any_length():
+    """By inductor, whose code for another way to say the same fails at the second length."""
+    compiled = {kind: torch.compile(lambda ids, kind=kind: kind(ids).end) for kind in (Spans.packed, Spans.blocks)}
+    for tokens in (20, 13, 7):
+        ids = torch.arange(tokens)[None] // 5
+        for kind, run in compiled.items():
+            assert torch.equal(run(ids), kind(ids).end)
+
+
 @given(st.data())
 def test_composition(data):
     query_len, key_len = data.draw(sizes), data.draw(sizes)

@@ -341,12 +341,11 @@ def _add_rows(
 
 def _softmax(scores: Tensor, largest: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights of the keys, in place of the scores, and `[batch, num_heads, rows, 1]` of the sinks (0 without)."""
-    sink_weights = torch.zeros_like(largest)
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[:, None, None]
-        largest = torch.maximum(largest, column)
-        sink_weights = torch.exp(column - largest)
-    weights = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)).exp_()
+    column = torch.full_like(largest, -math.inf) if sinks is None else sinks.to(scores.dtype)[:, None, None]
+    largest = torch.maximum(largest, column)
+    largest = largest.masked_fill(largest == -math.inf, 0.0)
+    sink_weights = torch.exp(column - largest)
+    weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True) + sink_weights
     total.masked_fill_(total == 0, 1.0)
     return weights.div_(total), sink_weights.div_(total)
