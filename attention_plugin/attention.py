@@ -88,7 +88,8 @@ def attention_forward(
     check_keywords(kwargs, module)
     check_dropout(dropout, module.training)
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        # Cross attention that does not say so (Mllama's) sees all keys: they are not of the tokens that ask.
+        is_causal = getattr(module, "is_causal", "CrossAttention" not in type(module).__name__)
         if attention_mask is None and is_causal:
             is_causal = is_causal_without_mask(type(module).__module__)
     (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
@@ -172,6 +173,10 @@ def _spans_without_mask(
         return window_spans(query_len, key_len, device=device)
     if not is_one_or(query_len, key_len):
         refuse_alignment(query_len, key_len)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"my_triton attention: `sliding_window` must be at least 1, got {sliding_window}; pass None for no window"
+        )
     left = None if sliding_window is None else sliding_window - 1
     return window_spans(query_len, key_len, left=left, right=0, device=device)
 

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from attention_kernels import Spans
@@ -167,25 +166,29 @@ def _shared_spans(
 
 # ---------------------------------------------------------------------- passes
 
-_hooks: WeakKeyDictionary[PreTrainedModel, list[RemovableHandle]] = WeakKeyDictionary()
 _in_use = threading.local()
 """`cache`: of the pass that this thread is computing. Layers that write to it do not hand it on to attention."""
 
 
 def add_hooks(model: PreTrainedModel) -> None:
-    """Have each pass of a model tell its thread which cache is in use, once."""
-    if model not in _hooks:
-        _hooks[model] = [
-            model.register_forward_pre_hook(_begin_pass, with_kwargs=True),
-            model.register_forward_hook(_check_pass, with_kwargs=True),
-            model.register_forward_hook(_end_pass, with_kwargs=True, always_call=True),
-        ]
+    """Have each pass of a model tell its thread which cache is in use, once; a copy of a model has them already."""
+    if _begin_pass not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+        model.register_forward_hook(_check_pass, with_kwargs=True)
+        model.register_forward_hook(_end_pass, with_kwargs=True, always_call=True)
 
 
 def remove_hooks(model: PreTrainedModel) -> None:
-    """Take back `add_hooks`, if it was called."""
-    for hook in _hooks.pop(model, ()):
-        hook.remove()
+    """Take back `add_hooks`, if it was called, on this model or on what it is a copy of."""
+    ours = (_begin_pass, _check_pass, _end_pass)
+    before: list[dict[int, Any]] = [model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs]
+    after: list[dict[int, Any]] = [
+        model._forward_hooks, model._forward_hooks_with_kwargs, model._forward_hooks_always_called,
+    ]  # fmt: skip
+    for hooks, *flags in (before, after):
+        for number in [number for number, hook in hooks.items() if hook in ours]:
+            for each in (hooks, *flags):
+                each.pop(number, None)
 
 
 def _batch_cache(kwargs: dict[str, Any]) -> Any:

@@ -176,6 +176,14 @@ def test_is_causal_without_a_mask(of_module: bool | None, argument: bool | None)
     assert_equals_reference(result, query, key, value, mask=causal(6, 6) if decided else None)
 
 
+@pytest.mark.parametrize("key_len", [6, 9])
+def test_cross_attention_that_does_not_say_so_sees_all_keys(key_len: int):
+    """As Mllama's, which has no `is_causal`; eager attention hides nothing without a mask."""
+    query, key, value = tensors(6, key_len)
+    module = type("SomeCrossAttention", (torch.nn.Module,), {})().eval()
+    assert_equals_reference(attention_forward(module, query, key, value, None), query, key, value)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_is_causal_gives_way_to_a_mask(is_causal: bool):
     query, key, value = tensors(6, 6)

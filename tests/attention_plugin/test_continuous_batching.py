@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' continuous batching runs this attention and gives the tokens that eager gives one by one."""
 
+import copy
 import json
 import sys
 import threading
@@ -428,6 +429,18 @@ def test_hooks_are_taken_back():
     assert ours._forward_hooks and ours._forward_pre_hooks
     attention_plugin.disable_continuous_batching(ours)
     assert not ours._forward_hooks and not ours._forward_pre_hooks
+
+
+def test_a_copy_of_an_enabled_model_is_enabled():
+    """With the hooks of what it is a copy of, which it neither gets twice nor keeps."""
+    ours, eager = tiny_pair("llama")
+    prompts = random_prompts([3, 9])
+    copied = copy.deepcopy(ours)
+    for model in (copied, attention_plugin.enable_continuous_batching(copied)):
+        assert batched(model, prompts) == one_by_one(eager, prompts)
+    attention_plugin.disable_continuous_batching(copied)
+    assert not copied._forward_hooks and not copied._forward_pre_hooks
+    assert batched(ours, prompts) == one_by_one(eager, prompts)
 
 
 def test_a_failed_pass_leaves_nothing_behind():

@@ -150,6 +150,11 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         ValueError,
         ("`output_attentions` did not reach the attention function", "set `output_attentions=True`", EAGER),
     ),
+    "a window of no keys": (
+        lambda: attention_forward(torch.nn.Module().eval(), *tensors(), None, sliding_window=0),
+        ValueError,
+        ("`sliding_window` must be at least 1, got 0", "pass None for no window"),
+    ),
     "sinks of both kinds": (
         lambda: call(sinks=QUERIES, s_aux=torch.zeros(HEADS)),
         ValueError,
