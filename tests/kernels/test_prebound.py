@@ -514,7 +514,7 @@ def test_a_number_that_changes_is_another(kernels):
     for rows in (3, 200, 3, 200):
         longest.fill_(rows)
         paged_attention(query, pages, query_offsets=offsets, max_query_len=longest)
-    tiles = [grid[1] for grid, _, _ in kernels[0].calls]
+    tiles = [grid[0] for grid, _, _ in kernels[0].calls]
     assert tiles[0] == tiles[2] < tiles[1] == tiles[3]
 
 
