@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from attention_kernels.reference import error_bound
 from model.checkpoint import docstrings
 from model.modeling_reference import CACHE, ReferenceForCausalLM
 from model.training import is_checkpoint
@@ -36,9 +37,6 @@ from .providers import BASELINE, FALLBACK_BASELINE, OURS
 
 IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)
 TRUTH = FALLBACK_BASELINE
-ERROR_FACTOR = 2.0
-"""In 16 bits a result may be off by this many times the error of eager, as by `reference.error_bound`."""
-
 LARGEST_DIFFERENCE = 1e-4
 """Relative difference from eager, in float32, beyond which a result is wrong."""
 
@@ -209,9 +207,9 @@ def build_truth(folder: Path, inputs: BatchEncoding, steps: int, dtype: torch.dt
     exact = load_reference(folder, TRUTH, torch.float32, device)
     right = exact.model(**inputs, use_cache=False).last_hidden_state
     noise = (exact.lm_head(right[:, -1]) - model.lm_head(hidden[:, -1]).float()).abs().max().item()
-    bound = ERROR_FACTOR * relative_difference(hidden[real].float(), right[real])
-    # Two implementations may each be off by as much as eager, in either of the two logits.
-    return Truth(right[real], bound, tokens, margins, 2 * ERROR_FACTOR * noise)
+    bound = error_bound(relative_difference(hidden[real].float(), right[real]), 1.0, dtype)
+    # Two implementations may each be off by twice as much as eager, in either of the two logits.
+    return Truth(right[real], bound, tokens, margins, 4 * noise)
 
 
 def load_reference(folder: Path, implementation: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -355,7 +353,7 @@ def run_embeddings(
 
     truth, bound = embed(load(TRUTH, torch.float32), inputs), LARGEST_DIFFERENCE
     if dtype != torch.float32:
-        bound = ERROR_FACTOR * relative_difference(embed(load(TRUTH, dtype), inputs).float(), truth)
+        bound = error_bound(relative_difference(embed(load(TRUTH, dtype), inputs).float(), truth), 1.0, dtype)
     for result in results:
         say(f"sentence embeddings: checking {result.provider}")
         result.work = int(inputs["attention_mask"].sum())

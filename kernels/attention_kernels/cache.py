@@ -270,7 +270,6 @@ def causal_spans(cache: PagedCache, query_len: int, query_offsets: Tensor | None
     return Spans(start, end.clamp(0, cache.key_len).to(torch.int32), query_len, cache.key_len)
 
 
-@torch.no_grad()
 def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) -> None:
     """Put new keys and values into pages, quantised on the way where the cache is.
 
@@ -302,6 +301,12 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
             inputs = new.resolve_neg(), old, scale, slots
             prebound.launched(partial(write, *inputs), prebound.NO_SPANS, inputs, ("write",))
         return
+    _write_in_torch(key, value, cache, slots)
+
+
+@torch.no_grad()  # or the cache would be part of every later pass's graph; kernels leave no trace in one
+def _write_in_torch(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) -> None:
+    """`write_cache` without kernels."""
     kept = slots >= 0
     page, place = slots[kept].long() // cache.page_size, slots[kept].long() % cache.page_size
     for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):

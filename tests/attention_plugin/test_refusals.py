@@ -442,6 +442,11 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("`bias` of shape [1, 1, 1, 6, 6] does not broadcast", "[2, 4, 6, 6]"),
     ),
+    "no query heads": (
+        lambda: {"query": torch.randn(2, 0, 6, 8)},
+        ValueError,
+        ("query heads must be a multiple", "0 and 2", "each group is whole"),
+    ),
     "a dense mask as spans": (
         lambda: {"spans": torch.ones(6, 6, dtype=torch.bool)},
         TypeError,

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many programs a kernel is launched as: CUDA takes 2^31 - 1 in the first dimension, and few in the others."""
+"""How many programs a kernel is launched as: CUDA takes 2^31 - 1 in the first dimension, and few in the others.
+
+Nothing is launched: tensors are the CPU's, and tile shapes those of the interpreter.
+"""
 
 import pytest
 import torch
 
 from attention_kernels import Spans, backward, decode
-from attention_kernels.operators import interpreting
-
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not interpreting(), reason="launchers choose the interpreter's tile shapes without a GPU"),
-]
 
 MOST_IN_OTHERS = 65_535
 """CUDA C++ Programming Guide, compute capabilities: programs in a grid's second and third dimension."""

@@ -306,3 +306,10 @@ def test_cascades_that_do_not_fit_are_refused():
     holes[0, 2] = False
     with pytest.raises(ValueError, match="same for the whole batch"):
         cascade_attention(query, prefix, prefix, own, own, prefix_spans=Spans.padded(holes, 3))
+
+
+@pytest.mark.parametrize(("batch", "query_len"), [(0, 3), (2, 0)])
+def test_cascades_of_nothing(batch, query_len):
+    query, prefix, own = tensor(batch, 4, query_len, 8), tensor(1, 2, 5, 8), tensor(batch, 2, 6, 8)
+    output, lse = cascade_attention(query, prefix, prefix, own, own, return_lse=True)
+    assert output.shape == (batch, 4, query_len, 8) and lse.shape == (batch, 4, query_len)

@@ -150,6 +150,11 @@ def test_no_branches_that_tracing_cannot_follow():
     torch.testing.assert_close(traced(query, key, lse, spans), attention_weights(query, key, lse, spans))
 
 
+def test_weights_of_nothing():
+    query, key, lse = tensor(0, 4, 6, 8), tensor(0, 2, 5, 8), torch.zeros(0, 4, 6, device=DEVICE)
+    assert attention_weights(query, key, lse).shape == (0, 4, 6, 5)
+
+
 def test_errors():
     query, key, value = tensor(2, 4, 6, 8), tensor(2, 2, 6, 8), tensor(2, 2, 6, 8)
     _, lse = attention(query, key, value, return_lse=True)
