@@ -190,13 +190,20 @@ def _within_lengths(
             "my_triton attention: `cu_seq_lens_q` and `cu_seq_lens_k` go together and describe a batch of 1, got "
             f"{'only one of them' if batch == 1 else f'a batch of {batch}'}; pack the documents into one row"
         )
-    for name, offsets in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
-        is_tensor = isinstance(offsets, Tensor)
-        if not is_tensor or (values_at_hand(offsets) and (offsets[:1].any() or (offsets.diff() < 0).any())):
+    for name, offsets, tokens in (
+        ("cu_seq_lens_q", cu_seq_lens_q, query_len),
+        ("cu_seq_lens_k", cu_seq_lens_k, key_len),
+    ):
+        if not isinstance(offsets, Tensor) or (values_at_hand(offsets) and not _are_cumulative(offsets, tokens)):
             raise ValueError(
-                f"my_triton attention: `{name}` must be a tensor of cumulative lengths, from 0 on and never falling, "
-                f"got {offsets.tolist() if is_tensor else offsets}; of lengths pass "
+                f"my_triton attention: `{name}` must be a tensor of cumulative lengths, from 0 on, never falling and "
+                f"not beyond the {tokens} tokens there are, got "
+                f"{offsets.tolist() if isinstance(offsets, Tensor) else offsets}; of lengths pass "
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
     documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len)
     return spans & documents.to(spans.device)
+
+
+def _are_cumulative(offsets: Tensor, tokens: int) -> bool:
+    return not (offsets[:1].any() or (offsets.diff() < 0).any() or (offsets[-1:] > tokens).any())

@@ -153,6 +153,9 @@ class SpanMask:
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
+        if name == "tag_activation_checkpoint":  # torch.compile's checkpointing: carries the mask, computes nothing
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
         args, kwargs = tree_map(
             lambda part: part.computed_with(name) if isinstance(part, cls) else part, (args, kwargs)
         )

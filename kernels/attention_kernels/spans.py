@@ -332,9 +332,9 @@ class Spans:
         """Keys that both let a row see. Always spans again.
 
         Raises:
-            ValueError: the two have other numbers of queries or keys.
+            ValueError: the two have other numbers of queries or keys, or of samples where neither has one.
         """
-        self._require_same_lengths(other)
+        self._require_same_sizes(other)
         start, end = torch.maximum(self.start, other.start), torch.minimum(self.end, other.end)
         if self.key_mask is None or other.key_mask is None:
             masked = self if self.key_mask is not None else other
@@ -347,8 +347,8 @@ class Spans:
 
         Raises:
             ValueError: the union of some row has a gap (it is no span then: use a dense mask), one side hides keys in
-                the middle, or the two have other numbers of queries or keys. The check reads the spans, which on a GPU
-                is a synchronisation.
+                the middle, or the two do not fit each other, as for `&`. The check reads the spans, which on a GPU is a
+                synchronisation.
         """
         union = self.union_touching(other)
         both = (self.end > self.start) & (other.end > other.start)
@@ -362,9 +362,9 @@ class Spans:
         No check and so no synchronisation: rows whose runs do not touch would silently gain the keys between them.
 
         Raises:
-            ValueError: one side hides keys in the middle, or the two have other numbers of queries or keys.
+            ValueError: one side hides keys in the middle, or the two do not fit each other, as for `&`.
         """
-        self._require_same_lengths(other)
+        self._require_same_sizes(other)
         if self.key_mask is not None or other.key_mask is not None:
             raise ValueError("Spans: a union with padding in the middle is no span; apply Spans.padded after the union")
         ours, theirs = self.end > self.start, other.end > other.start
@@ -374,11 +374,16 @@ class Spans:
         end = torch.maximum(torch.where(ours, self.end, 0), torch.where(theirs, other.end, 0))
         return replace(self, start=start, end=end)
 
-    def _require_same_lengths(self, other: Spans) -> None:
+    def _require_same_sizes(self, other: Spans) -> None:
         if (self.query_len, self.key_len) != (other.query_len, other.key_len):
             raise ValueError(
                 f"Spans: cannot combine query_len x key_len of {self.query_len} x {self.key_len} with "
                 f"{other.query_len} x {other.key_len}; build both for the same lengths"
+            )
+        if not is_one_or(self.batch, other.batch) and not is_one_or(other.batch, self.batch):
+            raise ValueError(
+                f"Spans: cannot combine spans of {self.batch} samples with those of {other.batch}; build both for the "
+                "same batch, or one of them for a batch of 1"
             )
 
     def cut(self, rows: slice, keys: slice) -> Spans:

@@ -374,6 +374,28 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool):
         pair.ours.eval()
 
 
+@pytest.mark.skipif(EARLIER_COMPILER, reason="cannot trace a checkpoint of a layer whose mask is no tensor")
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_compiled_checkpoints_carry_the_mask(name: str, caplog: pytest.LogCaptureFixture):
+    """GPT-2 and BERT hand their layers the mask by position, so that it is an argument of the checkpoint itself.
+
+    Documents packed beside a 2D mask are in no dense mask, so that this also tells whether the spans arrived.
+    """
+    pair = models(name)
+    arguments = inputs("packed")
+    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+    expected = run_with_gradients(pair.ours, pair.ours, arguments)
+    pair.ours.train()
+    pair.ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        compiled = torch.compile(pair.ours, backend="aot_eager", fullgraph=True)
+        assert_close(run_with_gradients(pair.ours, compiled, arguments), expected)
+    finally:
+        pair.ours.gradient_checkpointing_disable()
+        pair.ours.eval()
+    assert "dense" not in caplog.text
+
+
 # ---------------------------------------------------------------------- CUDA graphs
 
 

@@ -222,6 +222,11 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         ("`cu_seq_lens_q` must be a tensor of cumulative lengths", "got [0, 6]"),
     ),
     "cumulated lengths that fall": (lambda: packed([0, 4, 2, 6]), ValueError, ("`cu_seq_lens_q`", "got [0, 4, 2, 6]")),
+    "cumulated lengths beyond the tokens": (
+        lambda: packed([0, 4, 7]),
+        ValueError,
+        ("`cu_seq_lens_q`", "not beyond the 6 tokens there are, got [0, 4, 7]"),
+    ),
     "selected keys": (
         lambda: call(indices=torch.zeros(BATCH, TOKENS, 3)),
         ValueError,

@@ -138,6 +138,17 @@ def test_composition(data):
         assert_spans(Spans.from_dense(union), union)
 
 
+@pytest.mark.parametrize("combine", [Spans.__and__, Spans.__or__, Spans.union_touching])
+def test_spans_that_do_not_fit_each_other(combine):
+    first = torch.zeros(3, 4, dtype=torch.int32)
+    two, three = (Spans(first[:batch], first[:batch] + 5, 4, 5) for batch in (2, 3))
+    with pytest.raises(ValueError, match="spans of 2 samples with those of 3; build both for the same batch, or one"):
+        combine(two, three)
+    with pytest.raises(ValueError, match="4 x 5 with 4 x 6; build both for the same lengths"):
+        combine(two, Spans.full(4, 6))
+    assert combine(two, Spans.full(4, 5)).batch == combine(Spans.full(4, 5), two).batch == 2
+
+
 @given(st.data())
 def test_cut(data):
     query_len, key_len = data.draw(sizes), data.draw(sizes)
