@@ -28,6 +28,7 @@ from .launch import (
     score_operand,
     span_operand,
     token_major_memory,
+    within_reach,
 )
 from .tiles import DropoutOperand, SpanOperand
 
@@ -99,6 +100,7 @@ def backward(
             **{name: each.to(of.dtype) for name, each, of in named if each is not None and of is not None}
         )
     statistics = memory(lse, *lse.shape), memory(lse, *lse.shape)
+    query, key, value, grad_output, mask, bias = within_reach(query, key, value, grad_output, mask, bias)
     call = Call(
         query, key, value, grad_output, *statistics, span_operand(start, end, key_mask, gap_count), mask, bias,
         dropout_operand(dropout_seed, dropout_p), scale, softcap,

@@ -55,7 +55,7 @@ def key_rows(operand, pages, b, kv_head, k_pos, inside):
 def row_scales(scales, pages, b, kv_head, k_pos, inside):
     """Scales `[N]` of keys or values."""
     if pages is None:
-        row = scales.ptr + tl.cast(b, tl.int64) * scales.stride_b + k_pos * scales.stride_m
+        row = scales.ptr + tl.cast(b, tl.int64) * scales.stride_b + k_pos.to(tl.int64) * scales.stride_m
         return tl.load(row + tl.cast(kv_head, tl.int64) * scales.stride_h, mask=inside, other=0.0).to(tl.float32)
     else:
         entry = pages.table_ptr + tl.cast(b, tl.int64) * pages.stride_b + k_pos // pages.page_size
@@ -71,6 +71,16 @@ def load_columns(rows, stride_n, first_column, num_columns, inside, COLUMNS: tl.
     return tl.load(
         rows[:, None] + columns[None, :] * stride_n, mask=inside[:, None] & (columns < num_columns)[None, :], other=0.0
     )
+
+
+@triton.jit
+def unpacked(numbers, DTYPE: tl.constexpr):
+    """A tile of a cache in the dtype of the queries."""
+    if numbers.dtype == tl.float8e5 and DTYPE == tl.bfloat16:
+        # Triton makes bfloat16 of it by shifting bits, whereby NaN would become a number.
+        return numbers.to(tl.float16).to(DTYPE)
+    else:
+        return numbers.to(DTYPE)
 
 
 @triton.jit
@@ -91,28 +101,29 @@ def decode_step(
     inside = (k_pos >= seen_first) & (k_pos < seen_last)
     rows = key_rows(key, pages, b, kv_head, k_pos, inside)
     if CHUNK_D == BLOCK_D:
-        k = load_columns(rows, key.stride_n, 0, HEAD_DIM, inside, BLOCK_D).to(q.dtype)
+        k = unpacked(load_columns(rows, key.stride_n, 0, HEAD_DIM, inside, BLOCK_D), q.dtype)
         s = product(q, k, None, PRECISION)
     else:
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for d in tl.range(0, HEAD_DIM, CHUNK_D, num_stages=1):
             q_piece = load_columns(query_rows, query_stride_n, d, HEAD_DIM, query_inside, CHUNK_D)
-            k_piece = load_columns(rows, key.stride_n, d, HEAD_DIM, inside, CHUNK_D).to(q_piece.dtype)
+            k_piece = unpacked(load_columns(rows, key.stride_n, d, HEAD_DIM, inside, CHUNK_D), q_piece.dtype)
             s = product(q_piece, k_piece, s, PRECISION)
     if key_scales is not None:
         s = s * row_scales(key_scales, pages, b, kv_head, k_pos, inside)[None, :]
     s = score_tile(s, scale, softcap, query_rows.dtype.element_ty == tl.float32)
     both = query_inside[:, None] & inside[None, :]
     bias_tile, mask_tile = bias_rows, mask_rows
+    k_far = k_pos.to(tl.int64)
     if bias_rows is not None:
-        bias_tile = tl.load(bias_rows[:, None] + k_pos[None, :] * bias_stride_n, mask=both, other=0.0)
+        bias_tile = tl.load(bias_rows[:, None] + k_far[None, :] * bias_stride_n, mask=both, other=0.0)
     if mask_rows is not None:
-        mask_tile = tl.load(mask_rows[:, None] + k_pos[None, :] * mask_stride_n, mask=both, other=0)
+        mask_tile = tl.load(mask_rows[:, None] + k_far[None, :] * mask_stride_n, mask=both, other=0)
     s = bias_and_mask(s, bias_tile, mask_tile)
     if (first_key < body_first) | (first_key >= body_last):
         s = span_mask(s, spans, b, start[:, None], end[:, None], k_pos[None, :], seen_last)
     rows = key_rows(value, pages, b, kv_head, k_pos, inside)
-    v = load_columns(rows, value.stride_n, 0, VALUE_DIM, inside, BLOCK_DV).to(query_rows.dtype.element_ty)
+    v = unpacked(load_columns(rows, value.stride_n, 0, VALUE_DIM, inside, BLOCK_DV), query_rows.dtype.element_ty)
     if value_scales is None:
         return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
     else:

@@ -26,6 +26,7 @@ from .launch import (
     span_operand,
     tile_descriptor,
     token_major_memory,
+    within_reach,
 )
 from .tiles import (
     LOG2E,
@@ -342,6 +343,7 @@ def forward(
         )  # fmt: skip
         output = exact.to(query.dtype)
         return output, lse, (exact - output).to(query.dtype) if wants_rounding else query.new_empty(0)
+    query, key, value, mask, bias = within_reach(query, key, value, mask, bias)
     batch, num_heads, query_len, _ = query.shape
     output = token_major_memory(query, value.shape[-1])
     rounding = token_major_memory(output) if wants_rounding else query.new_empty(0)

@@ -17,6 +17,9 @@ from .configs import padded_dim
 from .dropout import threshold_and_scale
 from .tiles import DropoutOperand, Operand, SpanOperand
 
+MOST_ROWS, MOST_COLUMNS = 128, 1024
+"""The most rows (or keys) and columns of a tile that any kernel reads."""
+
 INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
 
@@ -81,6 +84,21 @@ def _recording_here() -> Recording | None:
 def launching_on(tensor: Tensor) -> AbstractContextManager:
     """Make the tensor's device current: Triton launches on the current one, which need not be the tensors'."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def within_reach(*tensors: Tensor | None) -> list[Any]:
+    """The tensors `[batch, heads, rows, columns]`, with a copy of each whose rows lie too far apart.
+
+    Kernels count in 32 bits inside a tile, which is too little for `[tokens, batch, heads, dim]`, transposed, where a
+    token of all sequences takes 2^24 numbers.
+    """
+    return [tensor if tensor is None or _is_within_reach(tensor) else tensor.contiguous() for tensor in tensors]
+
+
+def _is_within_reach(tensor: Tensor) -> bool:
+    (rows, columns), (row_stride, column_stride) = tensor.shape[2:], tensor.stride()[2:]
+    reach = (min(rows, MOST_ROWS) - 1) * row_stride + (min(columns, MOST_COLUMNS) - 1) * column_stride
+    return reach < 1 << 31
 
 
 def operand(tensor: Tensor) -> Operand:

@@ -93,7 +93,7 @@ if INTERPRETED.value:
 
 @triton.jit
 def tile_pointers(ptr, stride_m, stride_n, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: offsets inside a tile always fit 32."""
+    """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: `launch.within_reach` sees to the offsets in it."""
     origin = ptr + tl.cast(first_row, tl.int64) * stride_m
     return origin + (tl.arange(0, ROWS)[:, None] * stride_m + tl.arange(0, COLUMNS)[None, :] * stride_n)
 
@@ -279,8 +279,9 @@ def bias_and_mask(s, bias_tile, mask_tile):
     if bias_tile is not None:
         added = bias_tile.to(tl.float32)
         # A key hidden by -inf stays hidden where its score is NaN. The lowest number of a dtype, with which models fill
-        # masks, hides none: a row of nothing else is the mean of its values.
-        s = tl.where(added == NEG_INF, NEG_INF, s + tl.maximum(added, LOWEST_BIAS) * LOG2E)
+        # masks, hides none: a row of nothing else is the mean of its values. A NaN stays one.
+        raised = tl.maximum(added, LOWEST_BIAS, propagate_nan=tl.PropagateNan.ALL)
+        s = tl.where(added == NEG_INF, NEG_INF, s + raised * LOG2E)
     if mask_tile is not None:
         s = tl.where(mask_tile != 0, s, NEG_INF)
     return s

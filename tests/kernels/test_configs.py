@@ -213,6 +213,36 @@ def test_quantising_keeps_nan_and_rounds_as_torch_does(stored):
     assert "div.rn.f32" in code and "div.full.f32" not in code
 
 
+@compiles
+@pytest.mark.parametrize(
+    "wanted",
+    [("forward", 2, 128, "tiles"), ("decode", 2, 128, "few"), ("backward", 2, 128, "query")],
+    ids=lambda wanted: wanted[0],
+)
+def test_a_nan_in_a_bias_stays_one(wanted):
+    """As above. The interpreter cannot tell: its maximum is NumPy's, which never passes over a NaN."""
+    (case,) = (c for c in shipped_cases("sm_90") if (c.part, c.element_size, c.dim, c.work) == wanted)
+    kernel, arguments = case.kernel()
+    code = compile_ahead(kernel, "sm_90", arguments).binary["ptx"]
+    lowest = [line for line in code.splitlines() if re.search(r"0fFF2D0864\b", line)]
+    raised = [line for line in lowest if re.search(r"\bmax\.[\w.]*f32", line)]
+    assert raised and all("max.NaN." in line for line in raised)
+
+
+@compiles
+def test_nan_in_a_float8_cache_stays_one():
+    """Triton turns e5m2 into bfloat16 by shifting bits, and NaN with them; into float16 the hardware turns it."""
+    (case,) = (
+        c for c in shipped_cases("sm_90") if (c.part, c.dim, c.work) == ("decode", 128, "few") and c.dtype.itemsize == 2
+    )
+    kernel, arguments = case.kernel()
+    key, value = (
+        arguments[name]._replace(ptr=arguments[name].ptr.view(torch.float8_e5m2)) for name in ("key", "value")
+    )
+    code = compile_ahead(kernel, "sm_90", arguments | {"key": key, "value": value}).binary["ptx"]
+    assert "cvt.rn.f16x2.e5m2x2" in code and "0x77807780" not in code
+
+
 def test_every_architecture_has_every_row_and_every_row_its_reason():
     assert tuple(SHARED_MEMORY) == CHIPS
     tables: tuple[dict, ...] = (CONFIGS, BACKWARD_CONFIGS, DECODE_CONFIGS)

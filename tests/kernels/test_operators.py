@@ -138,6 +138,40 @@ def test_masked_nonfinite_values_never_leak(hidden_by, where, poison):
         assert not output[:, :, sees].isfinite().all(-1).any(), "a visible NaN or Inf was swallowed"
 
 
+@pytest.mark.parametrize("query_len", [3, 40], ids=["short", "long"])
+def test_a_nan_in_a_bias_reaches_its_row_and_no_other(query_len):
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 2, tokens, 24) for tokens in (query_len, 50, 50))
+    bias = torch.randn(1, 2, query_len, 50, device=DEVICE)
+    expected = attention(query, key, value, bias=bias)
+    bias[0, 1, 2, 30] = math.nan
+    output, lse = attention(query, key, value, bias=bias, return_lse=True)
+    reached = torch.zeros(1, 2, query_len, dtype=torch.bool, device=DEVICE)
+    reached[0, 1, 2] = True
+    assert output[reached].isnan().all() and lse[reached].isnan().all()
+    torch.testing.assert_close(output[~reached], expected[~reached], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", ["query", "key", "value", "bias"])
+def test_rows_that_lie_far_apart(far):
+    """As those of many sequences' tokens, `[tokens, batch, heads, dim]`: 2^31 numbers and more in one tile."""
+    torch.manual_seed(0)
+    tensors = {name: tensor(1, 1, 70, 16, dtype=torch.float16) for name in ("query", "key", "value")}
+    tensors["bias"] = tensor(1, 1, 70, 70, dtype=torch.float16)
+    stride = (1 << 31) // 69 + 100
+    memory = torch.empty(70 * stride, dtype=torch.float16, device=DEVICE)  # of which a CPU gives what is touched only
+    apart = memory.as_strided(tensors[far].shape, (stride, stride, stride, 1)).copy_(tensors[far])
+    spans = Spans.causal(70, device=DEVICE)
+
+    def run(given):
+        given = {name: tensor.detach().requires_grad_() for name, tensor in given.items()}
+        output = attention(given["query"], given["key"], given["value"], spans, bias=given["bias"])
+        return output, *torch.autograd.grad(output.float().square().sum(), list(given.values()))
+
+    for actual, expected in zip(run(tensors | {far: apart}), run(tensors), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_a_batch_element_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     query, key, value = tensor(3, 4, 70, 32), tensor(3, 2, 90, 32), tensor(3, 2, 90, 32)

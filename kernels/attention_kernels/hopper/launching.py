@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..config_tables import GLUON_CONFIGS
 from ..configs import SHORT, architecture, processors
-from ..launch import copied_by_hardware, launching_on, operand, span_operand
+from ..launch import copied_by_hardware, launching_on, operand, span_operand, within_reach
 from ..tiles import SpanOperand
 from .gluon_forward import GROUP_ROWS, GROUPS, Work, forward_kernel
 
@@ -72,6 +72,7 @@ def forward(
     wants_rounding: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on a call that it serves; results are those of `attention_kernels.forward.forward`."""
+    query, key, value = within_reach(query, key, value)
     batch, num_heads, query_len, head_dim = query.shape
     output = query.new_empty(batch, query_len, num_heads, head_dim).transpose(1, 2)
     rounding = torch.empty_like(output) if wants_rounding else None
