@@ -203,6 +203,7 @@ def paged_attention(
         _check_out(out, query, cache)
     if check:
         cache.check()
+    query_offsets = None if query_offsets is None else query_offsets.contiguous()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if spans is not None:
         _check_spans(spans, query, cache)
@@ -241,16 +242,16 @@ def _launch(
     max_query_len, num_splits = (None if each is None else operator.index(each) for each in (max_query_len, num_splits))
     key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
     value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
-    seq_lens = cache.seq_lens.contiguous()
+    block_table, seq_lens = cache.block_table.contiguous(), cache.seq_lens.contiguous()
 
     def launch() -> tuple[Tensor, Tensor]:
         return decode(
             query, key, value, spans.start, spans.end, sinks=sinks, scale=scale, softcap=softcap,
-            block_table=cache.block_table, seq_lens=seq_lens, query_offsets=query_offsets, max_query_len=max_query_len,
+            block_table=block_table, seq_lens=seq_lens, query_offsets=query_offsets, max_query_len=max_query_len,
             num_splits=num_splits, key_scale=key_scale, value_scale=value_scale, out=in_place,
         )  # fmt: skip
 
-    inputs = query, key, value, key_scale, value_scale, cache.block_table, seq_lens, query_offsets, sinks, in_place
+    inputs = query, key, value, key_scale, value_scale, block_table, seq_lens, query_offsets, sinks, in_place
     asked = ("paged", scale, softcap, max_query_len, num_splits)
     known = None if torch.compiler.is_compiling() else prebound.known_spans(spans)
     output, lse = prebound.launched(launch, known, inputs, asked)
@@ -297,6 +298,7 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
     if runs_triton(key):
         from .write import write  # not before it is needed: importing Triton takes time
 
+        slots = slots.contiguous()
         for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
             inputs = new.resolve_neg(), old, scale, slots
             prebound.launched(partial(write, *inputs), prebound.NO_SPANS, inputs, ("write",))

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
+MOST_ROWS = 128
+"""The most rows, and the most keys, of a tile; `launch.within_reach` counts on it."""
+
 Work = Literal["spans", "tiles", "dropout", "short"]
 """What a call needs: spans, and perhaps a softcap; a mask, a bias or hidden keys between besides; dropout, with any of
 these; or few query rows, with anything."""

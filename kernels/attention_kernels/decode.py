@@ -34,6 +34,9 @@ from .tiles import (
     span_mask,
 )
 
+MOST_SPLITS = 65_535
+"""What CUDA allows in the second dimension of a grid."""
+
 NARROW = tl.constexpr(16)
 """Keys per step where values are searched for NaN, as in the forward pass."""
 
@@ -76,7 +79,7 @@ def load_columns(rows, stride_n, first_column, num_columns, inside, COLUMNS: tl.
 @triton.jit
 def unpacked(numbers, DTYPE: tl.constexpr):
     """A tile of a cache in the dtype of the queries."""
-    if numbers.dtype == tl.float8e5 and DTYPE == tl.bfloat16:
+    if numbers.dtype == tl.float8e5 and tl.bfloat16 == DTYPE:
         # Triton makes bfloat16 of it by shifting bits, whereby NaN would become a number.
         return numbers.to(tl.float16).to(DTYPE)
     else:
@@ -125,6 +128,11 @@ def decode_step(
     rows = key_rows(value, pages, b, kv_head, k_pos, inside)
     v = unpacked(load_columns(rows, value.stride_n, 0, VALUE_DIM, inside, BLOCK_DV), query_rows.dtype.element_ty)
     if value_scales is None:
+        return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
+    elif v.dtype == tl.float16:
+        # Weights times scales would fall below its smallest numbers; the values are what it is to hold.
+        factor = row_scales(value_scales, pages, b, kv_head, k_pos, inside)
+        v = (v.to(tl.float32) * factor[:, None]).to(v.dtype)
         return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
     else:
         factor = row_scales(value_scales, pages, b, kv_head, k_pos, inside)
@@ -311,11 +319,14 @@ def decode(
     sequences = batch if query_offsets is None else query_offsets.numel() - 1
     longest = query_len if max_query_len is None else max_query_len
     rows = longest * (num_heads // num_kv_heads)
-    config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, rows, query.device)
+    # With as many splits as were asked for, bits depend on no other sequence, whose queries would choose the tile here.
+    choosing = rows if num_splits is None or query_offsets is None else rows // longest
+    config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device)
     row_tiles = triton.cdiv(rows, config.block_m)
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     programs = row_tiles * sequences * num_kv_heads
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
+    splits = min(splits, max(1, triton.cdiv(key_len, config.block_n)), MOST_SPLITS)  # more would have no keys
     parts, part_lse = output, lse
     if splits > 1:
         parts = memory(lse, splits, batch, query_len, num_heads, value_dim)

@@ -13,12 +13,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
+from .config_tables import MOST_ROWS
 from .configs import padded_dim
 from .dropout import threshold_and_scale
 from .tiles import DropoutOperand, Operand, SpanOperand
 
-MOST_ROWS, MOST_COLUMNS = 128, 1024
-"""The most rows (or keys) and columns of a tile that any kernel reads."""
+MOST_COLUMNS = 1024
+"""The most columns of a tile, those of the widest heads."""
 
 INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .config_tables import BackwardConfig, DecodeConfig, ForwardConfig
+from .config_tables import MOST_ROWS, BackwardConfig, DecodeConfig, ForwardConfig
 
 Key = tuple[str, int, int, str]
 """Pass ("forward", "backward", "decode"), bytes per element, widest head, and the row's own name, as in the tables."""
@@ -111,6 +111,8 @@ def parse_row(row: Mapping[str, Any]) -> tuple[Key, Config]:
         # Shapes of tiles and numbers of warps are powers of two; pieces may be 0, which is all.
         if type(number) is not int or number < least or (each != "num_stages" and number & (number - 1)):
             raise ValueError(f"{each} of {row['key']} must be a power of two, got {number!r}")
+        if each.startswith("block_") and number > MOST_ROWS:
+            raise ValueError(f"{each} of {row['key']} must be at most {MOST_ROWS}, got {number}")
     flags = {each: row["config"][each] for each in FLAGS if each in CLASSES[name]._fields}
     for each, flag in flags.items():
         if type(flag) is not bool:

@@ -105,11 +105,20 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(text, caplog):
     assert chosen()[:4] == (64, 64, 4, 2)
 
 
-@pytest.mark.parametrize(("name", "number"), [("block_m", 96), ("num_warps", 0), ("block_n", "64"), ("chunk_d", -1)])
-def test_impossible_shapes_are_not_read(name, number):
+@pytest.mark.parametrize(
+    ("name", "number", "rule"),
+    [
+        ("block_m", 96, "a power of two"),
+        ("num_warps", 0, "a power of two"),
+        ("block_n", "64", "a power of two"),
+        ("chunk_d", -1, "a power of two"),
+        ("block_m", 256, "at most 128"),
+    ],
+)
+def test_impossible_shapes_are_not_read(name, number, rule):
     row = measured().as_json()
     row["config"][name] = number
-    with pytest.raises(ValueError, match=f"{name} of .* must be a power of two, got {number!r}"):
+    with pytest.raises(ValueError, match=f"{name} of .* must be {rule}, got {number!r}"):
         tuned.parse_rows(json.dumps({"rows": [row]}))
 
 

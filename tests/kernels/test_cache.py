@@ -6,14 +6,15 @@ from __future__ import annotations
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from attention_kernels import PagedCache, Spans, attention, attention_reference, gathered, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
-from attention_kernels.configs import unsupported_dtype
+from attention_kernels.configs import assuming, unsupported_dtype
 from attention_kernels.operators import interpreting
 from attention_kernels.quantised import QUANTISED, quantise
 
@@ -176,6 +177,69 @@ def test_with_fixed_splits_a_sequence_does_not_depend_on_its_neighbours():
         own = PagedCache(cache.key, cache.value, cache.block_table[one], cache.seq_lens[one])
         alone = PagedProblem(problem.query[one], own, None, [problem.query_lens[0]], problem.window, problem.options)
         assert torch.equal(alone.run()[0], together[one])
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_with_fixed_splits_a_packed_sequence_does_not_depend_on_its_neighbours(architecture):
+    """Not on tables with other tiles for many queries either, as GPUs have."""
+    torch.manual_seed(0)
+    cache = random_cache(random.Random(0), [130, 40], 16, 2, (64, 64), torch.float16, None)
+    alone = PagedCache(cache.key, cache.value, cache.block_table[:1], cache.seq_lens[:1])
+    query, options = tensor(1, 8, 21, 64, dtype=torch.float16), {"sinks": None, "scale": None, "softcap": None}
+    with assuming(architecture) if interpreting() else nullcontext():
+        expected, together = (
+            PagedProblem(
+                query[:, :, : sum(lengths)], held, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), lengths,
+                None, options | {"num_splits": 4},
+            ).run()[0]
+            for held, lengths in ((alone, [1]), (cache, [1, 20]))
+        )  # fmt: skip
+    assert torch.equal(together[:, :, :1], expected)
+
+
+def test_more_splits_than_keys_change_nothing():
+    problem = random_paged_problem(3, num_splits=1000, stored=None)
+    problem.check()
+    assert torch.equal(problem.run()[0], replace(problem, options=problem.options | {"num_splits": 70_000}).run()[0])
+
+
+def every_other(tensor):
+    """The same numbers, two apart in memory, beside others."""
+    return torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
+
+
+def test_integers_that_lie_apart_in_memory():
+    """Block tables, offsets of queries and slots may be columns of larger tensors, or transposed."""
+    torch.manual_seed(0)
+    seq_lens, query_lens = [40, 7, 33], [3, 1, 20]
+    cache = random_cache(random.Random(0), seq_lens, 8, 2, (16, 16), torch.float32, None)
+    offsets = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
+    query = tensor(1, 4, sum(query_lens), 16)
+    options = {"sinks": None, "scale": None, "softcap": None, "num_splits": None}
+    expected, _ = PagedProblem(query, cache, offsets, query_lens, None, options).run()
+    for table in (every_other(cache.block_table), cache.block_table.t().contiguous().t()):
+        assert not table.is_contiguous()
+        apart = PagedCache(cache.key, cache.value, table, every_other(cache.seq_lens))
+        assert torch.equal(
+            PagedProblem(query, apart, every_other(offsets), query_lens, None, options).run()[0], expected
+        )
+
+    copies = [replace(cache, key=torch.zeros_like(cache.key), value=torch.zeros_like(cache.value)) for _ in range(2)]
+    slots, new = torch.tensor([9, 30, -1, 2], device=DEVICE), torch.randn(4, 2, 16, device=DEVICE)
+    for copy, places in zip(copies, (slots, every_other(slots)), strict=True):
+        write_cache(new, new, copy, places)
+    assert torch.equal(copies[0].key, copies[1].key) and torch.equal(copies[0].value, copies[1].value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
+def test_small_scales_of_values(scale, dtype):
+    """Weights times such scales are below the smallest numbers of float16, the values they stand for are not."""
+    torch.manual_seed(0)
+    cache = random_cache(random.Random(0), [60, 20], 16, 2, (64, 64), dtype, torch.float8_e4m3fn)
+    cache = replace(cache, value_scale=torch.tensor([scale], device=DEVICE))
+    options = {"sinks": None, "scale": None, "softcap": None, "num_splits": None}
+    PagedProblem(tensor(2, 4, 1, 64, dtype=dtype), cache, None, [1, 1], None, options).check()
 
 
 @pytest.fixture
