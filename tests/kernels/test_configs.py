@@ -66,6 +66,7 @@ def cases() -> Iterator:
 
 SPILLS_ELSEWHERE = {
     ("3.6", "sm_90-forward-16bit-128-spans-(softcap)"): 2,
+    ("3.6", "sm_90-forward-16bit-256-tiles"): 2,  # with a bias in float32 alone
     ("3.6", "sm_90-backward-16bit-64-key_value-(spans)"): 2,
     ("3.6", "sm_90-backward-16bit-64-key_value-(hidden-keys)"): 6,
     ("3.6", "sm_90-backward-16bit-256-key_value-(spans)"): 2,
