@@ -26,6 +26,7 @@ from .launch import (
     memory,
     operand,
     score_operand,
+    section_of,
     span_operand,
     token_major_memory,
     within_reach,
@@ -143,6 +144,12 @@ class Call(NamedTuple):
         return (*self.query.shape[:3], self.key.shape[2])
 
     @property
+    def section(self) -> int:
+        """Heads of queries whose programs run side by side."""
+        batch, num_heads, _, key_len = self.scores
+        return section_of(batch * num_heads, num_heads // self.key.shape[1], key_len, self.key, self.value)
+
+    @property
     def extras(self) -> frozenset[Extra]:
         """What the call has besides spans."""
         given: dict[Extra, object] = {
@@ -214,7 +221,7 @@ def exact_statistics_arguments(
     """Everything `exact_statistics_kernel` is called with but its grid; compiling ahead of time takes the same."""
     return call.arguments(config) | dict(
         lse_ptr=lse, grad_lse_ptr=grad_lse, sinks_ptr=None if sinks is None else sinks.contiguous(),
-        num_heads=call.scores[1],
+        num_heads=call.scores[1], section=call.section,
     )  # fmt: skip
 
 
@@ -233,7 +240,9 @@ def query_arguments(call: Call, grad_query: Tensor, config: BackwardConfig) -> d
     """Everything `query_kernel` is called with but its grid; compiling ahead of time takes the same."""
     arguments = call.arguments(config)
     piece = min(config.piece_d or arguments["BLOCK_D"], arguments["BLOCK_D"])
-    return arguments | dict(grad_query=operand(grad_query), num_heads=call.query.shape[1], PIECE_D=piece)
+    return arguments | dict(
+        grad_query=operand(grad_query), num_heads=call.query.shape[1], section=call.section, PIECE_D=piece
+    )
 
 
 def key_value_gradients(call: Call, spans_batch: int) -> tuple[Tensor, Tensor]:
@@ -263,13 +272,15 @@ def key_value_arguments(
 ) -> dict[str, Any]:
     """Everything `key_value_kernel` is called with but its grid; compiling ahead of time takes the same."""
     arguments = call.arguments(config, transposed=True)
+    (batch, _, query_len, _), num_kv_heads, group_size = call.scores, call.key.shape[1], arguments["group_size"]
     pieces = {
         f"PIECE_{name}": min(config.piece_d or arguments[f"BLOCK_{name}"], arguments[f"BLOCK_{name}"])
         for name in ("D", "DV")
     }
     return arguments | pieces | dict(
         grad_key=operand(grad_key), grad_value=operand(grad_value), bounds_ptr=bounds,
-        bounds_stride_b=0 if bounds.shape[0] == 1 else bounds.stride(0), num_kv_heads=call.key.shape[1],
+        bounds_stride_b=0 if bounds.shape[0] == 1 else bounds.stride(0), num_kv_heads=num_kv_heads,
+        section=section_of(batch * num_kv_heads, 1, group_size * query_len, call.query, call.grad_output),
     )  # fmt: skip
 
 

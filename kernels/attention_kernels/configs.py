@@ -108,6 +108,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@lru_cache
+def last_cache(device: torch.device) -> int:
+    """Bytes that can be counted on to stay in a device's last cache; the interpreter pretends to be a Hopper."""
+    return torch.cuda.get_device_properties(device).L2_cache_size * 2 // 3 if device.type == "cuda" else 32 << 20
+
+
 def choose_splits(programs: int, key_len: int, block_n: int, device: torch.device) -> int:
     """In how many parts to split the keys, so that `programs` become enough for the device.
 

@@ -32,6 +32,7 @@ from .tiles import (
     score_tile,
     softmax_step,
     span_mask,
+    with_known_strides,
 )
 
 MOST_SPLITS = 65_535
@@ -155,6 +156,7 @@ def decode_kernel(
     `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on. With
     `lengths_ptr` sequence b has the keys 0 to `lengths[b]`, whatever spans say: elsewhere there need not be a page.
     """
+    query, key, value = with_known_strides(query), with_known_strides(key), with_known_strides(value)
     group, row_tile = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
     b, kv_head = group // num_kv_heads, group % num_kv_heads
     split, num_splits = tl.program_id(1), tl.num_programs(1)
@@ -355,7 +357,7 @@ def merge_arguments(parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor
 def row_operand(lse: Tensor) -> Operand:
     """A log-sum-exp `[batch, num_heads, query_len]` as kernels take it."""
     stride_b, stride_h, stride_m = lse.stride()[-3:]
-    return Operand(lse, stride_b, stride_h, stride_m, 0)
+    return Operand(lse, stride_b, stride_h, stride_m, 0, None)
 
 
 def decode_arguments(

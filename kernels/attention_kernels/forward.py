@@ -23,6 +23,7 @@ from .launch import (
     memory,
     operand,
     score_operand,
+    section_of,
     span_operand,
     tile_descriptor,
     token_major_memory,
@@ -44,6 +45,7 @@ from .tiles import (
     load_scores,
     load_spans,
     load_tile,
+    place_of,
     product,
     score_tile,
     softmax_step,
@@ -197,33 +199,26 @@ def initial_state(sinks_ptr, h, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 @triton.jit
 def store_output(
-    output, rounding, out, first_row, inside, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):  # fmt: skip
-    """Write down the output `[M, V]` and, unless `rounding` is None, what it loses by that.
-
-    Where it fills the registers it is written in halves: no more than one of them has to be there twice.
-    """
-    if BLOCK_M * BLOCK_DV > FILLS_REGISTERS:
-        left, right = out.reshape(BLOCK_M, 2, BLOCK_DV // 2).permute(0, 2, 1).split()
-        store_columns(output, rounding, left, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV // 2)
-        store_columns(output, rounding, right, first_row, inside, BLOCK_DV // 2, VALUE_DIM, BLOCK_M, BLOCK_DV // 2)
-    else:
-        store_columns(output, rounding, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV)
-
-
-@triton.jit
-def store_columns(
     output, rounding, out, first_row, inside, first_column, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """`store_output` of the columns from `first_column` on."""
-    store_tile(output, out, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
-    if rounding is not None:
-        lost = out - out.to(output.ptr.dtype.element_ty).to(tl.float32)
-        store_tile(rounding, lost, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
+    """Write down the output `[M, COLUMNS]` and, unless `rounding` is None, what it loses by that.
+
+    In pieces of MOST columns: no more than one of them has to be there twice.
+    """
+    if COLUMNS > MOST:
+        left, right = out.reshape(BLOCK_M, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        half: tl.constexpr = COLUMNS // 2
+        store_output(output, rounding, left, first_row, inside, first_column, VALUE_DIM, BLOCK_M, half, MOST)
+        store_output(output, rounding, right, first_row, inside, first_column + half, VALUE_DIM, BLOCK_M, half, MOST)
+    else:
+        store_tile(output, out, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
+        if rounding is not None:
+            lost = out - out.to(output.ptr.dtype.element_ty).to(tl.float32)
+            store_tile(rounding, lost, first_row, inside, first_column, VALUE_DIM, BLOCK_M, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def forward_kernel(
     query,
     key,
@@ -242,6 +237,7 @@ def forward_kernel(
     softcap,
     num_heads,
     group_size,
+    section,
     query_len,
     key_len,
     HEAD_DIM: tl.constexpr,
@@ -256,16 +252,13 @@ def forward_kernel(
 ):
     """Output and log-sum-exp of one tile of BLOCK_M rows of one head; the grid is (tiles x batch x heads,)."""
     num_tiles = tl.cdiv(query_len, BLOCK_M)
-    # Last rows first: under a causal mask they have the most keys, and short programs at the end fill the gaps.
-    first_row = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
-    batch_head = tl.program_id(0) // num_tiles
+    # Last rows first: under a causal mask they have the most keys.
+    tile, batch_head = place_of(tl.program_id(0), num_tiles, tl.num_programs(0), section)
+    first_row = (num_tiles - 1 - tile) * BLOCK_M
     b, h = batch_head // num_heads, batch_head % num_heads
 
-    query, output = at_head(query, b, h), at_head(output, b, h)
-    if rounding is not None:
-        rounding = at_head(rounding, b, h)
     kv_head = h // group_size
-    key, value = at_head(key, b, kv_head), at_head(value, b, kv_head)
+    query, key, value = at_head(query, b, h), at_head(key, b, kv_head), at_head(value, b, kv_head)
     if mask is not None:
         mask = at_head(mask, b, h)
     if bias is not None:
@@ -273,7 +266,7 @@ def forward_kernel(
 
     q_pos = first_row + tl.arange(0, BLOCK_M)
     q = left_tile(query, first_row, q_pos < query_len, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
-    start, end = load_spans(spans, b, q_pos, query_len)
+    start, end = load_spans(spans, b, q_pos, query_len, key_len)
     first, body_first, body_last, last = key_bounds(spans, b, start, end, q_pos < query_len, BLOCK_N)
 
     state = initial_state(sinks_ptr, h, BLOCK_M, BLOCK_DV)
@@ -305,7 +298,11 @@ def forward_kernel(
     out, lse = finish(m, l, acc)
     inside = q_pos < query_len
     tl.store(lse_ptr + batch_head.to(tl.int64) * query_len + q_pos, lse, mask=inside)
-    store_output(output, rounding, out, first_row, inside, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    output = at_head(output, b, h)
+    if rounding is not None:
+        rounding = at_head(rounding, b, h)
+    MOST: tl.constexpr = BLOCK_DV if BLOCK_M * BLOCK_DV <= FILLS_REGISTERS else FILLS_REGISTERS // (2 * BLOCK_M)
+    store_output(output, rounding, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV, MOST)
 
 
 def forward(
@@ -405,6 +402,7 @@ def kernel_arguments(
         softcap=softcap,
         num_heads=num_heads,
         group_size=num_heads // key.shape[1],
+        section=section_of(batch * num_heads, num_heads // key.shape[1], key_len, key, value),
         query_len=query_len,
         key_len=key_len,
         HEAD_DIM=head_dim,

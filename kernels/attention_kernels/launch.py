@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
 from .config_tables import MOST_ROWS
-from .configs import padded_dim
+from .configs import last_cache, padded_dim
 from .dropout import threshold_and_scale
 from .tiles import DropoutOperand, Operand, SpanOperand
 
@@ -102,9 +102,25 @@ def _is_within_reach(tensor: Tensor) -> bool:
     return reach < 1 << 31
 
 
+def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
+    """How many of `heads` consecutive heads' programs run side by side: `section` of the kernels.
+
+    As many whole groups as have what they read together, `rows` rows of each of the tensors, in the last cache.
+    """
+    row = sum(tensor.shape[3] * tensor.element_size() for tensor in read)
+    groups = last_cache(read[0].device) // max(1, rows * row)
+    return max(1, min(heads, max(1, groups) * group_size))
+
+
 def operand(tensor: Tensor) -> Operand:
     """A four-dimensional tensor as kernels take it."""
-    return Operand(tensor, *tensor.stride())
+    *strides, step = tensor.stride()
+    told = all(stride % 16 == 0 for stride in strides)
+    in_units = step == 1 and all(
+        size == 1 or stride * tensor.element_size() % 16 == 0
+        for size, stride in zip(tensor.shape, strides, strict=False)
+    )
+    return Operand(tensor, *strides, step, 1 if in_units and not told else None)
 
 
 def score_operand(

@@ -28,13 +28,18 @@ SPLITMIX_SECOND = tl.constexpr(0x94D049BB133111EB)
 
 
 class Operand(NamedTuple):
-    """A four-dimensional tensor as kernels take it: `[batch, heads, rows, columns]`; stride 0 where it is broadcast."""
+    """A four-dimensional tensor as kernels take it: `[batch, heads, rows, columns]`; stride 0 where it is broadcast.
+
+    Of an integer Triton looks at whether 16 divides it and at nothing else, so that with heads of 72 columns it would
+    read 2 bytes at a time. `in_units` is 1 where strides are multiples of 16 bytes all the same, else None.
+    """
 
     ptr: object
     stride_b: int
     stride_h: int
     stride_m: int
     stride_n: int
+    in_units: int | None
 
 
 class SpanOperand(NamedTuple):
@@ -78,10 +83,35 @@ class ScaleOperand(NamedTuple):
 
 
 @triton.jit
+def place_of(program, num_tiles, programs, section):
+    """The tile, and the head counted over the batch, of one of `programs` programs.
+
+    First come the first tiles of `section` heads, then their second ones and so on, then the next heads. If the first
+    have the most to do, the last ones are short and fill the gaps that the others leave.
+    """
+    first_head = program // (section * num_tiles) * section
+    heads_here = tl.minimum(section, programs // num_tiles - first_head)
+    within = program - first_head * num_tiles
+    return within // heads_here, first_head + within % heads_here
+
+
+@triton.jit
+def with_known_strides(operand):
+    """The operand, whose strides now show by how they are computed that they are multiples of 16 bytes, if they are."""
+    if operand.in_units is not None:
+        UNIT: tl.constexpr = 128 // operand.ptr.dtype.element_ty.primitive_bitwidth
+        stride_b, stride_h = operand.stride_b // UNIT * UNIT, operand.stride_h // UNIT * UNIT
+        return Operand(operand.ptr, stride_b, stride_h, operand.stride_m // UNIT * UNIT, operand.stride_n, None)
+    else:
+        return operand
+
+
+@triton.jit
 def at_head(operand, b, h):
     """The operand moved to batch element `b` and head `h`."""
-    offset = tl.cast(b, tl.int64) * operand.stride_b + tl.cast(h, tl.int64) * operand.stride_h
-    return Operand(operand.ptr + offset, operand.stride_b, operand.stride_h, operand.stride_m, operand.stride_n)
+    known = with_known_strides(operand)
+    offset = tl.cast(b, tl.int64) * known.stride_b + tl.cast(h, tl.int64) * known.stride_h
+    return Operand(known.ptr + offset, known.stride_b, known.stride_h, known.stride_m, known.stride_n, None)
 
 
 INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunction))
@@ -134,12 +164,12 @@ def store_tile(operand, tile, first_row, inside, first_column, num_columns, ROWS
 
 
 @triton.jit
-def load_spans(spans, b, q_pos, query_len):
-    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing."""
+def load_spans(spans, b, q_pos, query_len, key_len):
+    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing: they end last."""
     inside = q_pos < query_len
     start = tl.load(spans.start_ptr + b * spans.start_stride_b + q_pos * spans.start_stride_m, mask=inside, other=0)
     end = tl.load(spans.end_ptr + b * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
-    return start, end
+    return start, tl.minimum(end, key_len)
 
 
 @triton.jit
@@ -155,7 +185,7 @@ def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
     first = tl.min(tl.where(sees, start, FAR), 0)
     last = tl.max(tl.where(sees, end, 0), 0)
     first = (tl.minimum(first, last) // BLOCK_N) * BLOCK_N
-    # Rows beyond the last must not bound the body: their start is 0 and their end is far.
+    # Rows beyond the last do not bound the body: they begin first and end last.
     body_first = ((tl.max(start, 0) + BLOCK_N - 1) // BLOCK_N) * BLOCK_N
     body_first = tl.maximum(tl.minimum(body_first, last), first)
     body_last = tl.maximum((tl.minimum(tl.min(end, 0), last) // BLOCK_N) * BLOCK_N, body_first)
@@ -297,8 +327,7 @@ def span_mask(s, spans, b, start, end, k_pos, key_len):
     if spans.key_mask_ptr is not None:
         shown = tl.load(spans.key_mask_ptr + b * spans.key_mask_stride_b + k_pos, mask=k_pos < key_len, other=0)
         visible = visible & (shown != 0)
-    # Rows beyond the last have a far end; the keys themselves end at key_len.
-    return tl.where(visible & (k_pos < key_len), s, NEG_INF)
+    return tl.where(visible, s, NEG_INF)
 
 
 @triton.jit

@@ -21,18 +21,20 @@ from attention_kernels.config_tables import (
     SHARED_MEMORY,
     Work,
 )
-from attention_kernels.configs import backward_config, forward_config
+from attention_kernels.configs import assuming, backward_config, forward_config
 from attention_kernels.operators import interpreting
 
 pytest.importorskip("triton")
 
 import triton
 
-from attention_kernels.ahead_of_time import Case, compile_ahead, shipped_cases
+from attention_kernels import backward, backward_kernels
+from attention_kernels.ahead_of_time import Case, Compiled, compile_ahead, shipped_cases
 from attention_kernels.ahead_of_time.shipped import QUERY_LEN, extras_of, tensors
 from attention_kernels.backward import Call
 from attention_kernels.forward import forward_kernel, kernel_arguments
-from attention_kernels.launch import score_operand
+from attention_kernels.launch import score_operand, span_operand
+from attention_kernels.spans import Spans
 from attention_kernels.write import write_kernel
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
@@ -213,6 +215,47 @@ def test_quantising_keeps_nan_and_rounds_as_torch_does(stored):
     bounds = re.findall(r"\b(?:min|max)\.[\w.]*f32", code)  # Triton 3.9 has one instruction for both
     assert bounds and all(".NaN." in instruction for instruction in bounds)
     assert "div.rn.f32" in code and "div.full.f32" not in code
+
+
+def training_kernels(dim: int, tokens: int) -> Iterator[Compiled]:
+    """All kernels of a training step with 8 heads and 2 key heads, causal, as compiled for sm_90."""
+    query, key, value, output = (
+        torch.empty(1, tokens, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2, 8)
+    )
+    row, causal = torch.empty(1, 8, tokens), Spans.causal(tokens)
+    spans = span_operand(causal.start, causal.end, None, None)
+    nothing = (None, None, None, None)  # mask, bias, sinks, dropout
+    config = forward_config("sm_90", query.dtype, dim, dim, tokens, has_tiles=False, has_dropout=False)
+    given = kernel_arguments(query, key, value, output, output, row, spans, *nothing, 0.1, None, config)
+    yield compile_ahead(forward_kernel, "sm_90", given)
+    call = Call(query, key, value, output, row, row, spans, None, None, None, 0.1, None)
+    with assuming("sm_90"):
+        given = backward.query_arguments(call, query, call.config("query"))
+        yield compile_ahead(backward_kernels.query_kernel, "sm_90", given)
+        config = call.config("key_value")
+        bounds = torch.empty(1, -(-tokens // config.block_n), 4, dtype=torch.int32)
+        given = backward.key_value_arguments(call, key, value, bounds, config)
+        yield compile_ahead(backward_kernels.key_value_kernel, "sm_90", given)
+
+
+@compiles
+@pytest.mark.parametrize("dim", [40, 72])
+def test_heads_of_a_multiple_of_8_are_read_16_bytes_at_a_time(dim):
+    """Of vision towers, for example. 16 does not divide the distance of their heads, of which Triton makes much."""
+    for compiled in training_kernels(dim, 512):
+        code = compiled.binary["ptx"]
+        assert "cp.async.cg.shared.global" in code
+        assert "ld.global.b16" not in code and "st.global.b16" not in code
+        assert compiled.spills == 0
+
+
+@compiles
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_loops_spill_nothing_at_lengths_that_16_does_not_divide(dim):
+    """What is spilled before and after them, at 256 columns, docs/compile-report.md says."""
+    for compiled in training_kernels(dim, 511):
+        assert compiled.code.loop.counts.get("spill", 0) == 0
+        assert compiled.spills == 0 or dim == 256
 
 
 @compiles

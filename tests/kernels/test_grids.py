@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many programs a kernel is launched as: CUDA takes 2^31 - 1 in the first dimension, and few in the others.
+"""How many programs a kernel is launched as, of which CUDA takes 2^31 - 1 in the first dimension and few in the others.
 
-Nothing is launched: tensors are the CPU's, and tile shapes those of the interpreter.
+And which program has which tile. For the numbers nothing is launched: tensors are the CPU's, and tile shapes those of
+the interpreter.
 """
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from attention_kernels import Spans, backward, decode
+from attention_kernels import Spans, attention, backward, decode, launch, prebound
+from attention_kernels.operators import interpreting
+from attention_kernels.tiles import place_of
+
+from helpers import DEVICE, tensor
 
 MOST_IN_OTHERS = 65_535
 """CUDA C++ Programming Guide, compute capabilities: programs in a grid's second and third dimension."""
@@ -60,3 +67,52 @@ def test_gradients_of_many_keys(grids, bias):
     )  # fmt: skip
     check(grids, "key_value_kernel" if bias is None else "bias_kernel")
     assert max(grid[0] for grid in grids.values()) > MOST_IN_OTHERS
+
+
+# ---------------------------------------------------------------------- the order of tiles
+
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="kernels run on GPUs, or interpreted")
+
+
+@triton.jit
+def places_kernel(places_ptr, num_tiles, section):
+    """Write down the tile and the head of each program."""
+    tile, head = place_of(tl.program_id(0), num_tiles, tl.num_programs(0), section)
+    tl.store(places_ptr + 2 * tl.program_id(0), tile)
+    tl.store(places_ptr + 2 * tl.program_id(0) + 1, head)
+
+
+@pytest.mark.interpreter
+@runs_kernels
+@pytest.mark.parametrize(("tiles", "heads", "section"), [(1, 5, 2), (3, 1, 1), (4, 12, 4), (4, 10, 4), (3, 6, 6)])
+def test_each_tile_of_each_head_has_one_program(tiles, heads, section):
+    """Section by section of the heads, and within one all first tiles before all second ones."""
+    places = torch.full((tiles * heads, 2), -1, dtype=torch.int32, device=DEVICE)
+    places_kernel[(tiles * heads,)](places, tiles, section)
+    order = [(head // section, tile, head) for head in range(heads) for tile in range(tiles)]
+    assert places.tolist() == [[tile, head] for _, tile, head in sorted(order)]
+
+
+@pytest.mark.interpreter
+@runs_kernels
+def test_the_order_of_tiles_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    tensors = [tensor(2, heads, 150, 16).requires_grad_() for heads in (6, 2, 2)]
+
+    def run():
+        prebound.forget()
+        output = attention(*tensors, Spans.causal(150, device=DEVICE))
+        return output, *torch.autograd.grad(output.square().sum(), tensors)
+
+    expected = run()
+    for cache in (1, 2 * 150 * 2 * 16 * 4):  # a group at a time, and two or four of six
+        monkeypatch.setattr(launch, "last_cache", lambda device, cache=cache: cache)
+        assert all(torch.equal(actual, wanted) for actual, wanted in zip(run(), expected, strict=True))
+
+
+def test_heads_side_by_side_are_whole_groups_that_fit_the_last_cache(monkeypatch):
+    key, value = empty(1, 4, 1_000, 64), empty(1, 4, 1_000, 32)
+    group = 1_000 * (64 + 32) * 4
+    for cache, heads in ((group - 1, 3), (2 * group, 6), (100 * group, 24)):
+        monkeypatch.setattr(launch, "last_cache", lambda device, cache=cache: cache)
+        assert launch.section_of(24, 3, 1_000, key, value) == heads
