@@ -272,15 +272,13 @@ def key_value_arguments(
 ) -> dict[str, Any]:
     """Everything `key_value_kernel` is called with but its grid; compiling ahead of time takes the same."""
     arguments = call.arguments(config, transposed=True)
-    (batch, _, query_len, _), num_kv_heads, group_size = call.scores, call.key.shape[1], arguments["group_size"]
     pieces = {
         f"PIECE_{name}": min(config.piece_d or arguments[f"BLOCK_{name}"], arguments[f"BLOCK_{name}"])
         for name in ("D", "DV")
     }
     return arguments | pieces | dict(
         grad_key=operand(grad_key), grad_value=operand(grad_value), bounds_ptr=bounds,
-        bounds_stride_b=0 if bounds.shape[0] == 1 else bounds.stride(0), num_kv_heads=num_kv_heads,
-        section=section_of(batch * num_kv_heads, 1, group_size * query_len, call.query, call.grad_output),
+        bounds_stride_b=0 if bounds.shape[0] == 1 else bounds.stride(0), num_kv_heads=call.key.shape[1],
     )  # fmt: skip
 
 

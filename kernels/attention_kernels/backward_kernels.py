@@ -57,7 +57,7 @@ def row_bounds_kernel(
     whole_count = tl.zeros([ROWS], tl.int32)
     for first_row in tl.range(0, query_len, ROWS):
         q_pos = first_row + offsets
-        start, end = load_spans(spans, b, q_pos, query_len, key_len)
+        start, end = load_spans(spans, b, q_pos, query_len)
         inside = (q_pos < query_len) & (end > start)
         touches = inside & (start < last_key) & (end > first_key)
         whole = inside & (start <= first_key) & (end >= last_key)
@@ -196,7 +196,7 @@ def exact_statistics_kernel(
     row that sees one key gets none. The weights' sum, 1 but for rounding, corrects the log-sum-exp.
     """
     num_tiles = tl.cdiv(query_len, BLOCK_M)
-    tile, batch_head = place_of(tl.program_id(0), num_tiles, tl.num_programs(0), section)
+    tile, batch_head = place_of(tl.program_id(0), num_tiles, section)
     first_row = (num_tiles - 1 - tile) * BLOCK_M
     b, h = batch_head // num_heads, batch_head % num_heads
     query, grad_output = at_head(query, b, h), at_head(grad_output, b, h)
@@ -212,7 +212,7 @@ def exact_statistics_kernel(
     place = batch_head.to(tl.int64) * query_len + q_pos
     lse = tl.load(lse_ptr + place, mask=inside, other=NEG_INF) * LOG2E
     lse = tl.where(lse == NEG_INF, -NEG_INF, lse)
-    start, end = load_spans(spans, b, q_pos, query_len, key_len)
+    start, end = load_spans(spans, b, q_pos, query_len)
     bounds = key_bounds(spans, b, start, end, inside, BLOCK_N)
     total, mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for first_key in tl.range(bounds[0], bounds[3], BLOCK_N):
@@ -291,7 +291,7 @@ def query_kernel(
 ):  # fmt: skip
     """Gradient of PIECE_D columns of a tile of queries; the grid is (tiles x batch x heads, pieces)."""
     num_tiles = tl.cdiv(query_len, BLOCK_M)
-    tile, batch_head = place_of(tl.program_id(0), num_tiles, tl.num_programs(0), section)
+    tile, batch_head = place_of(tl.program_id(0), num_tiles, section)
     first_row = (num_tiles - 1 - tile) * BLOCK_M
     first_column = tl.program_id(1) * PIECE_D
     b, h = batch_head // num_heads, batch_head % num_heads
@@ -307,7 +307,7 @@ def query_kernel(
     q = left_tile(query, first_row, inside, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK_D)
     g = left_tile(grad_output, first_row, inside, VALUE_DIM, BLOCK_M, BLOCK_DV, CHUNK_DV)
     lse, delta = load_statistics(lse2_ptr, delta_ptr, batch_head, q_pos, query_len)
-    start, end = load_spans(spans, b, q_pos, query_len, key_len)
+    start, end = load_spans(spans, b, q_pos, query_len)
     first, body_first, body_last, last = key_bounds(spans, b, start, end, inside, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, PIECE_D], tl.float32)
@@ -354,7 +354,7 @@ def key_value_step(
     q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     partial = (first_row < body_first) | (first_row >= body_last)
     lse, delta = load_statistics(lse2_ptr, delta_ptr, batch_head, q_pos, query_len)
-    start, end = load_spans(spans, b, q_pos, query_len, key_len)
+    start, end = load_spans(spans, b, q_pos, query_len)
     # Rows that see nothing, or are beyond the last, are not read: what they hold must not reach a key (0 x NaN).
     row_inside = (q_pos < query_len) & (end > start) & (lse != -NEG_INF)
     end = tl.where(row_inside, end, 0)
@@ -375,10 +375,10 @@ def key_value_step(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit
 def key_value_kernel(
     query, key, value, grad_output, grad_key, grad_value, lse2_ptr, delta_ptr, bounds_ptr, bounds_stride_b, spans, mask,
-    bias, dropout, scale, softcap, num_kv_heads, group_size, section, query_len, key_len, HEAD_DIM: tl.constexpr,
+    bias, dropout, scale, softcap, num_kv_heads, group_size, query_len, key_len, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr,
     CHUNK_DV: tl.constexpr, PIECE_D: tl.constexpr, PIECE_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -389,7 +389,8 @@ def key_value_kernel(
     and `bias` come with rows and columns exchanged.
     """
     num_tiles = tl.cdiv(key_len, BLOCK_N)
-    tile, batch_head = place_of(tl.program_id(0), num_tiles, tl.num_programs(0), section)
+    tile = tl.program_id(0) % num_tiles
+    batch_head = tl.program_id(0) // num_tiles
     piece = tl.program_id(1)
     b, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
     first_key = tile * BLOCK_N
@@ -444,7 +445,7 @@ def bias_kernel(
     for b in tl.range(b_first, b_last, num_stages=1):
         for first_row in tl.range(row_first, row_last, BLOCK_M, num_stages=1):
             q_pos = first_row + tl.arange(0, BLOCK_M)
-            start, end = load_spans(spans, b, q_pos, query_len, key_len)
+            start, end = load_spans(spans, b, q_pos, query_len)
             end = tl.where(q_pos < query_len, end, 0)
             first_seen = tl.min(tl.where(end > start, start, FAR), 0)
             last_seen = tl.max(tl.where(end > start, end, 0), 0)

@@ -103,13 +103,14 @@ def _is_within_reach(tensor: Tensor) -> bool:
 
 
 def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
-    """How many of `heads` consecutive heads' programs run side by side: `section` of the kernels.
+    """How many of `heads` consecutive heads' programs run side by side: `section` of the kernels, which divides them.
 
     As many whole groups as have what they read together, `rows` rows of each of the tensors, in the last cache.
     """
+    groups = heads // group_size
     row = sum(tensor.shape[3] * tensor.element_size() for tensor in read)
-    groups = last_cache(read[0].device) // max(1, rows * row)
-    return max(1, min(heads, max(1, groups) * group_size))
+    fitting = min(groups, last_cache(read[0].device) // max(1, rows * row))
+    return next((number for number in range(fitting, 1, -1) if groups % number == 0), 1) * group_size
 
 
 def operand(tensor: Tensor) -> Operand:

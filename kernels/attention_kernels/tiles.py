@@ -83,16 +83,14 @@ class ScaleOperand(NamedTuple):
 
 
 @triton.jit
-def place_of(program, num_tiles, programs, section):
-    """The tile, and the head counted over the batch, of one of `programs` programs.
+def place_of(program, num_tiles, section):
+    """The tile, and the head counted over the batch, of a program.
 
     First come the first tiles of `section` heads, then their second ones and so on, then the next heads. If the first
     have the most to do, the last ones are short and fill the gaps that the others leave.
     """
-    first_head = program // (section * num_tiles) * section
-    heads_here = tl.minimum(section, programs // num_tiles - first_head)
-    within = program - first_head * num_tiles
-    return within // heads_here, first_head + within % heads_here
+    row = program // section
+    return row % num_tiles, row // num_tiles * section + program % section
 
 
 @triton.jit
@@ -164,12 +162,12 @@ def store_tile(operand, tile, first_row, inside, first_column, num_columns, ROWS
 
 
 @triton.jit
-def load_spans(spans, b, q_pos, query_len, key_len):
-    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing: they end last."""
+def load_spans(spans, b, q_pos, query_len):
+    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing."""
     inside = q_pos < query_len
     start = tl.load(spans.start_ptr + b * spans.start_stride_b + q_pos * spans.start_stride_m, mask=inside, other=0)
     end = tl.load(spans.end_ptr + b * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
-    return start, tl.minimum(end, key_len)
+    return start, end
 
 
 @triton.jit
@@ -185,7 +183,7 @@ def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
     first = tl.min(tl.where(sees, start, FAR), 0)
     last = tl.max(tl.where(sees, end, 0), 0)
     first = (tl.minimum(first, last) // BLOCK_N) * BLOCK_N
-    # Rows beyond the last do not bound the body: they begin first and end last.
+    # Rows beyond the last must not bound the body: their start is 0 and their end is far.
     body_first = ((tl.max(start, 0) + BLOCK_N - 1) // BLOCK_N) * BLOCK_N
     body_first = tl.maximum(tl.minimum(body_first, last), first)
     body_last = tl.maximum((tl.minimum(tl.min(end, 0), last) // BLOCK_N) * BLOCK_N, body_first)
@@ -327,7 +325,8 @@ def span_mask(s, spans, b, start, end, k_pos, key_len):
     if spans.key_mask_ptr is not None:
         shown = tl.load(spans.key_mask_ptr + b * spans.key_mask_stride_b + k_pos, mask=k_pos < key_len, other=0)
         visible = visible & (shown != 0)
-    return tl.where(visible, s, NEG_INF)
+    # Rows beyond the last have a far end; the keys themselves end at key_len.
+    return tl.where(visible & (k_pos < key_len), s, NEG_INF)
 
 
 @triton.jit

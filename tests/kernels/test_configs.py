@@ -250,12 +250,11 @@ def test_heads_of_a_multiple_of_8_are_read_16_bytes_at_a_time(dim):
 
 
 @compiles
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_loops_spill_nothing_at_lengths_that_16_does_not_divide(dim):
-    """What is spilled before and after them, at 256 columns, docs/compile-report.md says."""
+@pytest.mark.parametrize(("dim", "most"), [(64, 0), (128, 0), (256, 12)])
+def test_lengths_that_16_does_not_divide(dim, most):
+    """Each row of a tile takes a register more to be told whether it exists, which at 256 columns is not to be had."""
     for compiled in training_kernels(dim, 511):
-        assert compiled.code.loop.counts.get("spill", 0) == 0
-        assert compiled.spills == 0 or dim == 256
+        assert compiled.spills <= most
 
 
 @compiles
