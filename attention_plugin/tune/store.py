@@ -33,7 +33,7 @@ class Measured:
 
     def as_json(self) -> dict[str, Any]:
         """As in the file."""
-        names = (name for name in tuned.NUMBERS + tuned.FLAGS if hasattr(self.config, name))
+        names = (name for name in (*tuned.NUMBERS, *tuned.FLAGS) if hasattr(self.config, name))
         config = {name: getattr(self.config, name) for name in names}
         times = {"microseconds": self.microseconds, "default_microseconds": self.default_microseconds}
         return {"key": list(self.key), "config": config, **times}

@@ -8,12 +8,13 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attention_kernels import tuned
-from attention_kernels.config_tables import CONFIGS, DecodeConfig, ForwardConfig
+from attention_kernels.config_tables import BACKWARD_CONFIGS, CONFIGS, DECODE_CONFIGS, DecodeConfig, ForwardConfig
 from attention_kernels.configs import assuming, forward_config
 from attention_kernels.operators import interpreting
 from attention_plugin.__main__ import main
@@ -90,8 +91,14 @@ def test_changed_sources_change_the_version(monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"rows": 3}', '{"rows": [{"key": ["forward", 2, 128, "spans"], "config": {}}]}', "\0\0"],
-)
+    [
+        "", "{", "[]", '{"rows": 3}', '{"rows": [{"key": ["forward", 2, 128, "spans"], "config": {}}]}', "\0\0",
+        "[" * 100_000,
+        '{"rows": [{"key": ["forward", Infinity, 128, "spans"], "config": {"block_m": 64, "block_n": 64, '
+        '"num_warps": 4, "num_stages": 2, "chunk_d": 0, "overlap": false, "descriptors": false}}]}',
+    ],
+    ids=range(8),
+)  # fmt: skip
 def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(text, caplog):
     file = save("interpreter", [measured()])
     file.write_text(text)
@@ -109,10 +116,17 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(text, caplog):
     ("name", "number", "rule"),
     [
         ("block_m", 96, "a power of two"),
-        ("num_warps", 0, "a power of two"),
-        ("block_n", "64", "a power of two"),
-        ("chunk_d", -1, "a power of two"),
-        ("block_m", 256, "at most 128"),
+        ("block_n", 8, "16 to 128"),
+        ("block_n", "64", "16 to 128"),
+        ("block_m", 256, "16 to 128"),
+        ("num_warps", 0, "1 to 32"),
+        ("num_warps", 64, "1 to 32"),
+        ("num_warps", True, "1 to 32"),
+        ("num_stages", 9, "1 to 8"),
+        ("chunk_d", -1, "16 to 1024"),
+        ("chunk_d", 8, "16 to 1024"),
+        ("chunk_d", 2048, "16 to 1024"),
+        ("chunk_d", False, "16 to 1024"),
     ],
 )
 def test_impossible_shapes_are_not_read(name, number, rule):
@@ -120,6 +134,26 @@ def test_impossible_shapes_are_not_read(name, number, rule):
     row["config"][name] = number
     with pytest.raises(ValueError, match=f"{name} of .* must be {rule}, got {number!r}"):
         tuned.parse_rows(json.dumps({"rows": [row]}))
+
+
+@pytest.mark.parametrize("key", [("merge", 2, 128, "spans"), ("forward", 2, 100, "spans"), ("decode", 2, 128, "spans")])
+def test_rows_that_no_table_has_are_not_read(key, caplog):
+    file = save("interpreter", [measured()])
+    assert not caplog.records
+    row = {**measured().as_json(), "key": list(key)}
+    file.write_text(json.dumps({"rows": [measured().as_json(), row]}))
+    assert chosen() == CONFIGS["sm_90"][KEY[1:]]
+    (record,) = caplog.records
+    assert f"ValueError: {list(key)} is no row of the tables" in record.message
+
+
+def test_built_in_shapes_are_within_what_is_read():
+    tables = {"forward": CONFIGS, "backward": BACKWARD_CONFIGS, "decode": DECODE_CONFIGS}
+    for part, table in tables.items():
+        for rows in table.values():
+            for key, config in rows.items():
+                row = Measured((part, *key), config, 1.0, 1.0).as_json()
+                assert tuned.parse_row(row)[1][:4] == config[:4]
 
 
 def test_kinds_of_loops_are_kept_and_nothing_else_is_read_for_them():
@@ -142,20 +176,25 @@ def test_hardware_that_copies_tiles_is_asked_to():
         assert all(config.overlap for config in problem.candidates if config.descriptors)
 
 
-def write_rows(first):
-    for dim in range(first, first + 10):
-        save("interpreter", [measured(dim)])
+def write_rows(part):
+    for key in forward_keys(part):
+        save("interpreter", [replace(measured(), key=key)])
+
+
+def forward_keys(part):
+    return sorted(key for key in tuned.KEYS if key[0] == "forward")[8 * part : 8 * part + 8]
 
 
 def test_processes_that_write_at_a_time_lose_nothing(cache):
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=write_rows, args=(1 + 10 * index,)) for index in range(4)]
+    writers = [context.Process(target=write_rows, args=(part,)) for part in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0] * 4
-    assert sorted(key[2] for key in tuned.read_rows(tuned.tuned_file("interpreter"))) == list(range(1, 41))
+    written = tuned.read_rows(tuned.tuned_file("interpreter"))
+    assert sorted(written) == [key for part in range(4) for key in forward_keys(part)] and len(written) == 32
     assert not list(cache.rglob(".tuned-*")), "no halves are left"
 
 
