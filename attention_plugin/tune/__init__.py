@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, show or delete; returns the exit status."""
     if options.clear:
-        for file in clear():
-            print(f"deleted {file}")
+        try:
+            for file in clear():
+                print(f"deleted {file}")
+        except OSError as error:
+            raise UsageError(f"what was measured cannot be deleted: {error}") from error
         return 0
     if options.show:
         show()
@@ -118,10 +122,18 @@ def show() -> None:
             loop = ", ".join(name for name in tuned.FLAGS if config.get(name))
             table.add_row(
                 part, str(8 * size), str(dim), kind, tile, str(config["num_warps"]), str(config["num_stages"]), loop,
-                f"{row['microseconds']:.0f}", f"{row['default_microseconds']:.0f}",
+                *(_rounded(row.get(name)) for name in ("microseconds", "default_microseconds")),
             )  # fmt: skip
         print(f"{file}{'' if file in current else ', which is not of a GPU of this machine and these kernels'}")
         console.print(table)
+
+
+def _rounded(time: Any) -> str:
+    """A time for the table. Calls do without times, so a row that serves them may have none."""
+    try:
+        return f"{time:.0f}"
+    except (TypeError, ValueError, OverflowError):
+        return "?"
 
 
 def _gpus() -> int:

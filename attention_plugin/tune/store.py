@@ -74,13 +74,18 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
 
 def files() -> list[Path]:
     """All files, of every device and version."""
-    return sorted(tuned.folder().glob("tuned-*.json"))
+    return sorted(file for file in tuned.folder().glob("tuned-*.json") if file.is_file())
 
 
 def clear() -> list[Path]:
-    """Delete all files and their locks; returns the files."""
+    """Delete all files and their locks; returns the files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     found = files()
-    for file in [*found, *tuned.folder().glob("tuned-*.lock")]:
+    locks = (lock for lock in tuned.folder().glob("tuned-*.lock") if lock.is_file())
+    for file in (*found, *locks):
         file.unlink(missing_ok=True)
     tuned.forget()
     return found

@@ -222,6 +222,38 @@ def test_show_and_clear(capsys):
     assert f"deleted {file}" in capsys.readouterr().out and not file.exists()
 
 
+@pytest.mark.parametrize("time", [None, "90", [], 10**400], ids=range(4))
+def test_rows_without_times_are_shown(time, capsys):
+    """They serve calls like any other."""
+    row = measured().as_json() | {"microseconds": time}
+    if time is None:
+        del row["microseconds"]
+    save("interpreter", [measured()]).write_text(json.dumps({"rows": [row]}))
+    assert main(["tune", "--show"]) == 0
+    assert capsys.readouterr().out.split()[-2:] == ["?", "100"]
+
+
+def test_folders_with_names_of_files_are_left_alone(capsys):
+    file = save("interpreter", [measured()])
+    for name in ("tuned-other.json", "tuned-other.lock"):
+        (file.parent / name).mkdir()
+    assert main(["tune", "--show"]) == main(["tune", "--clear"]) == 0
+    assert "tuned-other" not in capsys.readouterr().out
+    assert sorted(each.name for each in file.parent.iterdir()) == ["tuned-other.json", "tuned-other.lock"]
+
+
+def test_files_that_cannot_be_deleted_are_one_line(monkeypatch, capsys):
+    file = save("interpreter", [measured()])
+
+    def unlink(file, missing_ok):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(type(file), "unlink", unlink)
+    assert main(["tune", "--clear"]) == 2
+    words = f"my-triton tune: what was measured cannot be deleted: [Errno 13] Permission denied: '{file}'\n"
+    assert capsys.readouterr().err == words
+
+
 @no_gpu
 def test_without_a_gpu_it_says_so_in_one_line():
     done = subprocess.run([sys.executable, "-m", "attention_plugin", "tune"], capture_output=True, text=True)
