@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     for dim in options.head_dim:
         if dim not in HEAD_DIMS:
             raise UsageError(f"--head-dim must be of 64, 128, 256, 512, got {dim}: narrower heads use the next row")
+    if not options.seconds > 0:  # nor is NaN
+        raise UsageError(f"--seconds must be above 0, got {options.seconds:g}")
     if not torch.cuda.is_available():
         print(f"{PROGRAM} tune: there is no GPU to measure on; built-in tile shapes stay in use", file=sys.stderr)
         return 1

@@ -266,6 +266,12 @@ def test_other_head_dims_are_refused(capsys):
     assert "--head-dim must be of 64, 128, 256, 512, got 72: narrower heads use the next row" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", ["-5", "0", "nan"])
+def test_times_that_are_none_are_refused(seconds, capsys):
+    assert main(["tune", "--seconds", seconds]) == 2
+    assert capsys.readouterr().err == f"my-triton tune: --seconds must be above 0, got {seconds}\n"
+
+
 @pytest.mark.interpreter
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 def test_measuring_checks_times_and_saves(monkeypatch):
