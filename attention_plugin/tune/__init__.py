@@ -72,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
     if (reason := unsupported_device(device)) is not None:
         raise UsageError(reason)
     wanted = len(rows_to_measure(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype]))
-    measured = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+    try:
+        measured = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+    except OSError as error:
+        raise UsageError(f"what is measured cannot be kept: {error}") from error
     show()
     return 0 if len(measured) == wanted else 1
 
@@ -95,8 +98,9 @@ def tune(
 
     Raises:
         RuntimeError: a built-in shape gives a wrong result.
-        OSError: the cache directory cannot be written.
+        OSError: the cache directory cannot be written, which is found out first.
     """
+    save(tuned.device_name(device), [])
     wanted = rows_to_measure(device, passes, head_dims, dtype)
     with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
         measured = measure_all(wanted, device, dtype, sizes or Sizes(), seconds, advance)

@@ -17,6 +17,7 @@ from attention_kernels import tuned
 from attention_kernels.config_tables import BACKWARD_CONFIGS, CONFIGS, DECODE_CONFIGS, DecodeConfig, ForwardConfig
 from attention_kernels.configs import assuming, forward_config
 from attention_kernels.operators import interpreting
+from attention_plugin import tune as command
 from attention_plugin.__main__ import main
 from attention_plugin.tune import store, tune
 from attention_plugin.tune.problems import Problem, Sizes, call, rows_to_measure
@@ -272,11 +273,29 @@ def test_times_that_are_none_are_refused(seconds, capsys):
     assert capsys.readouterr().err == f"my-triton tune: --seconds must be above 0, got {seconds}\n"
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU in the place of a GPU, for what a command does before and after it measures."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(tuned, "device_name", lambda device: "interpreter")
+    monkeypatch.setattr(command, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: [])
+
+
+def test_an_unwritable_cache_is_found_out_before_measuring(gpu, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(command, "measure_all", lambda *given: pytest.fail("measured"))
+    assert main(["tune"]) == 2
+    words = f"what is measured cannot be kept: [Errno 20] Not a directory: '{tmp_path}/file/my-triton-attention'"
+    assert capsys.readouterr().err == f"my-triton tune: {words}\n"
+
+
 @pytest.mark.interpreter
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 def test_measuring_checks_times_and_saves(monkeypatch):
     """Decoding only, two candidates: one right, and one that the kernel cannot run."""
-    from attention_plugin import tune as command
     from attention_plugin.tune import measure
 
     key = ("decode", 4, 64, "few")
@@ -298,7 +317,6 @@ def test_measuring_checks_times_and_saves(monkeypatch):
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
     """And not with what the run before has left, which nothing would then be faster than."""
-    from attention_plugin import tune as command
     from attention_plugin.tune import measure
 
     key = ("decode", 4, 64, "few")
