@@ -2,15 +2,17 @@
 """Measures tile shapes on this machine's GPU and keeps the fastest in the user's cache directory.
 
 Each is checked against float64 before it is timed. Later processes read the file once and use it. Exit status: 0 where
-everything was measured, 1 where there is no GPU or time ran out, 2 for what cannot be done.
+everything was measured, 1 where there is no GPU, time ran out or a built-in shape fails, 2 for what cannot be done.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +21,11 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
-from .measure import measure_all
+from .measure import BuiltInFails, measure_row
 from .problems import PASSES, Sizes, rows_to_measure
 from .store import Measured, clear, files, rows_in, save
 
-__all__ = ["Measured", "add_arguments", "run", "tune"]
+__all__ = ["Measured", "Outcome", "add_arguments", "run", "tune"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD_DIMS = (64, 128, 256, 512)
@@ -71,13 +73,32 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device("cuda", options.device)
     if (reason := unsupported_device(device)) is not None:
         raise UsageError(reason)
-    wanted = len(rows_to_measure(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype]))
     try:
-        measured = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+        outcome = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
     except OSError as error:
         raise UsageError(f"what is measured cannot be kept: {error}") from error
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} tune: interrupted; the rows that were measured are kept", file=sys.stderr)
+        return 1
     show()
-    return 0 if len(measured) == wanted else 1
+    for words in outcome.failed:
+        print(f"{PROGRAM} tune: {words}", file=sys.stderr)
+    return 0 if outcome.complete and not outcome.failed else 1
+
+
+@dataclass
+class Outcome:
+    """What came of measuring.
+
+    Attributes:
+        measured: rows, which are kept in the device's file.
+        failed: a line for each row whose built-in shape does not give the right result here.
+        complete: whether time sufficed for the others.
+    """
+
+    measured: list[Measured] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def tune(
@@ -88,8 +109,8 @@ def tune(
     seconds: float = 270.0,
     sizes: Sizes | None = None,
     quiet: bool = False,
-) -> list[Measured]:
-    """Measure rows of the tables on a device, save what was found, and use it in this process, too.
+) -> Outcome:
+    """Measure rows of the tables on a device, save each as it is found, and use them in this process, too.
 
     Args:
         device: a GPU; a CPU where Triton's interpreter runs the kernels (for tests).
@@ -97,17 +118,29 @@ def tune(
         quiet: whether to show no progress.
 
     Raises:
-        RuntimeError: a built-in shape gives a wrong result.
         OSError: the cache directory cannot be written, which is found out first.
     """
-    save(tuned.device_name(device), [])
+    name, outcome = tuned.device_name(device), Outcome()
+    save(name, [])
+    deadline = time.monotonic() + seconds
     wanted = rows_to_measure(device, passes, head_dims, dtype)
-    with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
-        measured = measure_all(wanted, device, dtype, sizes or Sizes(), seconds, advance)
-    save(tuned.device_name(device), measured)
-    tuned.forget()
-    prebound.forget()
-    return measured
+    try:
+        with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
+            for problem in wanted:
+                if time.monotonic() > deadline:
+                    outcome.complete = False
+                    break
+                try:
+                    row = measure_row(problem, device, dtype, sizes or Sizes(), advance)
+                except BuiltInFails as error:
+                    outcome.failed.append(str(error))
+                    continue
+                save(name, [row])
+                outcome.measured.append(row)
+    finally:
+        tuned.forget()
+        prebound.forget()
+    return outcome
 
 
 def show() -> None:
@@ -134,10 +167,10 @@ def show() -> None:
         console.print(table)
 
 
-def _rounded(time: Any) -> str:
+def _rounded(microseconds: Any) -> str:
     """A time for the table. Calls do without times, so a row that serves them may have none."""
     try:
-        return f"{time:.0f}"
+        return f"{microseconds:.0f}"
     except (TypeError, ValueError, OverflowError):
         return "?"
 

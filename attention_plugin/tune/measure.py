@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ WORTH = 0.97
 """A shape replaces the built-in one where it takes at most this share of its time: noise does not decide."""
 
 
-def measure(
+class BuiltInFails(Exception):
+    """The built-in shape of a row does not give the right result on this device; says so in a line."""
+
+
+def measure_row(
     problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, advance: Callable[[str], None]
 ) -> Measured:
     """The best shape for a row: the built-in one, unless a candidate that fits and is right is faster.
@@ -37,19 +41,14 @@ def measure(
         advance: called with words after each candidate.
 
     Raises:
-        RuntimeError: not even the built-in shape gives the right result.
+        BuiltInFails: there is nothing to compare candidates with.
     """
-    run = call(problem, device, dtype, sizes)
-    # Named, as an earlier run may have left another shape for this row.
-    with tuned.overriding(device, problem.key, problem.default):
-        if not is_right(problem, device, dtype):
-            raise RuntimeError(
-                f"the built-in tile shape of {problem.key} gives a wrong result here; see `my-triton doctor`"
-            )
-        default = best = _time(run, device)
-    config = problem.default
+    default, words = _check_and_time(problem, problem.default, device, dtype, sizes)
+    if default is None:
+        raise BuiltInFails(f"the built-in tile shape of {problem.key} fails here ({words}); see `my-triton doctor`")
+    best, config = default, problem.default
     for candidate in problem.candidates:
-        found, words = _try(problem, candidate, run, device, dtype)
+        found, words = _try(problem, candidate, device, dtype, sizes)
         if found is not None and found < best and found <= WORTH * default:
             best, config = found, candidate
         flags = [name for name in tuned.FLAGS if getattr(candidate, name, False)]
@@ -58,16 +57,24 @@ def measure(
 
 
 def _try(
-    problem: Problem, candidate: tuned.Config, run: Callable[[], Any], device: torch.device, dtype: torch.dtype
+    problem: Problem, candidate: tuned.Config, device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> tuple[float | None, str]:
     """Seconds of a candidate and words for them, or None and why it is out."""
     if device.type == "cuda" and (reason := unfit(problem, candidate, device)) is not None:
         return None, reason
-    with tuned.overriding(device, problem.key, candidate):
+    return _check_and_time(problem, candidate, device, dtype, sizes)
+
+
+def _check_and_time(
+    problem: Problem, config: tuned.Config, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> tuple[float | None, str]:
+    """The same of any shape, whatever it takes of the chip."""
+    # No other row that was measured before: what comes of one does not hang on what is left of an earlier run.
+    with tuned.using(device, {problem.key: config}):
         try:
             if not is_right(problem, device, dtype):
                 return None, "wrong result"
-            seconds = _time(run, device)
+            seconds = _time(call(problem, device, dtype, sizes), device)
         except Exception as error:  # the compiler refuses some shapes, each line of Triton others
             return None, type(error).__name__
     return seconds, f"{seconds * 1e6:.0f} us"
@@ -124,17 +131,3 @@ def _time_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
         end.synchronize()
         samples.append(start.elapsed_time(end) / 1e3)
     return statistics.median(samples)
-
-
-def measure_all(
-    wanted: Sequence[Problem], device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float,
-    advance: Callable[[str], None],
-) -> list[Measured]:  # fmt: skip
-    """Rows measured until `seconds` have passed: no row is begun after them."""
-    deadline = time.monotonic() + seconds
-    found = []
-    for problem in wanted:
-        if time.monotonic() > deadline:
-            break
-        found.append(measure(problem, device, dtype, sizes, advance))
-    return found

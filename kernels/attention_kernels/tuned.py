@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,25 @@ def forget() -> None:
     _rows.clear()
 
 
+def overriding(device: torch.device, key: Key, config: Config) -> AbstractContextManager[None]:
+    """Use one tile shape while this holds, beside what was measured for other rows. Not for several threads."""
+    return using(device, {**tuned_rows(device), key: config})
+
+
 @contextmanager
-def overriding(device: torch.device, key: Key, config: Config) -> Iterator[None]:
-    """Use one tile shape while this holds, as the measurement does. Not for several threads."""
+def using(device: torch.device, rows: Mapping[Key, Config]) -> Iterator[None]:
+    """Use these tile shapes and of other rows the built-in ones while this holds. Not for several threads."""
     from . import prebound  # which imports what imports this
 
-    before = tuned_rows(device)
-    _rows[device] = {**before, key: config}
+    before = _rows.get(device)
+    _rows[device] = rows
     prebound.forget()
     try:
         yield
     finally:
-        _rows[device] = before
+        del _rows[device]
+        if before is not None:
+            _rows[device] = before
         prebound.forget()
 
 

@@ -19,7 +19,8 @@ from attention_kernels.configs import assuming, forward_config
 from attention_kernels.operators import interpreting
 from attention_plugin import tune as command
 from attention_plugin.__main__ import main
-from attention_plugin.tune import store, tune
+from attention_plugin.tune import measure, store, tune
+from attention_plugin.tune import problems as calls
 from attention_plugin.tune.problems import Problem, Sizes, call, rows_to_measure
 from attention_plugin.tune.store import Measured, save
 
@@ -273,6 +274,11 @@ def test_times_that_are_none_are_refused(seconds, capsys):
     assert capsys.readouterr().err == f"my-triton tune: --seconds must be above 0, got {seconds}\n"
 
 
+def problems(*dims):
+    tile = ForwardConfig(64, 64, 4, 2)
+    return [Problem(("forward", 2, dim, "spans"), tile, (tile._replace(block_n=32),)) for dim in dims]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """The CPU in the place of a GPU, for what a command does before and after it measures."""
@@ -280,24 +286,69 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(tuned, "device_name", lambda device: "interpreter")
     monkeypatch.setattr(command, "unsupported_device", lambda device: None)
-    monkeypatch.setattr(command, "rows_to_measure", lambda *given: [])
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: problems(64, 128, 256))
 
 
 def test_an_unwritable_cache_is_found_out_before_measuring(gpu, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(command, "measure_all", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(command, "measure_row", lambda *given: pytest.fail("measured"))
     assert main(["tune"]) == 2
     words = f"what is measured cannot be kept: [Errno 20] Not a directory: '{tmp_path}/file/my-triton-attention'"
     assert capsys.readouterr().err == f"my-triton tune: {words}\n"
+
+
+def kept():
+    tuned.forget()
+    return [key[2] for key in tuned.tuned_rows(CPU)]
+
+
+def test_a_built_in_shape_that_fails_costs_its_own_row_only(gpu, monkeypatch, capsys):
+    def check_and_time(problem, config, *given):
+        return (None, "wrong result") if problem.key[2] == 128 else (1.0, "1 s")
+
+    monkeypatch.setattr(measure, "_check_and_time", check_and_time)
+    monkeypatch.setattr(measure, "unfit", lambda *given: None)
+    assert main(["tune"]) == 1 and kept() == [64, 256]
+    told = capsys.readouterr().err.splitlines()[-1]
+    words = "the built-in tile shape of ('forward', 2, 128, 'spans') fails here (wrong result); see `my-triton doctor`"
+    assert told == f"my-triton tune: {words}"
+
+
+def test_what_was_measured_before_an_interruption_is_kept(gpu, monkeypatch, capsys):
+    def check_and_time(problem, config, *given):
+        if problem.key[2] == 256:
+            raise KeyboardInterrupt
+        return 1.0, "1 s"
+
+    monkeypatch.setattr(measure, "_check_and_time", check_and_time)
+    monkeypatch.setattr(measure, "unfit", lambda *given: None)
+    assert main(["tune"]) == 1 and kept() == [64, 128]
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "my-triton tune: interrupted; the rows that were measured are kept"
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
+@pytest.mark.parametrize("failure", [RuntimeError, None])
+def test_a_built_in_shape_fails_that_is_wrong_or_cannot_run(failure, monkeypatch):
+    def is_right(*given):
+        if failure is not None:
+            raise failure
+        return False
+
+    monkeypatch.setattr(measure, "is_right", is_right)
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: problems(64))
+    outcome = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True)
+    assert not outcome.measured and outcome.complete
+    (words,) = outcome.failed
+    assert "fails here (RuntimeError)" in words if failure else "fails here (wrong result)" in words
 
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 def test_measuring_checks_times_and_saves(monkeypatch):
     """Decoding only, two candidates: one right, and one that the kernel cannot run."""
-    from attention_plugin.tune import measure
-
     key = ("decode", 4, 64, "few")
     broken = DecodeConfig(16, 48, 1, 1)  # no power of two
     good = DecodeConfig(16, 64, 1, 1)
@@ -307,7 +358,7 @@ def test_measuring_checks_times_and_saves(monkeypatch):
     monkeypatch.setattr(measure, "_try", lambda *given, real=measure._try: tried.append(real(*given)) or tried[-1])
     monkeypatch.setattr(measure, "WORTH", 10.0)
     # More keys a step take fewer steps, and the interpreter pays for steps.
-    (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True)
+    (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True).measured
     assert tried[0][0] is None and tried[1][0] > 0
     assert found.key == key and found.default_microseconds > 0
     assert dict(tuned.tuned_rows(CPU))[key][:4] == found.config[:4]
@@ -317,8 +368,6 @@ def test_measuring_checks_times_and_saves(monkeypatch):
 @pytest.mark.skipif(not interpreting(), reason="runs the kernels, in the interpreter")
 def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
     """And not with what the run before has left, which nothing would then be faster than."""
-    from attention_plugin.tune import measure
-
     key = ("decode", 4, 64, "few")
     built_in, faster = DecodeConfig(16, 32, 1, 1), DecodeConfig(16, 64, 1, 1)
     monkeypatch.setattr(command, "rows_to_measure", lambda *given: [Problem(key, built_in, (faster,))])
@@ -326,7 +375,7 @@ def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
         measure, "_time", lambda *given: 1.0 if tuned.tuned_rows(CPU).get(key, built_in)[:4] == faster[:4] else 2.0
     )
     for _ in range(3):
-        (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True)
+        (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True).measured
         assert (found.microseconds, found.default_microseconds) == (1e6, 2e6)
         assert dict(tuned.tuned_rows(CPU))[key][:4] == faster[:4]
 
@@ -337,13 +386,11 @@ def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
     "key", [("forward", 4, 64, "spans"), ("backward", 4, 64, "query"), ("backward", 4, 64, "key_value")]
 )
 def test_wrong_results_are_noticed(key, monkeypatch):
-    from attention_plugin.tune import measure, problems
-
-    (problem,) = (each for each in problems.rows_to_measure(CPU, (key[0],), (64,), torch.float32) if each.key == key)
+    (problem,) = (each for each in rows_to_measure(CPU, (key[0],), (64,), torch.float32) if each.key == key)
     small = Sizes(1, 2, 40, 1, 40)
-    monkeypatch.setattr(problems, "CHECKED", small)
-    problems._truth.cache_clear()
+    monkeypatch.setattr(calls, "CHECKED", small)
+    calls._truth.cache_clear()
     assert measure.is_right(problem, CPU, torch.float32)
-    monkeypatch.setattr(problems, "call", lambda *given: lambda: tuple(each * 1.001 for each in call(*given)()))
+    monkeypatch.setattr(calls, "call", lambda *given: lambda: tuple(each * 1.001 for each in call(*given)()))
     assert not measure.is_right(problem, CPU, torch.float32)
-    problems._truth.cache_clear()
+    calls._truth.cache_clear()
