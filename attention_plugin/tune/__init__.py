@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", nargs="+", dest="passes", choices=PASSES, default=list(PASSES), help="default: all")
     parser.add_argument("--device", type=int, default=0, metavar="INDEX", help="which GPU; default 0")
     parser.add_argument(
-        "--seconds", type=float, default=270.0, metavar="S", help="begin no row after this; default 270"
+        "--seconds", type=float, default=270.0, metavar="S", help="begin no candidate after this; default 270"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", action="store_true", help="show what was measured, and where it is kept")
@@ -131,12 +131,15 @@ def tune(
                     outcome.complete = False
                     break
                 try:
-                    row = measure_row(problem, device, dtype, sizes or Sizes(), advance)
+                    row = measure_row(problem, device, dtype, sizes or Sizes(), deadline, advance)
                 except BuiltInFails as error:
                     outcome.failed.append(str(error))
                     continue
-                save(name, [row])
-                outcome.measured.append(row)
+                outcome.complete = row.complete
+                # Of a row that was cut, the built-in shape takes the place of nothing that an earlier run has found.
+                if row.complete or row.config != problem.default:
+                    save(name, [row])
+                    outcome.measured.append(row)
     finally:
         tuned.forget()
         prebound.forget()

@@ -33,11 +33,13 @@ class BuiltInFails(Exception):
 
 
 def measure_row(
-    problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, advance: Callable[[str], None]
-) -> Measured:
+    problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, deadline: float,
+    advance: Callable[[str], None],
+) -> Measured:  # fmt: skip
     """The best shape for a row: the built-in one, unless a candidate that fits and is right is faster.
 
     Args:
+        deadline: when no candidate is begun any more, by `time.monotonic()`.
         advance: called with words after each candidate.
 
     Raises:
@@ -48,6 +50,8 @@ def measure_row(
         raise BuiltInFails(f"the built-in tile shape of {problem.key} fails here ({words}); see `my-triton doctor`")
     best, config = default, problem.default
     for candidate in problem.candidates:
+        if time.monotonic() > deadline:
+            return Measured(problem.key, config, best * 1e6, default * 1e6, complete=False)
         found, words = _try(problem, candidate, device, dtype, sizes)
         if found is not None and found < best and found <= WORTH * default:
             best, config = found, candidate

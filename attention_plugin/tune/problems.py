@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,16 +61,15 @@ class Problem:
 def rows_to_measure(
     device: torch.device, passes: tuple[str, ...], dims: tuple[int, ...], dtype: torch.dtype
 ) -> list[Problem]:
-    """The rows to measure, in order."""
+    """The rows to measure, in order: a head dim's passes before the next one's, so that a cut leaves some of each."""
     name, size = architecture(device), dtype.itemsize
+    kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}
     found = []
-    for each in passes:
-        for dim in dims:
-            kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}[each]
-            for kind in kinds:
-                default = _default(name, each, dtype, dim, kind)
-                shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
-                found.append(Problem((each, size, dim, kind), default, shapes))
+    for dim, each in product(dims, passes):
+        for kind in kinds[each]:
+            default = _default(name, each, dtype, dim, kind)
+            shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
+            found.append(Problem((each, size, dim, kind), default, shapes))
     return found
 
 

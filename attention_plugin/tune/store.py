@@ -24,12 +24,14 @@ class Measured:
         key, config: as in `attention_kernels.tuned`.
         microseconds: median time of a call with it.
         default_microseconds: the same with the built-in shape, measured first.
+        complete: whether time sufficed for all candidates; not in the file.
     """
 
     key: tuned.Key
     config: tuned.Config
     microseconds: float
     default_microseconds: float
+    complete: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """As in the file."""

@@ -21,7 +21,7 @@ from attention_plugin import tune as command
 from attention_plugin.__main__ import main
 from attention_plugin.tune import measure, store, tune
 from attention_plugin.tune import problems as calls
-from attention_plugin.tune.problems import Problem, Sizes, call, rows_to_measure
+from attention_plugin.tune.problems import PASSES, Problem, Sizes, call, rows_to_measure
 from attention_plugin.tune.store import Measured, save
 
 pytest.importorskip("triton")
@@ -313,6 +313,34 @@ def test_a_built_in_shape_that_fails_costs_its_own_row_only(gpu, monkeypatch, ca
     told = capsys.readouterr().err.splitlines()[-1]
     words = "the built-in tile shape of ('forward', 2, 128, 'spans') fails here (wrong result); see `my-triton doctor`"
     assert told == f"my-triton tune: {words}"
+
+
+def test_every_pass_of_a_head_dim_comes_before_the_next():
+    """A cut leaves something of each."""
+    with assuming("sm_90"):
+        rows = rows_to_measure(CPU, PASSES, (64, 128, 256), torch.bfloat16)
+    assert [problem.key[2] for problem in rows] == [64] * 4 + [128] * 4 + [256] * 4
+    assert [problem.key[0] for problem in rows] == ["forward", "backward", "backward", "decode"] * 3
+
+
+@pytest.mark.parametrize(("took", "left"), [(2.0, [64, 128]), (5.0, [64])])
+def test_time_runs_out_between_candidates(took, left, gpu, monkeypatch, capsys):
+    """Of the second row one candidate is tried, and kept if it is faster than the built-in shape."""
+    rows = [
+        replace(each, candidates=(*each.candidates, each.default._replace(block_n=16))) for each in problems(64, 128)
+    ]
+    clock, times = [0.0], iter((5.0, 4.0, 3.0, 5.0, took))
+
+    def check_and_time(*given):
+        clock[0] += 60
+        return next(times), "some s"
+
+    monkeypatch.setattr(command, "rows_to_measure", lambda *given: rows)
+    monkeypatch.setattr(measure, "_check_and_time", check_and_time)
+    monkeypatch.setattr(measure, "unfit", lambda *given: None)
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    assert main(["tune", "--seconds", "270"]) == 1
+    assert kept() == left and clock == [300.0]
 
 
 def test_what_was_measured_before_an_interruption_is_kept(gpu, monkeypatch, capsys):
