@@ -21,6 +21,7 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
+from .ahead import chip_of, compiling_ahead
 from .measure import BuiltInFails, measure_row
 from .problems import PASSES, Sizes, rows_to_measure
 from .store import Measured, clear, files, rows_in, save
@@ -120,22 +121,26 @@ def tune(
     Raises:
         OSError: the cache directory cannot be written, which is found out first.
     """
-    name, outcome = tuned.device_name(device), Outcome()
+    name, sizes, outcome = tuned.device_name(device), sizes or Sizes(), Outcome()
     save(name, [])
     deadline = time.monotonic() + seconds
     wanted = rows_to_measure(device, passes, head_dims, dtype)
+    chip = chip_of(device) if device.type == "cuda" else None
     try:
-        with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
+        with (
+            compiling_ahead(wanted, chip, dtype, sizes) as ahead,
+            _progress(sum(len(each.candidates) for each in wanted), quiet) as advance,
+        ):
             for problem in wanted:
-                if time.monotonic() > deadline:
-                    outcome.complete = False
-                    break
                 try:
-                    row = measure_row(problem, device, dtype, sizes or Sizes(), deadline, advance)
+                    row = measure_row(problem, device, dtype, sizes, ahead, deadline, advance)
                 except BuiltInFails as error:
                     outcome.failed.append(str(error))
                     continue
-                outcome.complete = row.complete
+                if row is None:
+                    outcome.complete = False
+                    break
+                outcome.complete &= row.complete
                 # Of a row that was cut, the built-in shape takes the place of nothing that an earlier run has found.
                 if row.complete or row.config != problem.default:
                     save(name, [row])

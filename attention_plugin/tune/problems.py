@@ -130,12 +130,18 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
 
 
 def inputs(part: str, dim: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Any, ...]:
-    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query."""
+    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query.
+
+    On torch's meta device, where compiling is all that comes of a call, they have no content.
+    """
     batch, tokens = (sizes.decode_batch, sizes.decode_keys) if part == "decode" else (sizes.batch, sizes.tokens)
     rows = 1 if part == "decode" else tokens
-    generator = torch.Generator(device).manual_seed(0)
     shapes = ((batch, count, heads, dim) for count, heads in ((rows, sizes.heads), (tokens, 2), (tokens, 2)))
-    drawn = (torch.randn(shape, generator=generator, device=device, dtype=torch.float32) for shape in shapes)
+    if device.type == "meta":
+        drawn = (torch.empty(shape, device=device) for shape in shapes)
+    else:
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
     return (*(each.to(dtype).transpose(1, 2) for each in drawn), Spans.causal(rows, tokens, device=device))
 
 

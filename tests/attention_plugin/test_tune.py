@@ -8,6 +8,9 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -19,10 +22,11 @@ from attention_kernels.configs import assuming, forward_config
 from attention_kernels.operators import interpreting
 from attention_plugin import tune as command
 from attention_plugin.__main__ import main
-from attention_plugin.tune import measure, store, tune
+from attention_plugin.tune import ahead, measure, store, tune
 from attention_plugin.tune import problems as calls
 from attention_plugin.tune.problems import PASSES, Problem, Sizes, call, rows_to_measure
 from attention_plugin.tune.store import Measured, save
+from attention_plugin.warmup import calls as calls_of_warmup
 
 pytest.importorskip("triton")
 
@@ -286,6 +290,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(tuned, "device_name", lambda device: "interpreter")
     monkeypatch.setattr(command, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(command, "chip_of", lambda device: None)
     monkeypatch.setattr(command, "rows_to_measure", lambda *given: problems(64, 128, 256))
 
 
@@ -308,7 +313,6 @@ def test_a_built_in_shape_that_fails_costs_its_own_row_only(gpu, monkeypatch, ca
         return (None, "wrong result") if problem.key[2] == 128 else (1.0, "1 s")
 
     monkeypatch.setattr(measure, "_check_and_time", check_and_time)
-    monkeypatch.setattr(measure, "unfit", lambda *given: None)
     assert main(["tune"]) == 1 and kept() == [64, 256]
     told = capsys.readouterr().err.splitlines()[-1]
     words = "the built-in tile shape of ('forward', 2, 128, 'spans') fails here (wrong result); see `my-triton doctor`"
@@ -337,7 +341,6 @@ def test_time_runs_out_between_candidates(took, left, gpu, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "rows_to_measure", lambda *given: rows)
     monkeypatch.setattr(measure, "_check_and_time", check_and_time)
-    monkeypatch.setattr(measure, "unfit", lambda *given: None)
     monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
     assert main(["tune", "--seconds", "270"]) == 1
     assert kept() == left and clock == [300.0]
@@ -350,10 +353,126 @@ def test_what_was_measured_before_an_interruption_is_kept(gpu, monkeypatch, caps
         return 1.0, "1 s"
 
     monkeypatch.setattr(measure, "_check_and_time", check_and_time)
-    monkeypatch.setattr(measure, "unfit", lambda *given: None)
     assert main(["tune"]) == 1 and kept() == [64, 128]
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == "my-triton tune: interrupted; the rows that were measured are kept"
+
+
+CHIP = ahead.Chip("sm_90", "sm_90", 132)
+compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """How many kernels are in Triton's cache, which is empty at first; this process has none of them in its own."""
+    from attention_kernels import backward_kernels, decode, forward
+
+    def count():
+        for module in (backward_kernels, decode, forward):
+            for kernel in vars(module).values():
+                if hasattr(kernel, "device_caches"):
+                    kernel.device_caches.clear()
+        return len(list((tmp_path / "triton").rglob("*.cubin")))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert count() == 0
+    return count
+
+
+def compile_to_measure(problem, config):
+    """As the process that measures, but for a GPU that is not there, and with small tensors that have content."""
+    from attention_kernels.ahead_of_time import absent_device
+
+    with (
+        absent_device(CHIP.target), assuming(CHIP.architecture, CHIP.processors), calls_of_warmup.compiling_only({}),
+        tuned.using(CPU, {problem.key: config}),
+    ):  # fmt: skip
+        for sizes in (calls.CHECKED, SMALL):
+            call(problem, CPU, torch.bfloat16, sizes)()
+
+
+SMALL = Sizes(batch=1, tokens=256, decode_keys=1024)
+"""What Triton tells apart is the same as of `Sizes()`."""
+
+
+@compiles
+@pytest.mark.parametrize(
+    "kind",
+    ["few", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("spans", "query", "key_value"))],
+)
+def test_what_is_compiled_ahead_is_what_measuring_launches(kind, compiled):
+    with assuming("sm_90"):
+        rows = rows_to_measure(CPU, PASSES, (64,), torch.bfloat16)
+    (problem,) = (problem for problem in rows if problem.key[3] == kind)
+    config = problem.candidates[-1]
+    assert kind != "spans" or config.descriptors
+    assert ahead.compile_shape(problem, config, CHIP, torch.bfloat16, Sizes()) is None
+    count = compiled()
+    assert count >= 3, "with every extra, and of both sizes"
+    compile_to_measure(problem, config)
+    assert compiled() == count
+
+
+@compiles
+def test_processes_compile_ahead_and_say_what_is_out(compiled, monkeypatch):
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    monkeypatch.setattr(ahead, "unfit", lambda *given: pytest.fail("tried here"))
+    built_in = DecodeConfig(16, 64, 4, 1)
+    broken = built_in._replace(block_n=48)  # no power of two
+    problem = Problem(("decode", 2, 64, "few"), built_in, (broken,))
+    with ahead.compiling_ahead([problem], CHIP, torch.bfloat16, Sizes()) as shapes:
+        deadline = time.monotonic() + 300
+        assert shapes.why_not(problem, built_in, deadline) is None
+        count = compiled()
+        assert count >= 2
+        assert shapes.why_not(problem, broken, deadline).startswith("does not compile: ")
+        (process,) = multiprocessing.active_children()
+    process.join(30)
+    assert not process.is_alive()
+    compile_to_measure(problem, built_in)
+    assert compiled() == count
+
+
+class NoPool:
+    """Processes that cannot be started, or that die."""
+
+    def __init__(self, *given, **named):
+        self.asked = 0
+
+    def submit(self, *given):
+        self.asked += 1
+        if self.asked > self.most:
+            raise OSError("no more processes")
+        future = Future()
+        future.set_exception(BrokenProcessPool("killed"))
+        return future
+
+    def shutdown(self, **named):
+        pass
+
+
+@pytest.mark.parametrize(("most", "words"), [(0, "no more processes"), (1, "no more processes"), (2, "killed")])
+def test_without_processes_candidates_are_compiled_here(most, words, monkeypatch, caplog):
+    (problem,) = problems(64)
+    monkeypatch.setattr(ahead, "_cores", lambda: 8)
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", NoPool)
+    monkeypatch.setattr(NoPool, "most", most, raising=False)
+    monkeypatch.setattr(ahead, "unfit", lambda *given: "spills")
+    with ahead.compiling_ahead([problem], CHIP, torch.bfloat16, Sizes()) as shapes:
+        deadline = time.monotonic() + 60
+        assert shapes.why_not(problem, problem.default, deadline) is None, "it serves calls, whatever it does"
+        for _ in range(2):
+            assert shapes.why_not(problem, problem.candidates[0], deadline) == "spills"
+    (record,) = caplog.records
+    assert f"do not run here ({words})" in record.message
+
+
+def test_nobody_waits_beyond_the_deadline_for_a_shape_to_compile():
+    (problem,) = problems(64)
+    shapes = ahead.Ahead(CHIP, {(problem.key, problem.default): Future()})
+    for deadline in (time.monotonic() - 1, time.monotonic() + 0.05):
+        with pytest.raises(ahead.OutOfTime):
+            shapes.why_not(problem, problem.default, deadline)
 
 
 @pytest.mark.interpreter
@@ -383,11 +502,12 @@ def test_measuring_checks_times_and_saves(monkeypatch):
     problem = Problem(key, DecodeConfig(16, 32, 1, 1), (broken, good))
     monkeypatch.setattr(command, "rows_to_measure", lambda *given: [problem])
     tried = []
-    monkeypatch.setattr(measure, "_try", lambda *given, real=measure._try: tried.append(real(*given)) or tried[-1])
+    real = measure._check_and_time
+    monkeypatch.setattr(measure, "_check_and_time", lambda *given: tried.append(real(*given)) or tried[-1])
     monkeypatch.setattr(measure, "WORTH", 10.0)
     # More keys a step take fewer steps, and the interpreter pays for steps.
     (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True).measured
-    assert tried[0][0] is None and tried[1][0] > 0
+    assert tried[0][0] > 0 and tried[1][0] is None and tried[2][0] > 0
     assert found.key == key and found.default_microseconds > 0
     assert dict(tuned.tuned_rows(CPU))[key][:4] == found.config[:4]
 
