@@ -2,15 +2,18 @@
 """Measures tile shapes on this machine's GPU and keeps the fastest in the user's cache directory.
 
 Each is checked against float64 before it is timed. Later processes read the file once and use it. Exit status: 0 where
-everything was measured, 1 where there is no GPU or time ran out, 2 for what cannot be done.
+everything was measured, 1 where there is no GPU, time ran out or a built-in shape fails, 2 for what cannot be done.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,11 +21,12 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
-from .measure import measure_all
+from .ahead import chip_of, compiling_ahead
+from .measure import BuiltInFails, measure_row
 from .problems import PASSES, Sizes, rows_to_measure
 from .store import Measured, clear, files, rows_in, save
 
-__all__ = ["Measured", "add_arguments", "run", "tune"]
+__all__ = ["Measured", "Outcome", "add_arguments", "run", "tune"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD_DIMS = (64, 128, 256, 512)
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", nargs="+", dest="passes", choices=PASSES, default=list(PASSES), help="default: all")
     parser.add_argument("--device", type=int, default=0, metavar="INDEX", help="which GPU; default 0")
     parser.add_argument(
-        "--seconds", type=float, default=270.0, metavar="S", help="begin no row after this; default 270"
+        "--seconds", type=float, default=270.0, metavar="S", help="begin no candidate after this; default 270"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", action="store_true", help="show what was measured, and where it is kept")
@@ -46,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, show or delete; returns the exit status."""
     if options.clear:
-        for file in clear():
-            print(f"deleted {file}")
+        try:
+            for file in clear():
+                print(f"deleted {file}")
+        except OSError as error:
+            raise UsageError(f"what was measured cannot be deleted: {error}") from error
         return 0
     if options.show:
         show()
@@ -55,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     for dim in options.head_dim:
         if dim not in HEAD_DIMS:
             raise UsageError(f"--head-dim must be of 64, 128, 256, 512, got {dim}: narrower heads use the next row")
+    if not options.seconds > 0:  # nor is NaN
+        raise UsageError(f"--seconds must be above 0, got {options.seconds:g}")
     if not torch.cuda.is_available():
         print(f"{PROGRAM} tune: there is no GPU to measure on; built-in tile shapes stay in use", file=sys.stderr)
         return 1
@@ -65,10 +74,32 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device("cuda", options.device)
     if (reason := unsupported_device(device)) is not None:
         raise UsageError(reason)
-    wanted = len(rows_to_measure(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype]))
-    measured = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+    try:
+        outcome = tune(device, tuple(options.passes), tuple(options.head_dim), DTYPES[options.dtype], options.seconds)
+    except OSError as error:
+        raise UsageError(f"what is measured cannot be kept: {error}") from error
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} tune: interrupted; the rows that were measured are kept", file=sys.stderr)
+        return 1
     show()
-    return 0 if len(measured) == wanted else 1
+    for words in outcome.failed:
+        print(f"{PROGRAM} tune: {words}", file=sys.stderr)
+    return 0 if outcome.complete and not outcome.failed else 1
+
+
+@dataclass
+class Outcome:
+    """What came of measuring.
+
+    Attributes:
+        measured: rows, which are kept in the device's file.
+        failed: a line for each row whose built-in shape does not give the right result here.
+        complete: whether time sufficed for the others.
+    """
+
+    measured: list[Measured] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def tune(
@@ -79,8 +110,8 @@ def tune(
     seconds: float = 270.0,
     sizes: Sizes | None = None,
     quiet: bool = False,
-) -> list[Measured]:
-    """Measure rows of the tables on a device, save what was found, and use it in this process, too.
+) -> Outcome:
+    """Measure rows of the tables on a device, save each as it is found, and use them in this process, too.
 
     Args:
         device: a GPU; a CPU where Triton's interpreter runs the kernels (for tests).
@@ -88,16 +119,36 @@ def tune(
         quiet: whether to show no progress.
 
     Raises:
-        RuntimeError: a built-in shape gives a wrong result.
-        OSError: the cache directory cannot be written.
+        OSError: the cache directory cannot be written, which is found out first.
     """
+    name, sizes, outcome = tuned.device_name(device), sizes or Sizes(), Outcome()
+    save(name, [])
+    deadline = time.monotonic() + seconds
     wanted = rows_to_measure(device, passes, head_dims, dtype)
-    with _progress(sum(len(each.candidates) for each in wanted), quiet) as advance:
-        measured = measure_all(wanted, device, dtype, sizes or Sizes(), seconds, advance)
-    save(tuned.device_name(device), measured)
-    tuned.forget()
-    prebound.forget()
-    return measured
+    chip = chip_of(device) if device.type == "cuda" else None
+    try:
+        with (
+            compiling_ahead(wanted, chip, dtype, sizes) as ahead,
+            _progress(sum(len(each.candidates) for each in wanted), quiet) as advance,
+        ):
+            for problem in wanted:
+                try:
+                    row = measure_row(problem, device, dtype, sizes, ahead, deadline, advance)
+                except BuiltInFails as error:
+                    outcome.failed.append(str(error))
+                    continue
+                if row is None:
+                    outcome.complete = False
+                    break
+                outcome.complete &= row.complete
+                # Of a row that was cut, the built-in shape takes the place of nothing that an earlier run has found.
+                if row.complete or row.config != problem.default:
+                    save(name, [row])
+                    outcome.measured.append(row)
+    finally:
+        tuned.forget()
+        prebound.forget()
+    return outcome
 
 
 def show() -> None:
@@ -118,10 +169,18 @@ def show() -> None:
             loop = ", ".join(name for name in tuned.FLAGS if config.get(name))
             table.add_row(
                 part, str(8 * size), str(dim), kind, tile, str(config["num_warps"]), str(config["num_stages"]), loop,
-                f"{row['microseconds']:.0f}", f"{row['default_microseconds']:.0f}",
+                *(_rounded(row.get(name)) for name in ("microseconds", "default_microseconds")),
             )  # fmt: skip
         print(f"{file}{'' if file in current else ', which is not of a GPU of this machine and these kernels'}")
         console.print(table)
+
+
+def _rounded(microseconds: Any) -> str:
+    """A time for the table. Calls do without times, so a row that serves them may have none."""
+    try:
+        return f"{microseconds:.0f}"
+    except (TypeError, ValueError, OverflowError):
+        return "?"
 
 
 def _gpus() -> int:

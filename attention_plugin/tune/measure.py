@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attention_kernels import tuned
 
+from .ahead import Ahead, OutOfTime
 from .problems import Problem, Sizes, call, is_right
 from .store import Measured
 
@@ -28,28 +29,41 @@ WORTH = 0.97
 """A shape replaces the built-in one where it takes at most this share of its time: noise does not decide."""
 
 
-def measure(
-    problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, advance: Callable[[str], None]
-) -> Measured:
+class BuiltInFails(Exception):
+    """The built-in shape of a row does not give the right result on this device; says so in a line."""
+
+
+def measure_row(
+    problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Sizes, ahead: Ahead, deadline: float,
+    advance: Callable[[str], None],
+) -> Measured | None:  # fmt: skip
     """The best shape for a row: the built-in one, unless a candidate that fits and is right is faster.
 
     Args:
+        ahead: says which candidates are out before they are tried.
+        deadline: when no shape is begun any more, by `time.monotonic()`.
         advance: called with words after each candidate.
 
+    Returns:
+        None if not even the built-in shape was begun.
+
     Raises:
-        RuntimeError: not even the built-in shape gives the right result.
+        BuiltInFails: there is nothing to compare candidates with.
     """
-    run = call(problem, device, dtype, sizes)
-    # Named, as an earlier run may have left another shape for this row.
-    with tuned.overriding(device, problem.key, problem.default):
-        if not is_right(problem, device, dtype):
-            raise RuntimeError(
-                f"the built-in tile shape of {problem.key} gives a wrong result here; see `my-triton doctor`"
-            )
-        default = best = _time(run, device)
-    config = problem.default
+    try:
+        ahead.why_not(problem, problem.default, deadline)
+    except OutOfTime:
+        return None
+    default, words = _check_and_time(problem, problem.default, device, dtype, sizes)
+    if default is None:
+        raise BuiltInFails(f"the built-in tile shape of {problem.key} fails here ({words}); see `my-triton doctor`")
+    best, config = default, problem.default
     for candidate in problem.candidates:
-        found, words = _try(problem, candidate, run, device, dtype)
+        try:
+            reason = ahead.why_not(problem, candidate, deadline)
+        except OutOfTime:
+            return Measured(problem.key, config, best * 1e6, default * 1e6, complete=False)
+        found, words = (None, reason) if reason else _check_and_time(problem, candidate, device, dtype, sizes)
         if found is not None and found < best and found <= WORTH * default:
             best, config = found, candidate
         flags = [name for name in tuned.FLAGS if getattr(candidate, name, False)]
@@ -57,41 +71,19 @@ def measure(
     return Measured(problem.key, config, best * 1e6, default * 1e6)
 
 
-def _try(
-    problem: Problem, candidate: tuned.Config, run: Callable[[], Any], device: torch.device, dtype: torch.dtype
+def _check_and_time(
+    problem: Problem, config: tuned.Config, device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> tuple[float | None, str]:
-    """Seconds of a candidate and words for them, or None and why it is out."""
-    if device.type == "cuda" and (reason := unfit(problem, candidate, device)) is not None:
-        return None, reason
-    with tuned.overriding(device, problem.key, candidate):
+    """Seconds of a call with a shape and words for them, or None and why it is out."""
+    # No other row that was measured before: what comes of one does not hang on what is left of an earlier run.
+    with tuned.using(device, {problem.key: config}):
         try:
             if not is_right(problem, device, dtype):
                 return None, "wrong result"
-            seconds = _time(run, device)
+            seconds = _time(call(problem, device, dtype, sizes), device)
         except Exception as error:  # the compiler refuses some shapes, each line of Triton others
             return None, type(error).__name__
     return seconds, f"{seconds * 1e6:.0f} us"
-
-
-def unfit(problem: Problem, candidate: tuned.Config, device: torch.device) -> str | None:
-    """Why a shape cannot serve every call of its row on a chip, or None: it is compiled with every extra."""
-    from attention_kernels.ahead_of_time import Case, compile_ahead
-    from attention_kernels.config_tables import SHARED_MEMORY
-    from attention_kernels.configs import architecture
-
-    part, size, dim, kind = problem.key
-    name = architecture(device)
-    kind += {"forward": " (softcap)", "backward": " (spans)"}.get(part, "")
-    case = Case(name, part, size, dim, kind, candidate)
-    try:
-        kernel, arguments = case.kernel()
-        compiled = compile_ahead(kernel, case.architecture, arguments)
-        spills = compiled.spills
-    except Exception as error:
-        return f"does not compile: {type(error).__name__}"
-    if compiled.shared_memory > SHARED_MEMORY[case.architecture]:
-        return "over the shared memory"
-    return "spills" if spills else None
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
@@ -124,17 +116,3 @@ def _time_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
         end.synchronize()
         samples.append(start.elapsed_time(end) / 1e3)
     return statistics.median(samples)
-
-
-def measure_all(
-    wanted: Sequence[Problem], device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float,
-    advance: Callable[[str], None],
-) -> list[Measured]:  # fmt: skip
-    """Rows measured until `seconds` have passed: no row is begun after them."""
-    deadline = time.monotonic() + seconds
-    found = []
-    for problem in wanted:
-        if time.monotonic() > deadline:
-            break
-        found.append(measure(problem, device, dtype, sizes, advance))
-    return found

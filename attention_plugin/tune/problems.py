@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,16 +61,15 @@ class Problem:
 def rows_to_measure(
     device: torch.device, passes: tuple[str, ...], dims: tuple[int, ...], dtype: torch.dtype
 ) -> list[Problem]:
-    """The rows to measure, in order."""
+    """The rows to measure, in order: a head dim's passes before the next one's, so that a cut leaves some of each."""
     name, size = architecture(device), dtype.itemsize
+    kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}
     found = []
-    for each in passes:
-        for dim in dims:
-            kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}[each]
-            for kind in kinds:
-                default = _default(name, each, dtype, dim, kind)
-                shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
-                found.append(Problem((each, size, dim, kind), default, shapes))
+    for dim, each in product(dims, passes):
+        for kind in kinds[each]:
+            default = _default(name, each, dtype, dim, kind)
+            shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
+            found.append(Problem((each, size, dim, kind), default, shapes))
     return found
 
 
@@ -130,12 +130,18 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
 
 
 def inputs(part: str, dim: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Any, ...]:
-    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query."""
+    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query.
+
+    On torch's meta device, where compiling is all that comes of a call, they have no content.
+    """
     batch, tokens = (sizes.decode_batch, sizes.decode_keys) if part == "decode" else (sizes.batch, sizes.tokens)
     rows = 1 if part == "decode" else tokens
-    generator = torch.Generator(device).manual_seed(0)
     shapes = ((batch, count, heads, dim) for count, heads in ((rows, sizes.heads), (tokens, 2), (tokens, 2)))
-    drawn = (torch.randn(shape, generator=generator, device=device, dtype=torch.float32) for shape in shapes)
+    if device.type == "meta":
+        drawn = (torch.empty(shape, device=device) for shape in shapes)
+    else:
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
     return (*(each.to(dtype).transpose(1, 2) for each in drawn), Spans.causal(rows, tokens, device=device))
 
 

@@ -24,16 +24,18 @@ class Measured:
         key, config: as in `attention_kernels.tuned`.
         microseconds: median time of a call with it.
         default_microseconds: the same with the built-in shape, measured first.
+        complete: whether time sufficed for all candidates; not in the file.
     """
 
     key: tuned.Key
     config: tuned.Config
     microseconds: float
     default_microseconds: float
+    complete: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """As in the file."""
-        names = (name for name in tuned.NUMBERS + tuned.FLAGS if hasattr(self.config, name))
+        names = (name for name in (*tuned.NUMBERS, *tuned.FLAGS) if hasattr(self.config, name))
         config = {name: getattr(self.config, name) for name in names}
         times = {"microseconds": self.microseconds, "default_microseconds": self.default_microseconds}
         return {"key": list(self.key), "config": config, **times}
@@ -74,13 +76,18 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
 
 def files() -> list[Path]:
     """All files, of every device and version."""
-    return sorted(tuned.folder().glob("tuned-*.json"))
+    return sorted(file for file in tuned.folder().glob("tuned-*.json") if file.is_file())
 
 
 def clear() -> list[Path]:
-    """Delete all files and their locks; returns the files."""
+    """Delete all files and their locks; returns the files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     found = files()
-    for file in [*found, *tuned.folder().glob("tuned-*.lock")]:
+    locks = (lock for lock in tuned.folder().glob("tuned-*.lock") if lock.is_file())
+    for file in (*found, *locks):
         file.unlink(missing_ok=True)
     tuned.forget()
     return found

@@ -102,9 +102,14 @@ def widest_row(head_dim: int, value_dim: int) -> int:
     return min(WIDEST, max(64, padded_dim(head_dim), padded_dim(value_dim)))
 
 
-@lru_cache
 def processors(device: torch.device) -> int:
     """How many programs a device runs at a time, at least; the interpreter pretends to have a few."""
+    assumed = _assumed[-1][1] if _assumed else None
+    return assumed or _processors(device)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -128,13 +133,16 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-_assumed: list[str] = []
+_assumed: list[tuple[str, int | None]] = []
 
 
 @contextmanager
-def assuming(name: str) -> Iterator[None]:
-    """Take every device for one of an architecture, to compile for a GPU that is not there. Not for several threads."""
-    _assumed.append(name)
+def assuming(name: str, processors: int | None = None) -> Iterator[None]:
+    """Take every device for one of an architecture, to compile for a GPU that is not there. Not for several threads.
+
+    With `processors`, for one that has so many.
+    """
+    _assumed.append((name, processors))
     try:
         yield
     finally:
@@ -143,7 +151,7 @@ def assuming(name: str) -> Iterator[None]:
 
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations serve a device; CPU tensors run kernels in the interpreter only."""
-    return _assumed[-1] if _assumed else _architecture(device)
+    return _assumed[-1][0] if _assumed else _architecture(device)
 
 
 @lru_cache

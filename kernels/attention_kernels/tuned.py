@@ -13,14 +13,22 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config_tables import MOST_ROWS, BackwardConfig, DecodeConfig, ForwardConfig
+from .config_tables import (
+    BACKWARD_CONFIGS,
+    CONFIGS,
+    DECODE_CONFIGS,
+    MOST_ROWS,
+    BackwardConfig,
+    DecodeConfig,
+    ForwardConfig,
+)
 
 Key = tuple[str, int, int, str]
 """Pass ("forward", "backward", "decode"), bytes per element, widest head, and the row's own name, as in the tables."""
@@ -28,7 +36,24 @@ Key = tuple[str, int, int, str]
 Config = ForwardConfig | BackwardConfig | DecodeConfig
 
 CLASSES: dict[str, Any] = {"forward": ForwardConfig, "backward": BackwardConfig, "decode": DecodeConfig}
-NUMBERS = ("block_m", "block_n", "num_warps", "num_stages", "chunk_d", "piece_d")
+KEYS = {
+    (part, *key)
+    for part, table in (("forward", CONFIGS), ("backward", BACKWARD_CONFIGS), ("decode", DECODE_CONFIGS))
+    for key in table["interpreter"]
+}
+"""Of all rows: every architecture has the same."""
+
+NUMBERS = {
+    "block_m": (16, MOST_ROWS),
+    "block_n": (16, MOST_ROWS),
+    "num_warps": (1, 32),
+    "num_stages": (1, 8),
+    "chunk_d": (16, 1024),
+    "piece_d": (16, 1024),
+}
+"""The least and the most of a shape's numbers: what matrix instructions take, what a program may have. Pieces may also
+be 0, which is all."""
+
 FLAGS = ("overlap", "descriptors")
 SOURCES = ("tiles", "forward", "backward", "backward_kernels", "decode", "launch", "config_tables")
 """Modules whose change makes measured shapes worthless."""
@@ -63,18 +88,25 @@ def forget() -> None:
     _rows.clear()
 
 
+def overriding(device: torch.device, key: Key, config: Config) -> AbstractContextManager[None]:
+    """Use one tile shape while this holds, beside what was measured for other rows. Not for several threads."""
+    return using(device, {**tuned_rows(device), key: config})
+
+
 @contextmanager
-def overriding(device: torch.device, key: Key, config: Config) -> Iterator[None]:
-    """Use one tile shape while this holds, as the measurement does. Not for several threads."""
+def using(device: torch.device, rows: Mapping[Key, Config]) -> Iterator[None]:
+    """Use these tile shapes and of other rows the built-in ones while this holds. Not for several threads."""
     from . import prebound  # which imports what imports this
 
-    before = tuned_rows(device)
-    _rows[device] = {**before, key: config}
+    before = _rows.get(device)
+    _rows[device] = rows
     prebound.forget()
     try:
         yield
     finally:
-        _rows[device] = before
+        del _rows[device]
+        if before is not None:
+            _rows[device] = before
         prebound.forget()
 
 
@@ -84,7 +116,7 @@ def read_rows(file: Path) -> Mapping[Key, Config]:
         return parse_rows(file.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever it holds, calls go on
         _log.warning(
             "attention: %s holds no tile shapes that can be read (%s: %s), so the built-in ones are used; delete it, "
             "or run `my-triton tune --clear`",
@@ -97,28 +129,30 @@ def parse_rows(text: str) -> Mapping[Key, Config]:
     """Rows of a file's text.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none.
+        Exception: it is none; of many kinds, such as RecursionError where brackets are nested too deeply.
     """
     return dict(map(parse_row, json.loads(text)["rows"]))
 
 
 def parse_row(row: Mapping[str, Any]) -> tuple[Key, Config]:
     """One row of a file."""
-    name, size, dim, kind = row["key"]
+    name, size, dim, kind = key = tuple(row["key"])
+    if key not in KEYS:
+        raise ValueError(f"{row['key']} is no row of the tables")
     numbers = {each: row["config"][each] for each in NUMBERS if each in CLASSES[name]._fields}
     for each, number in numbers.items():
-        least = 0 if each in ("chunk_d", "piece_d") else 1
-        # Shapes of tiles and numbers of warps are powers of two; pieces may be 0, which is all.
-        if type(number) is not int or number < least or (each != "num_stages" and number & (number - 1)):
-            raise ValueError(f"{each} of {row['key']} must be a power of two, got {number!r}")
-        if each.startswith("block_") and number > MOST_ROWS:
-            raise ValueError(f"{each} of {row['key']} must be at most {MOST_ROWS}, got {number}")
+        least, most = NUMBERS[each]
+        is_whole = each in ("chunk_d", "piece_d") and number == 0
+        if type(number) is not int or not (is_whole or least <= number <= most):
+            raise ValueError(f"{each} of {row['key']} must be {least} to {most}, got {number!r}")
+        if each != "num_stages" and number & (number - 1):
+            raise ValueError(f"{each} of {row['key']} must be a power of two, got {number}")
     flags = {each: row["config"][each] for each in FLAGS if each in CLASSES[name]._fields}
     for each, flag in flags.items():
         if type(flag) is not bool:
             raise ValueError(f"{each} of {row['key']} must be true or false, got {flag!r}")
     config = CLASSES[name](**numbers, **flags, reason="measured on this device")
-    return (str(name), int(size), int(dim), str(kind)), config
+    return (name, int(size), int(dim), kind), config
 
 
 def tuned_file(name: str) -> Path:
