@@ -328,7 +328,8 @@ def decode(
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     programs = row_tiles * sequences * num_kv_heads
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
-    splits = min(splits, max(1, triton.cdiv(key_len, config.block_n)), MOST_SPLITS)  # more would have no keys
+    if splits > MOST_SPLITS:  # of which no more than there are tiles would have keys
+        splits = min(MOST_SPLITS, max(1, triton.cdiv(key_len, config.block_n)))
     parts, part_lse = output, lse
     if splits > 1:
         parts = memory(lse, splits, batch, query_len, num_heads, value_dim)
