@@ -115,13 +115,13 @@ def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
 
 def operand(tensor: Tensor) -> Operand:
     """A four-dimensional tensor as kernels take it."""
-    *strides, step = tensor.stride()
-    told = all(stride % 16 == 0 for stride in strides)
-    in_units = step == 1 and all(
+    stride_b, stride_h, stride_m, stride_n = strides = tensor.stride()
+    told = all(stride % 16 == 0 for stride in strides[:3])
+    in_units = stride_n == 1 and all(
         size == 1 or stride * tensor.element_size() % 16 == 0
-        for size, stride in zip(tensor.shape, strides, strict=False)
+        for size, stride in zip(tensor.shape[:3], strides[:3], strict=True)
     )
-    return Operand(tensor, *strides, step, 1 if in_units and not told else None)
+    return Operand(tensor, stride_b, stride_h, stride_m, stride_n, 1 if in_units and not told else None)
 
 
 def score_operand(
