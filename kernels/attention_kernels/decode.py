@@ -29,10 +29,10 @@ from .tiles import (
     finish,
     key_bounds,
     product,
+    rows_of,
     score_tile,
     softmax_step,
     span_mask,
-    with_known_strides,
 )
 
 MOST_SPLITS = 65_535
@@ -156,7 +156,7 @@ def decode_kernel(
     `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on. With
     `lengths_ptr` sequence b has the keys 0 to `lengths[b]`, whatever spans say: elsewhere there need not be a page.
     """
-    query, key, value = with_known_strides(query), with_known_strides(key), with_known_strides(value)
+    query, key, value = rows_of(query), rows_of(key), rows_of(value)
     group, row_tile = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
     b, kv_head = group // num_kv_heads, group % num_kv_heads
     split, num_splits = tl.program_id(1), tl.num_programs(1)

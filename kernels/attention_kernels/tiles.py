@@ -42,6 +42,16 @@ class Operand(NamedTuple):
     in_units: int | None
 
 
+class Rows(NamedTuple):
+    """An operand whose strides tell all that is known of them; Triton 3.6 builds no tuple that has a None in it."""
+
+    ptr: object
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_n: int
+
+
 class SpanOperand(NamedTuple):
     """`Spans` as kernels take them; `key_mask_ptr` (uint8) and `gap_count_ptr` are None where no key is hidden."""
 
@@ -94,22 +104,21 @@ def place_of(program, num_tiles, section):
 
 
 @triton.jit
-def with_known_strides(operand):
+def rows_of(operand):
     """The operand, whose strides now show by how they are computed that they are multiples of 16 bytes, if they are."""
+    stride_b, stride_h, stride_m = operand.stride_b, operand.stride_h, operand.stride_m
     if operand.in_units is not None:
         UNIT: tl.constexpr = 128 // operand.ptr.dtype.element_ty.primitive_bitwidth
-        stride_b, stride_h = operand.stride_b // UNIT * UNIT, operand.stride_h // UNIT * UNIT
-        return Operand(operand.ptr, stride_b, stride_h, operand.stride_m // UNIT * UNIT, operand.stride_n, None)
-    else:
-        return operand
+        stride_b, stride_h, stride_m = stride_b // UNIT * UNIT, stride_h // UNIT * UNIT, stride_m // UNIT * UNIT
+    return Rows(operand.ptr, stride_b, stride_h, stride_m, operand.stride_n)
 
 
 @triton.jit
 def at_head(operand, b, h):
-    """The operand moved to batch element `b` and head `h`."""
-    known = with_known_strides(operand)
-    offset = tl.cast(b, tl.int64) * known.stride_b + tl.cast(h, tl.int64) * known.stride_h
-    return Operand(known.ptr + offset, known.stride_b, known.stride_h, known.stride_m, known.stride_n, None)
+    """The rows of an operand, moved to batch element `b` and head `h`."""
+    rows = rows_of(operand)
+    offset = tl.cast(b, tl.int64) * rows.stride_b + tl.cast(h, tl.int64) * rows.stride_h
+    return Rows(rows.ptr + offset, rows.stride_b, rows.stride_h, rows.stride_m, rows.stride_n)
 
 
 INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunction))
