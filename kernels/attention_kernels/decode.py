@@ -358,7 +358,7 @@ def merge_arguments(parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor
 def row_operand(lse: Tensor) -> Operand:
     """A log-sum-exp `[batch, num_heads, query_len]` as kernels take it."""
     stride_b, stride_h, stride_m = lse.stride()[-3:]
-    return Operand(lse, stride_b, stride_h, stride_m, 0, None)
+    return Operand(lse, stride_b, stride_h, stride_m, 0)
 
 
 def decode_arguments(

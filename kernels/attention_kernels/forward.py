@@ -259,6 +259,9 @@ def forward_kernel(
 
     kv_head = h // group_size
     query, key, value = at_head(query, b, h), at_head(key, b, kv_head), at_head(value, b, kv_head)
+    output = at_head(output, b, h)
+    if rounding is not None:
+        rounding = at_head(rounding, b, h)
     if mask is not None:
         mask = at_head(mask, b, h)
     if bias is not None:
@@ -298,9 +301,6 @@ def forward_kernel(
     out, lse = finish(m, l, acc)
     inside = q_pos < query_len
     tl.store(lse_ptr + batch_head.to(tl.int64) * query_len + q_pos, lse, mask=inside)
-    output = at_head(output, b, h)
-    if rounding is not None:
-        rounding = at_head(rounding, b, h)
     # In quarters if they are 64 columns, in halves of 512 columns: that is what spills least.
     parts: tl.constexpr = 1 if BLOCK_M * BLOCK_DV <= FILLS_REGISTERS else (4 if BLOCK_DV <= 256 else 2)
     store_output(output, rounding, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV, BLOCK_DV // parts)

@@ -16,7 +16,7 @@ from . import tiles
 from .config_tables import MOST_ROWS
 from .configs import last_cache, padded_dim
 from .dropout import threshold_and_scale
-from .tiles import DropoutOperand, Operand, SpanOperand
+from .tiles import DropoutOperand, Operand, OperandInUnits, SpanOperand
 
 MOST_COLUMNS = 1024
 """The most columns of a tile, those of the widest heads."""
@@ -113,7 +113,7 @@ def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
     return next((number for number in range(fitting, 1, -1) if groups % number == 0), 1) * group_size
 
 
-def operand(tensor: Tensor) -> Operand:
+def operand(tensor: Tensor) -> Operand | OperandInUnits:
     """A four-dimensional tensor as kernels take it."""
     stride_b, stride_h, stride_m, stride_n = strides = tensor.stride()
     told = all(stride % 16 == 0 for stride in strides[:3])
@@ -121,12 +121,14 @@ def operand(tensor: Tensor) -> Operand:
         size == 1 or stride * tensor.element_size() % 16 == 0
         for size, stride in zip(tensor.shape[:3], strides[:3], strict=True)
     )
-    return Operand(tensor, stride_b, stride_h, stride_m, stride_n, 1 if in_units and not told else None)
+    if in_units and not told:
+        return OperandInUnits(tensor, stride_b, stride_h, stride_m, stride_n, 1)
+    return Operand(tensor, stride_b, stride_h, stride_m, stride_n)
 
 
 def score_operand(
     tensor: Tensor | None, scores: tuple[int, int, int, int], *, transposed: bool = False
-) -> Operand | None:
+) -> Operand | OperandInUnits | None:
     """A mask or a bias as kernels take it, broadcast to the shape of the scores; `transposed` for tiles of key rows."""
     if tensor is None:
         return None

@@ -28,10 +28,21 @@ SPLITMIX_SECOND = tl.constexpr(0x94D049BB133111EB)
 
 
 class Operand(NamedTuple):
-    """A four-dimensional tensor as kernels take it: `[batch, heads, rows, columns]`; stride 0 where it is broadcast.
+    """A four-dimensional tensor as kernels take it: `[batch, heads, rows, columns]`; stride 0 where it is broadcast."""
 
-    Of an integer Triton looks at whether 16 divides it and at nothing else, so that with heads of 72 columns it would
-    read 2 bytes at a time. `in_units` is 1 where strides are multiples of 16 bytes all the same, else None.
+    ptr: object
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_n: int
+
+
+class OperandInUnits(NamedTuple):
+    """The same, if its strides are multiples of 16 bytes and Triton cannot know.
+
+    Of an integer it looks at whether 16 divides it and at nothing else, so that with heads of 72 columns it would read
+    2 bytes at a time. The last field tells the two kinds apart, by their lengths: Triton 3.6 compares no tuple with
+    None that has a None in it.
     """
 
     ptr: object
@@ -39,17 +50,7 @@ class Operand(NamedTuple):
     stride_h: int
     stride_m: int
     stride_n: int
-    in_units: int | None
-
-
-class Rows(NamedTuple):
-    """An operand whose strides tell all that is known of them; Triton 3.6 builds no tuple that has a None in it."""
-
-    ptr: object
-    stride_b: int
-    stride_h: int
-    stride_m: int
-    stride_n: int
+    in_units: int
 
 
 class SpanOperand(NamedTuple):
@@ -107,10 +108,10 @@ def place_of(program, num_tiles, section):
 def rows_of(operand):
     """The operand, whose strides now show by how they are computed that they are multiples of 16 bytes, if they are."""
     stride_b, stride_h, stride_m = operand.stride_b, operand.stride_h, operand.stride_m
-    if operand.in_units is not None:
+    if len(operand) == 6:
         UNIT: tl.constexpr = 128 // operand.ptr.dtype.element_ty.primitive_bitwidth
         stride_b, stride_h, stride_m = stride_b // UNIT * UNIT, stride_h // UNIT * UNIT, stride_m // UNIT * UNIT
-    return Rows(operand.ptr, stride_b, stride_h, stride_m, operand.stride_n)
+    return Operand(operand.ptr, stride_b, stride_h, stride_m, operand.stride_n)
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def at_head(operand, b, h):
     """The rows of an operand, moved to batch element `b` and head `h`."""
     rows = rows_of(operand)
     offset = tl.cast(b, tl.int64) * rows.stride_b + tl.cast(h, tl.int64) * rows.stride_h
-    return Rows(rows.ptr + offset, rows.stride_b, rows.stride_h, rows.stride_m, rows.stride_n)
+    return Operand(rows.ptr + offset, rows.stride_b, rows.stride_h, rows.stride_m, rows.stride_n)
 
 
 INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunction))
