@@ -18,6 +18,7 @@ from .support import (
     check_dropout,
     check_keywords,
     is_causal_without_mask,
+    note_kept_lengths,
     refuse_alignment,
     refuse_mask,
     refuse_two_sinks,
@@ -97,6 +98,8 @@ def attention_forward(
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
+    elif query_len > 1:
+        note_kept_lengths(module)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     selected = selected_keys(module, indices, block_indices, scores)

@@ -12,6 +12,7 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -51,6 +52,30 @@ def gathers_weights_by_hand(module_name: str) -> bool:
     Whether their layers are told that weights are wanted then depends on the file.
     """
     return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", source(module_name) or "") is not None
+
+
+@lru_cache
+def layers_keeping_keywords(module_name: str) -> frozenset[tuple[str, str]]:
+    """Layers of a file that hand a part of theirs the mask and the positions of the tokens, but not their `**kwargs`.
+
+    Returns:
+        The name of each such class, and that of the part.
+    """
+    if not calls_interface(module_name):
+        return frozenset()
+    layers = [node for node in _tree(module_name).body if isinstance(node, ast.ClassDef)]
+    return frozenset((layer.name, part) for layer in layers for part in _parts_without_keywords(layer))
+
+
+def _parts_without_keywords(layer: ast.ClassDef) -> Iterator[str]:
+    for forward in layer.body:
+        if isinstance(forward, ast.FunctionDef) and forward.name == "forward" and forward.args.kwarg:
+            for call in (node for node in ast.walk(forward) if isinstance(node, ast.Call)):
+                passed = {each.arg: each.value for each in call.keywords}  # None stands for `**kwargs`
+                if {"attention_mask", "position_ids"} <= passed.keys() and None not in passed:
+                    part = re.fullmatch(r"self\.(\w+)", ast.unparse(call.func))
+                    if part and ast.unparse(passed["attention_mask"]) == "attention_mask":
+                        yield part[1]
 
 
 def calls_interface(module_name: str) -> bool:
