@@ -436,6 +436,39 @@ def test_any_combination_of_known_functions(data):
     assert_same(span_mask(**arguments), masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False))
 
 
+@settings(max_examples=100, **PROPERTY)
+@given(data=st.data())
+def test_chunks_beside_lengths_are_counted_in_each_document(data):
+    """From its first token that is no padding on the left, whatever documents the mask function knows of already."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    size, left, beyond = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4)), data.draw(st.integers(0, 2))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = sum(lengths) + beyond
+    token = torch.arange(tokens)
+    attended = token >= left if data.draw(st.booleans()) else None
+    padding = None if attended is None else attended[None]
+    left_padding = torch.zeros(1, dtype=torch.long) if attended is None else (~attended).sum()[None]
+    function = masking_utils.chunked_causal_mask_function(size, left_padding)
+    q_offset: int | Tensor = 0
+    if attended is None and REMAPS and data.draw(st.booleans()):  # as compilers, which cannot tell, always have it
+        function = packed_function(function, token[None], torch.zeros_like(token)[None], None)
+    elif data.draw(st.booleans()):
+        q_offset = torch.tensor(0)  # as with a static cache
+    mask = span_mask(1, tokens, tokens, q_offset, mask_function=function, attention_mask=padding)
+
+    document = torch.searchsorted(offsets, token, right=True) - 1
+    first = offsets[document] if attended is None else offsets[document].clamp(min=left)
+    chunk = (token - first).div(size, rounding_mode="floor")
+    expected = (document == document[:, None]) & (chunk == chunk[:, None]) & (token <= token[:, None])
+    expected &= (token < offsets[-1])[:, None]
+    expected = expected if attended is None else expected & attended
+    _, weights = attention_forward(
+        torch.nn.Module().eval(), *torch.randn(3, 1, 2, tokens, 8), mask, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
+        output_attentions=True,
+    )  # fmt: skip
+    assert torch.equal(weights[0, 0] > 0, expected)
+
+
 @pytest.mark.parametrize("query_len", range(1, 41))
 def test_every_pattern_at_every_query_length(query_len: int):
     """The whole grid of query lengths, which random cases may leave holes in, with left padding and without."""

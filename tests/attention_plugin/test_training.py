@@ -237,7 +237,7 @@ def test_trainer_in_bfloat16_autocast_stays_near_float32(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *KEEPS_LENGTHS])
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *KEEPS_LENGTHS, "llama4_text"])
 def test_packed_documents_have_the_loss_of_separate_ones(model_type: str, use_cache: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(3, VOCAB_SIZE, (tokens,), generator=generator) for tokens in (5, 7, 9)]
@@ -258,9 +258,9 @@ def packed_gradients(model: PreTrainedModel, forward: Callable, **options) -> di
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("model_type", KEEPS_LENGTHS)
-def test_lengths_reach_attention_that_its_layers_keep_them_from(model_type: str) -> None:
-    """Alone as beside positions, in a layer that is computed again, in a copy, and compiled."""
+@pytest.mark.parametrize("model_type", [*KEEPS_LENGTHS, "llama4_text"])
+def test_lengths_are_enough(model_type: str) -> None:
+    """In a copy as well, compiled, and in layers that are computed again."""
     model = build(model_type, IMPLEMENTATION).train()
     starts = torch.cat([torch.arange(tokens) for tokens in (4, 7, 6)])[None]
     expected = packed_gradients(model, model, position_ids=starts, use_cache=False)  # transformers finds these itself
