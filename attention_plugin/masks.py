@@ -108,16 +108,24 @@ class SpanMask:
         return dense if self.holes is None else dense & self.holes
 
     def fitted(self, query_len: int, key_len: int) -> SpanMask:
-        """The mask for scores of this size: a single row is repeated, as a tensor's would be.
+        """The mask for scores of this size: a single row or column is repeated, as a tensor's would be.
 
-        Some models describe padding by a mask of one query. A mask that hides nothing fits any scores.
+        Some models describe padding by a mask of one query, and `generate` in pieces describes an encoder by a mask of
+        one key. A mask that hides nothing fits any scores.
         """
         own = self.spans
         if self.everything and (own.query_len != query_len or own.key_len != key_len):
             return SpanMask(Spans.full(query_len, key_len, device=self.device))
-        if own.query_len != 1 or query_len == 1:
+        repeats_row, repeats_column = own.query_len == 1 != query_len, own.key_len == 1 != key_len
+        if not repeats_row and not repeats_column:
             return self
-        return replace(self, spans=replace(self.spans, query_len=query_len), _dense=None, _packed=None)
+        query_len = query_len if repeats_row else own.query_len
+        if not repeats_column:
+            return replace(self, spans=replace(own, query_len=query_len), _dense=None, _packed=None)
+        shown = own.end > own.start if own.key_mask is None else (own.end > own.start) & own.key_mask
+        end = torch.where(shown, key_len, 0).to(torch.int32)
+        spans = Spans(torch.zeros_like(end), end, query_len, key_len)
+        return replace(self, spans=spans, attended=None, _dense=None, _packed=None)
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.

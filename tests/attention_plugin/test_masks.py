@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 
 from attention_kernels import attention_reference
+from attention_kernels import spans as spans_module
 from attention_plugin import SpanMask, attention_forward, span_mask
 from attention_plugin import masks as masks_module
 from attention_plugin.attention import resolve_mask
@@ -434,6 +435,31 @@ def test_any_combination_of_known_functions(data):
     if arguments["attention_mask"] is not None:
         arguments["attention_mask"] = arguments["attention_mask"].bool()
     assert_same(span_mask(**arguments), masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("shown", [[[True], [True]], [[True], [False]], None])
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional", "users'"])
+def test_a_mask_of_one_key_is_repeated(
+    pattern: str, shown: list | None, rows: int, is_traced: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As `sdpa` repeats a tensor of one column, whose values a GPU and a compiler are not asked for."""
+    if is_traced:
+        monkeypatch.setattr(masks_module, "is_traced", lambda tensor: True)
+        monkeypatch.setattr(spans_module, "values_at_hand", lambda tensor: False)
+    functions = {
+        "causal": masking_utils.causal_mask_function,
+        "bidirectional": masking_utils.bidirectional_mask_function,
+        "users'": even_rows,
+    }
+    arguments: dict[str, Any] = {"batch_size": 2, "q_length": rows, "kv_length": 1, "mask_function": functions[pattern]}
+    arguments["attention_mask"] = None if shown is None else torch.tensor(shown)
+    tensors = [torch.randn(2, 2, tokens, 8) for tokens in (5, 7, 7)]
+    mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask).nan_to_num()
+    actual, _ = attention_forward(torch.nn.Module().eval(), *tensors, span_mask(**arguments))
+    torch.testing.assert_close(actual.transpose(1, 2), expected)
 
 
 @settings(max_examples=100, **PROPERTY)
