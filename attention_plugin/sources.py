@@ -21,6 +21,13 @@ from transformers import PreTrainedModel
 INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(?:\.get_interface\(|\[(?![\"']))")
 """A call of the interface: as transformers writes it, or in brackets, as earlier releases and code on the Hub do."""
 
+GATHERED = re.compile(
+    r"\b(\w*attentions) (?:= \1 \+|\+=) \("  # all_attentions + (weights,)
+    r"|\b\w*attentions\.append\(\("  # pairs of two streams (BridgeTower)
+    r"|, projection_attentions = self\."  # of one layer beside the model (Kosmos-2)
+)
+"""How models collect attention weights themselves."""
+
 
 @lru_cache
 def source(module_name: str) -> str | None:
@@ -47,11 +54,11 @@ def layer_calls_interface(layer: Any) -> bool:
 
 @lru_cache
 def gathers_weights_by_hand(module_name: str) -> bool:
-    """Whether models of a file gather attention weights as `all_attentions + (weights,)`, without transformers' hooks.
+    """Whether models of a file gather attention weights, or hand out those of one layer, without transformers' hooks.
 
     Whether their layers are told that weights are wanted then depends on the file.
     """
-    return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", source(module_name) or "") is not None
+    return GATHERED.search(source(module_name) or "") is not None
 
 
 @lru_cache
