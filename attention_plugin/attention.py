@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .support import (
     check_dropout,
     check_keywords,
     is_causal_without_mask,
+    note_kept_lengths,
     refuse_alignment,
     refuse_mask,
     refuse_two_sinks,
@@ -96,7 +98,10 @@ def attention_forward(
     scores = (batch if batch > key_batch else key_batch, num_heads, query_len, key_len)
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        spans = _within_lengths(spans, cu_seq_lens_q, cu_seq_lens_k, scores)
+        chunks = attention_mask.chunks if isinstance(attention_mask, SpanMask) else None
+        spans = _within_lengths(spans, chunks, cu_seq_lens_q, cu_seq_lens_k, scores)
+    elif query_len > 1:
+        note_kept_lengths(module)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     selected = selected_keys(module, indices, block_indices, scores)
@@ -182,8 +187,13 @@ def _spans_without_mask(
 
 
 def _within_lengths(
-    spans: Spans, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, scores: tuple[int, int, int, int]
+    spans: Spans,
+    chunks: tuple[int, Spans] | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    scores: tuple[int, int, int, int],
 ) -> Spans:
+    """The spans, cut at the boundaries of documents. Chunks are counted from the first token of each."""
     batch, _, query_len, key_len = scores
     if cu_seq_lens_q is None or cu_seq_lens_k is None or batch != 1:
         raise ValueError(
@@ -201,8 +211,13 @@ def _within_lengths(
                 f"{offsets.tolist() if isinstance(offsets, Tensor) else offsets}; of lengths pass "
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
-    documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len)
-    return spans & documents.to(spans.device)
+    documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len).to(spans.device)
+    if chunks is None:
+        return spans & documents
+    chunk_size, whole = chunks
+    own = whole & documents
+    row = own.end - 1  # chunked attention is causal: the last key that a row sees is its own
+    return replace(own, start=torch.maximum(own.start, row - (row - own.start) % chunk_size))
 
 
 def _are_cumulative(offsets: Tensor, tokens: int) -> bool:

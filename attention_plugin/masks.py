@@ -21,7 +21,7 @@ from transformers import masking_utils
 from attention_kernels import Spans
 from attention_kernels.spans import is_one_or, is_traced
 
-from .reading import Frame, read_spans
+from .reading import Frame, read_chunks, read_spans
 from .support import (
     log_once,
     may_compute_with_masks,
@@ -52,6 +52,7 @@ class SpanMask:
             any number of keys: some models attend to more of them than they said.
         dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
             mask, or None where that is refused. See `computed_with`.
+        chunks: size of the chunks that `spans` are cut into, and the spans as they were before; None without chunks.
     """
 
     spans: Spans
@@ -60,6 +61,7 @@ class SpanMask:
     batch_size: int | None = None
     everything: bool = False
     dense_dtype: torch.dtype | None = None
+    chunks: tuple[int, Spans] | None = None
     _dense: Tensor | None = field(default=None, repr=False)
     _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
 
@@ -96,7 +98,9 @@ class SpanMask:
         if device is None or device == self.device:
             return self
         attended, holes = (None if part is None else part.to(device) for part in (self.attended, self.holes))
-        return replace(self, spans=self.spans.to(device), attended=attended, holes=holes, _dense=None, _packed=None)
+        chunks = None if self.chunks is None else (self.chunks[0], self.chunks[1].to(device))
+        spans = self.spans.to(device)
+        return replace(self, spans=spans, attended=attended, holes=holes, chunks=chunks, _dense=None, _packed=None)
 
     def to_dense(self) -> Tensor:
         """The boolean mask `[batch or 1, 1, query_len, key_len]` that transformers' `sdpa_mask` would have built."""
@@ -104,16 +108,24 @@ class SpanMask:
         return dense if self.holes is None else dense & self.holes
 
     def fitted(self, query_len: int, key_len: int) -> SpanMask:
-        """The mask for scores of this size: a single row is repeated, as a tensor's would be.
+        """The mask for scores of this size: a single row or column is repeated, as a tensor's would be.
 
-        Some models describe padding by a mask of one query. A mask that hides nothing fits any scores.
+        Some models describe padding by a mask of one query, and `generate` in pieces describes an encoder by a mask of
+        one key. A mask that hides nothing fits any scores.
         """
         own = self.spans
         if self.everything and (own.query_len != query_len or own.key_len != key_len):
             return SpanMask(Spans.full(query_len, key_len, device=self.device))
-        if own.query_len != 1 or query_len == 1:
+        repeats_row, repeats_column = own.query_len == 1 != query_len, own.key_len == 1 != key_len
+        if not repeats_row and not repeats_column:
             return self
-        return replace(self, spans=replace(self.spans, query_len=query_len), _dense=None, _packed=None)
+        query_len = query_len if repeats_row else own.query_len
+        if not repeats_column:
+            return replace(self, spans=replace(own, query_len=query_len), _dense=None, _packed=None)
+        shown = own.end > own.start if own.key_mask is None else (own.end > own.start) & own.key_mask
+        end = torch.where(shown, key_len, 0).to(torch.int32)
+        spans = Spans(torch.zeros_like(end), end, query_len, key_len)
+        return replace(self, spans=spans, attended=None, _dense=None, _packed=None)
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
@@ -266,13 +278,11 @@ def _span_mask(
     frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, device)
     # A compiler sees the closures of the functions it traces as calls only.
     known = recognise(mask_function) if torch.compiler.is_dynamo_compiling() else mask_function
-    spans = None if known is None else read_spans(known, frame)
-    if spans is not None:
-        if padding is not None:
-            spans = spans & Spans.padded(padding, q_length)
-            if isinstance(q_offset, Tensor):
-                spans = _of_one_form(spans, batch_size)
-        return SpanMask(spans, padding)
+    if known is not None and (spans := read_spans(known, frame)) is not None:
+        chunks = read_chunks(known, frame)
+        if chunks is not None:
+            chunks = chunks[0], _padded(chunks[1], padding, frame)
+        return SpanMask(_padded(spans, padding, frame), padding, chunks=chunks)
     name = mask_function.__qualname__ if hasattr(mask_function, "__qualname__") else type(mask_function).__qualname__
     log_once(
         f"the mask function {name!r} cannot be read as spans: it is evaluated for every query and key, some rows at a "
@@ -281,13 +291,18 @@ def _span_mask(
     return replace(evaluate(mask_function, frame, attention_mask, use_vmap), attended=padding)
 
 
-def _of_one_form(spans: Spans, batch_size: int) -> Spans:
-    """Spans whose shapes do not depend on the values of the padding.
+def _padded(spans: Spans, padding: Tensor | None, frame: Frame) -> Spans:
+    """Spans without the keys that are padding.
 
-    For static caches: a step is compiled once, and the shapes of its mask are part of what is compiled. Without this
-    the step that fills the cache would be another one.
+    For static caches their shapes do not depend on the values of the padding: a step is compiled once, and the shapes
+    of its mask are part of what is compiled. Without this the step that fills the cache would be another one.
     """
-    start, end = (bound.expand(batch_size, -1).contiguous() for bound in (spans.start, spans.end))
+    if padding is None:
+        return spans
+    spans = spans & Spans.padded(padding, frame.query_len)
+    if not isinstance(frame.q_offset, Tensor):
+        return spans
+    start, end = (bound.expand(frame.batch, -1).contiguous() for bound in (spans.start, spans.end))
     return replace(spans, start=start, end=end)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -20,7 +20,7 @@ from .symbolic import Recognised
 
 @dataclass(frozen=True)
 class Frame:
-    """Where queries and keys lie: sizes, positions of the first query and key, and the device."""
+    """Where queries and keys lie: sizes, positions of the first query and key, the device; and whether chunks count."""
 
     batch: int
     query_len: int
@@ -28,6 +28,7 @@ class Frame:
     q_offset: int | Tensor
     kv_offset: int
     device: torch.device
+    chunks: bool = True
 
     @property
     def offset(self) -> int | Tensor:
@@ -62,6 +63,8 @@ def read_spans(mask_function: Callable | Recognised, frame: Frame, documents: Te
             return None
         return Spans.sliding(*lengths, left=cells["sliding_window"], right=cells["sliding_window"], **sizes)
     if made_by(mask_function, "chunked_overlay"):
+        if not frame.chunks:
+            return Spans.full(*lengths, device=frame.device)
         first = cells["left_padding"].to(frame.device) - frame.kv_offset
         return Spans.chunked(*lengths, chunk_size=cells["chunk_size"], first=first, **sizes)
     if made_by(mask_function, "blockwise_overlay"):
@@ -78,6 +81,25 @@ def read_spans(mask_function: Callable | Recognised, frame: Frame, documents: Te
         parts = [read_spans(part, frame, documents) for part in cells["mask_functions"]]
         return _combine(parts, Spans.union_touching)
     return None
+
+
+def read_chunks(mask_function: Callable | Recognised, frame: Frame) -> tuple[int, Spans] | None:
+    """Size of the chunks of a causal mask function, and its spans without them; None if it has no chunks."""
+    parts = _conjuncts(mask_function)
+    sizes = [closure(part)["chunk_size"] for part in parts if made_by(part, "chunked_overlay")]
+    if len(sizes) != 1 or not any(part is masking_utils.causal_mask_function for part in parts):
+        return None
+    whole = read_spans(mask_function, replace(frame, chunks=False))
+    return None if whole is None else (sizes[0], whole)
+
+
+def _conjuncts(mask_function: Callable | Recognised) -> list[Callable | Recognised]:
+    """What a conjunction consists of, over whichever positions."""
+    if made_by(mask_function, "remap_positions_for_packed_sequence"):
+        return _conjuncts(closure(mask_function)["mask_function"])
+    if made_by(mask_function, "and_masks"):
+        return [part for each in closure(mask_function)["mask_functions"] for part in _conjuncts(each)]
+    return [mask_function]
 
 
 def _documents_of(parts: Sequence[Callable | Recognised]) -> Tensor | None:
@@ -163,6 +185,8 @@ def _bounds_at(mask_function: Callable | Recognised, position: Tensor, frame: Fr
     if mask_function is masking_utils.causal_mask_function:
         return low, position + 1
     if mask_function is masking_utils.bidirectional_mask_function:
+        return low, high
+    if made_by(mask_function, "chunked_overlay") and not frame.chunks:
         return low, high
     if made_by(mask_function, "sliding_window_overlay"):
         return position - cells["sliding_window"] + 1, high

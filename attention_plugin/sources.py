@@ -12,6 +12,7 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,13 @@ from transformers import PreTrainedModel
 
 INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(?:\.get_interface\(|\[(?![\"']))")
 """A call of the interface: as transformers writes it, or in brackets, as earlier releases and code on the Hub do."""
+
+GATHERED = re.compile(
+    r"\b(\w*attentions) (?:= \1 \+|\+=) \("  # all_attentions + (weights,)
+    r"|\b\w*attentions\.append\(\("  # pairs of two streams (BridgeTower)
+    r"|, projection_attentions = self\."  # of one layer beside the model (Kosmos-2)
+)
+"""How models collect attention weights themselves."""
 
 
 @lru_cache
@@ -46,11 +54,35 @@ def layer_calls_interface(layer: Any) -> bool:
 
 @lru_cache
 def gathers_weights_by_hand(module_name: str) -> bool:
-    """Whether models of a file gather attention weights as `all_attentions + (weights,)`, without transformers' hooks.
+    """Whether models of a file gather attention weights, or hand out those of one layer, without transformers' hooks.
 
     Whether their layers are told that weights are wanted then depends on the file.
     """
-    return re.search(r"\b(\w*attentions) (?:= \1 \+|\+=) \(", source(module_name) or "") is not None
+    return GATHERED.search(source(module_name) or "") is not None
+
+
+@lru_cache
+def layers_keeping_keywords(module_name: str) -> frozenset[tuple[str, str]]:
+    """Layers of a file that hand a part of theirs the mask and the positions of the tokens, but not their `**kwargs`.
+
+    Returns:
+        The name of each such class, and that of the part.
+    """
+    if not calls_interface(module_name):
+        return frozenset()
+    layers = [node for node in _tree(module_name).body if isinstance(node, ast.ClassDef)]
+    return frozenset((layer.name, part) for layer in layers for part in _parts_without_keywords(layer))
+
+
+def _parts_without_keywords(layer: ast.ClassDef) -> Iterator[str]:
+    for forward in layer.body:
+        if isinstance(forward, ast.FunctionDef) and forward.name == "forward" and forward.args.kwarg:
+            for call in (node for node in ast.walk(forward) if isinstance(node, ast.Call)):
+                passed = {each.arg: each.value for each in call.keywords}  # None stands for `**kwargs`
+                if {"attention_mask", "position_ids"} <= passed.keys() and None not in passed:
+                    part = re.fullmatch(r"self\.(\w+)", ast.unparse(call.func))
+                    if part and ast.unparse(passed["attention_mask"]) == "attention_mask":
+                        yield part[1]
 
 
 def calls_interface(module_name: str) -> bool:

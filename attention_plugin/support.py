@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import Cache, PreTrainedModel
 
-from . import sources
+from . import kept_lengths, sources
 
 logger = logging.getLogger("attention_plugin")
 
@@ -85,6 +85,22 @@ def _ignored_by_eager(module_name: str, keyword: str) -> bool:
             f"`{keyword}` reaches attention in {_file(module_name)}, whose eager attention ignores it: so does this"
         )
     return ignored
+
+
+def note_kept_lengths(module: torch.nn.Module) -> None:
+    """Log that lengths of documents would not reach a layer, in a model that was switched over to this attention."""
+    if not kept_lengths.hands_on(module):
+        _note_kept_lengths(type(module).__module__)
+
+
+@torch.compiler.assume_constant_result  # strings in: a compiler runs it as it traces, and not in what it compiles
+def _note_kept_lengths(module_name: str) -> None:
+    if sources.layers_keeping_keywords(module_name):
+        log_once(
+            f"the layers of {_file(module_name)} keep `cu_seq_lens_q` and `cu_seq_lens_k` from their attention, and "
+            "this model was built with another implementation: documents packed by lengths would see each other; load "
+            "it with this attn_implementation, or pass `position_ids` that start anew and use_cache=False"
+        )
 
 
 def check_dropout(dropout: float, training: bool) -> None:
@@ -266,7 +282,7 @@ def is_causal_without_mask(module_name: str) -> bool:
 
 
 def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
-    """Refuse a model that computes attention itself, while it is being built.
+    """Refuse a model that computes attention itself, while it is being built; mend one that keeps lengths back.
 
     Runs for every submodule that any module receives, as torch's module registration hook: the one documented point
     through which each model passes before its layers exist, some of which would fail there with a bare KeyError.
@@ -282,6 +298,8 @@ def check_new_module(module: torch.nn.Module, name: str, submodule: torch.nn.Mod
     own = type(module)
     if own.__name__ in sources.models_from_tables(own.__module__) or not sources.leaves_attention(own.__module__):
         raise ValueError(_model_refusal(own.__name__, own.__module__))
+    if submodule is not None:
+        kept_lengths.hand_on(submodule)
 
 
 def _model_refusal(model: str, module_name: str) -> str:

@@ -46,11 +46,11 @@ def variable_length_forward(
 
     Raises:
         ValueError: continuous batching was told to keep its cache by block tables.
-        RuntimeError: a batch is being computed, and the model does not say so to this layer; or a batch comes from
-            outside of the model that was enabled.
+        RuntimeError: a batch is being computed, and the model does not say so to this layer, or has made a mask of its
+            own; or a batch comes from outside of the model that was enabled.
     """
     if kwargs.get("write_index") is not None or kwargs.get("block_table") is not None:
-        return _paged_forward(forward, module, query, key, value, kwargs)
+        return _paged_forward(forward, module, query, key, value, attention_mask, kwargs)
     if not torch.compiler.is_compiling() and _cache_in_use() is not None:
         _refuse_model(type(module).__name__, "is not told of the requests in a batch")
     return forward(module, query, key, value, attention_mask, **kwargs)
@@ -64,13 +64,17 @@ def _paged_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attention_mask: SpanMask | Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
     """Attend to what the cache has of the same requests, after the new keys and values were written to it.
 
     The requests lie behind one another, in a batch of one. Their keys are gathered by the cache; pages are not read in
-    place. A mask that the model may have built knows nothing of the cache, and is ignored.
+    place. A mask that transformers has built knows nothing of the cache, and is ignored; what a model has made of one
+    would be lost with it.
     """
+    if isinstance(attention_mask, Tensor):
+        _refuse_model(type(module).__name__, "attends under a mask of its own, which knows nothing of the cache")
     prepared = {name: kwargs.pop(name) for name in PREPARED_KEYWORDS if name in kwargs}
     if prepared.get("block_table") is not None:
         raise ValueError(

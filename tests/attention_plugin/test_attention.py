@@ -391,6 +391,16 @@ def test_sequence_to_sequence(name: str):
             assert torch.equal(*tokens) and tokens[0].shape[1] == 9
 
 
+def test_sequence_to_sequence_prefilled_in_pieces():
+    """transformers then asks for a mask of the encoder's tokens that has one key."""
+    inputs = {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long), "prefill_chunk_size": 4}
+    tokens = [
+        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        for model in pair(*SEQUENCE_TO_SEQUENCE["bart"]())
+    ]
+    assert torch.equal(*tokens) and tokens[0].shape[1] == 9
+
+
 def test_whisper():
     config = transformers.WhisperConfig(
         **BART | {"init_std": 0.2}, num_mel_bins=4, max_source_positions=12, max_target_positions=32,

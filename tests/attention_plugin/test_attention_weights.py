@@ -209,8 +209,55 @@ def test_models_that_keep_the_wish_to_themselves(make: Any):
     assert_same(ours(**inputs).attentions, eager(**inputs).attentions)
 
 
+TEXT = {"vocab_size": 41, "max_position_embeddings": 64}
+
+
+def bridgetower(**changes: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.BridgeTowerConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        text_config=sizes | TEXT | {"hidden_size": 32, "intermediate_size": 48} | changes,
+        vision_config=sizes | {"hidden_size": 64, "patch_size": 8, "image_size": 16},
+    )  # fmt: skip
+    inputs = {"input_ids": ids(2, 9), "pixel_values": torch.randn(2, 3, 16, 16)}
+    return pair(transformers.BridgeTowerModel, config), inputs
+
+
+def kosmos2_5(**changes: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    config = transformers.Kosmos2_5Config(
+        text_config=TEXT | {"embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4} | changes,
+        vision_config={
+            "hidden_size": 32, "patch_embed_hidden_size": 12, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "seq_len": 16,
+        },
+        latent_query_num=5,
+    )  # fmt: skip
+    inputs = pix2struct_vision()[1]
+    inputs |= {"input_ids": ids(2, 9), "width": torch.ones(2), "height": torch.ones(2)}
+    inputs["image_embeds_position_mask"] = (torch.arange(9) < 5).expand(2, -1)
+    return pair(transformers.Kosmos2_5ForConditionalGeneration, config), inputs
+
+
+@pytest.mark.parametrize(
+    ("make", "weights_of"),
+    [
+        (bridgetower, lambda output: [weights for pair in output.attentions for weights in pair]),
+        (kosmos2_5, lambda output: [output.projection_attentions]),
+    ],
+)
+@torch.no_grad()
+def test_models_that_always_hand_weights_out(make: Any, weights_of: Any):
+    """And have told no layer: an error for who looks at them, or the configuration."""
+    (_, ours), inputs = make()
+    for absent in weights_of(ours(**inputs, output_attentions=True)):
+        with pytest.raises(ValueError, match=f"`output_attentions` did not reach .* configuration .*{EAGER}"):
+            absent.mean()
+    (eager, ours), _ = make(output_attentions=True)
+    assert_same(weights_of(ours(**inputs)), weights_of(eager(**inputs)))
+
+
 def test_which_files_gather_weights_by_hand():
-    by_hand = ("llama4", "longt5", "patchtst", "pix2struct")
+    by_hand = ("bridgetower", "kosmos2", "kosmos2_5", "llama4", "longt5", "patchtst", "pix2struct")
     for name in (*by_hand, "llama", "bert", "t5", "gpt2"):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         assert sources.gathers_weights_by_hand(module.__name__) == (name in by_hand)

@@ -395,6 +395,14 @@ def test_models_that_keep_the_cache_back(model_type: str):
     assert not any(output.generated_tokens for output in outputs.values())
 
 
+def test_a_model_that_makes_its_own_mask():
+    """Which has a row for each of the batch's tokens, and no column for what is in the cache."""
+    ours, _ = tiny_pair("doge")
+    outputs = ours.generate_batch(random_prompts([3, 9]), **settings())
+    assert all("attends under a mask of its own" in output.error for output in outputs.values())
+    assert not any(output.generated_tokens for output in outputs.values())
+
+
 @pytest.mark.skipif(
     not EARLIER_THAN_5_24, reason="since transformers 5.24 layers write to the cache, and fail at what they lack"
 )

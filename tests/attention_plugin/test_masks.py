@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 
 from attention_kernels import attention_reference
+from attention_kernels import spans as spans_module
 from attention_plugin import SpanMask, attention_forward, span_mask
 from attention_plugin import masks as masks_module
 from attention_plugin.attention import resolve_mask
@@ -434,6 +435,64 @@ def test_any_combination_of_known_functions(data):
     if arguments["attention_mask"] is not None:
         arguments["attention_mask"] = arguments["attention_mask"].bool()
     assert_same(span_mask(**arguments), masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("shown", [[[True], [True]], [[True], [False]], None])
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional", "users'"])
+def test_a_mask_of_one_key_is_repeated(
+    pattern: str, shown: list | None, rows: int, is_traced: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As `sdpa` repeats a tensor of one column, whose values a GPU and a compiler are not asked for."""
+    if is_traced:
+        monkeypatch.setattr(masks_module, "is_traced", lambda tensor: True)
+        monkeypatch.setattr(spans_module, "values_at_hand", lambda tensor: False)
+    functions = {
+        "causal": masking_utils.causal_mask_function,
+        "bidirectional": masking_utils.bidirectional_mask_function,
+        "users'": even_rows,
+    }
+    arguments: dict[str, Any] = {"batch_size": 2, "q_length": rows, "kv_length": 1, "mask_function": functions[pattern]}
+    arguments["attention_mask"] = None if shown is None else torch.tensor(shown)
+    tensors = [torch.randn(2, 2, tokens, 8) for tokens in (5, 7, 7)]
+    mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask).nan_to_num()
+    actual, _ = attention_forward(torch.nn.Module().eval(), *tensors, span_mask(**arguments))
+    torch.testing.assert_close(actual.transpose(1, 2), expected)
+
+
+@settings(max_examples=100, **PROPERTY)
+@given(data=st.data())
+def test_chunks_beside_lengths_are_counted_in_each_document(data):
+    """From its first token that is no padding on the left, whatever documents the mask function knows of already."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    size, left, beyond = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4)), data.draw(st.integers(0, 2))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = sum(lengths) + beyond
+    token = torch.arange(tokens)
+    attended = token >= left if data.draw(st.booleans()) else None
+    padding = None if attended is None else attended[None]
+    left_padding = torch.zeros(1, dtype=torch.long) if attended is None else (~attended).sum()[None]
+    function = masking_utils.chunked_causal_mask_function(size, left_padding)
+    q_offset: int | Tensor = 0
+    if attended is None and REMAPS and data.draw(st.booleans()):  # as compilers, which cannot tell, always have it
+        function = packed_function(function, token[None], torch.zeros_like(token)[None], None)
+    elif data.draw(st.booleans()):
+        q_offset = torch.tensor(0)  # as with a static cache
+    mask = span_mask(1, tokens, tokens, q_offset, mask_function=function, attention_mask=padding)
+
+    document = torch.searchsorted(offsets, token, right=True) - 1
+    first = offsets[document] if attended is None else offsets[document].clamp(min=left)
+    chunk = (token - first).div(size, rounding_mode="floor")
+    expected = (document == document[:, None]) & (chunk == chunk[:, None]) & (token <= token[:, None])
+    expected &= (token < offsets[-1])[:, None]
+    expected = expected if attended is None else expected & attended
+    _, weights = attention_forward(
+        torch.nn.Module().eval(), *torch.randn(3, 1, 2, tokens, 8), mask, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
+        output_attentions=True,
+    )  # fmt: skip
+    assert torch.equal(weights[0, 0] > 0, expected)
 
 
 @pytest.mark.parametrize("query_len", range(1, 41))

@@ -243,7 +243,17 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
 }
 PLUGIN_FILES = [
     importlib.import_module(f"attention_plugin.{name}")
-    for name in ("attention", "masks", "reading", "selected_keys", "sources", "support", "token_sinks", "weights")
+    for name in (
+        "attention",
+        "kept_lengths",
+        "masks",
+        "reading",
+        "selected_keys",
+        "sources",
+        "support",
+        "token_sinks",
+        "weights",
+    )
 ]
 
 

@@ -7,6 +7,7 @@ divided by the number of tokens of the whole batch, as Trainer does it.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainingArguments
 
-import attention_plugin  # noqa: F401  (importing it registers "my_triton")
+from attention_plugin import support
 from model.configuration_reference import ReferenceConfig
 from model.modeling_reference import ReferenceForCausalLM
 
@@ -38,6 +39,8 @@ PADDING = [0, 7, 3, 5]  # in front of each row
 STEPS = 2
 # llama is plain; gpt_oss has sinks, gemma2 has softcap, and both have windows.
 MODEL_TYPES = ["llama", "gpt_oss", "gemma2"]
+KEEPS_LENGTHS = ["nemotron", "stablelm"]
+"""Layers of these do not pass their keywords on to their attention."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     # By default a first step is the sign of the gradient, which rounding decides where that is nearly zero.
@@ -234,7 +237,7 @@ def test_trainer_in_bfloat16_autocast_stays_near_float32(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *KEEPS_LENGTHS, "llama4_text"])
 def test_packed_documents_have_the_loss_of_separate_ones(model_type: str, use_cache: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(3, VOCAB_SIZE, (tokens,), generator=generator) for tokens in (5, 7, 9)]
@@ -244,6 +247,45 @@ def test_packed_documents_have_the_loss_of_separate_ones(model_type: str, use_ca
     packed = model(**row, use_cache=use_cache).loss
     separate = [(len(ids) - 1) * model(input_ids=ids[None], labels=ids[None]).loss for ids in documents]
     torch.testing.assert_close(packed, sum(separate) / sum(len(ids) - 1 for ids in documents), **TIGHT)
+
+
+def packed_gradients(model: PreTrainedModel, forward: Callable, **options) -> dict[str, Tensor]:
+    """Gradients of a loss over packed documents that are told by their lengths alone."""
+    ids = torch.randint(3, VOCAB_SIZE, (1, 17), generator=torch.Generator().manual_seed(3))
+    offsets = torch.tensor([0, 4, 11, 17], dtype=torch.int32)
+    model.zero_grad()
+    forward(input_ids=ids, labels=ids, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, **options).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("model_type", [*KEEPS_LENGTHS, "llama4_text"])
+def test_lengths_are_enough(model_type: str) -> None:
+    """In a copy as well, compiled, and in layers that are computed again."""
+    model = build(model_type, IMPLEMENTATION).train()
+    starts = torch.cat([torch.arange(tokens) for tokens in (4, 7, 6)])[None]
+    expected = packed_gradients(model, model, position_ids=starts, use_cache=False)  # transformers finds these itself
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(packed_gradients(model, model), expected, **TIGHT)
+    torch.testing.assert_close(packed_gradients(copied, copied), expected, **TIGHT)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(packed_gradients(model, compiled, use_cache=False), expected, **TIGHT)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(packed_gradients(model, model, use_cache=False), expected, **TIGHT)
+
+
+def test_lengths_that_a_model_keeps_back_are_logged_where_it_was_switched_over(caplog) -> None:
+    support.log_once.cache_clear()
+    model = build("stablelm", "eager")
+    model.set_attn_implementation(IMPLEMENTATION)
+    model(input_ids=torch.ones(1, 5, dtype=torch.long))
+    assert (
+        "modeling_stablelm.py keep `cu_seq_lens_q`" in caplog.text and "`position_ids` that start anew" in caplog.text
+    )
+    caplog.clear()
+    support.log_once.cache_clear()
+    build("stablelm", IMPLEMENTATION)(input_ids=torch.ones(1, 5, dtype=torch.long))
+    assert not caplog.text
 
 
 def test_training_with_dropout_repeats_bit_for_bit_and_under_checkpointing(tmp_path: Path) -> None:
