@@ -27,6 +27,7 @@ from .tiles import (
     load_tile,
     place_of,
     score_tile,
+    settle_keys,
     span_mask,
     store_tile,
 )
@@ -497,3 +498,6 @@ def bias_step(
         CHUNK_DV, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     return ds
+
+
+settle_keys(globals())

@@ -31,6 +31,7 @@ from .tiles import (
     product,
     rows_of,
     score_tile,
+    settle_keys,
     softmax_step,
     span_mask,
 )
@@ -404,3 +405,6 @@ def decode_arguments(
 def scale_operand(scale: Tensor | None, tensor: Tensor) -> ScaleOperand | None:
     """Scales as kernels take them, broadcast to the rows of the tensor that they belong to."""
     return None if scale is None else ScaleOperand(scale, *scale.expand(tensor.shape[:3]).stride())
+
+
+settle_keys(globals())

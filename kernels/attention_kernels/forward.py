@@ -48,6 +48,7 @@ from .tiles import (
     place_of,
     product,
     score_tile,
+    settle_keys,
     softmax_step,
     softmax_weights,
     span_mask,
@@ -419,3 +420,6 @@ def kernel_arguments(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+settle_keys(globals())

@@ -7,7 +7,7 @@ statistics are float32 in base 2 (scores carry a factor log2(e)), as exp2 is wha
 The online softmax is that of Milakov and Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -127,6 +127,17 @@ INTERPRETED = tl.constexpr(not isinstance(at_head, triton.runtime.jit.JITFunctio
 
 if INTERPRETED.value:
     mend_loop_bounds()
+
+
+def settle_keys(module: dict[str, Any]) -> None:
+    """Have Triton compute the keys of a module's functions now, in the order of the module.
+
+    A compiled kernel is found again by its key, and Triton makes the key of a function of which constants the functions
+    that it calls are known to use by then: it would depend on which kernel a process launches first.
+    """
+    for function in list(module.values()):
+        if isinstance(function, triton.runtime.jit.JITFunction) and function.__module__ == module["__name__"]:
+            _ = function.cache_key
 
 
 @triton.jit
@@ -414,3 +425,6 @@ def finish(m, l, acc):
     # Accumulators that fill the registers are divided one number after the other: this the compiler does in place.
     out = acc * (1.0 / total)[:, None] if acc.shape[1] <= 256 else acc / total[:, None]
     return out, tl.where(empty, NEG_INF, (m + tl.log2(total)) * LN2)
+
+
+settle_keys(globals())

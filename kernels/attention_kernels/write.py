@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .launch import INTERPRETED, launch, launching_on
 from .quantised import largest, quantise
+from .tiles import settle_keys
 
 
 @triton.jit
@@ -58,3 +59,6 @@ def write(new: Tensor, pages: Tensor, scale: Tensor | None, slots: Tensor) -> No
     )  # fmt: skip
     with launching_on(new):
         launch(write_kernel, (tokens, heads), arguments)
+
+
+settle_keys(globals())

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
@@ -289,6 +291,18 @@ def test_nan_in_a_float8_cache_stays_one():
     )
     code = compile_ahead(kernel, "sm_90", arguments | {"key": key, "value": value}).binary["ptx"]
     assert "cvt.rn.f16x2.e5m2x2" in code and "0x77807780" not in code
+
+
+@compiles
+def test_keys_of_compiled_kernels_do_not_depend_on_what_a_process_launches_first():
+    """Or what was compiled ahead, by another process, would not be found."""
+    keys = []
+    for first in ("decode.decode_kernel", "forward.forward_kernel"):
+        code = (
+            f"from attention_kernels import decode, forward; {first}.cache_key; print(decode.decode_kernel.cache_key)"
+        )
+        keys.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert keys[0] == keys[1] and len(keys[0]) > 32
 
 
 def test_every_architecture_has_every_row_and_every_row_its_reason():
