@@ -2,8 +2,8 @@
 """Tile shapes of the kernels, as data: a table per architecture, each row with its reason; and the room of chips.
 
 None has been timed on a GPU yet: reasons are what the compiler says and what limits allow. `my-triton compile-report`
-shows what the compiler makes of each row, and a test holds them to their limits: no spills on sm_90 up to head dim 256,
-none over a chip's shared memory.
+shows what the compiler makes of each row, and a test holds them to their limits: no spills on sm_90 up to head dim 256
+(at lengths that 16 divides; docs/compile-report.md has others), none over a chip's shared memory.
 """
 
 from __future__ import annotations

@@ -374,7 +374,7 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool):
         pair.ours.eval()
 
 
-@pytest.mark.skipif(EARLIER_COMPILER, reason="cannot trace a checkpoint of a layer whose mask is no tensor")
+@pytest.mark.skipif(EARLIER_COMPILER, reason="cannot trace dataclasses.replace in a checkpoint")
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_compiled_checkpoints_carry_the_mask(name: str, caplog: pytest.LogCaptureFixture):
     """GPT-2 and BERT hand their layers the mask by position, so that it is an argument of the checkpoint itself.
