@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -287,21 +286,25 @@ class Spans:
 
     @classmethod
     def _padded_at_hand(cls, key_mask: Tensor, query_len: int) -> Spans:
-        """`padded` where the mask can be looked at; by NumPy, since each token that is decoded brings a new mask."""
-        batch, key_len = key_mask.shape
-        shown = key_mask.numpy()
-        count = shown.sum(1, dtype=np.int32)
-        first = last = np.zeros(batch, np.int32)
-        if key_len:
-            first = np.where(count > 0, shown.argmax(1), key_len).astype(np.int32)
-            last = np.where(count > 0, key_len - shown[:, ::-1].argmax(1), 0).astype(np.int32)
-        gap_count = np.maximum(last - first, 0) - count
+        """`padded` where the mask can be looked at: as bytes, since each token that is decoded brings a new mask."""
+        key_len = key_mask.shape[1]
+        sequences = [shown.tobytes() for shown in key_mask.numpy()]
+        lasts = [sequence.rfind(b"\1") + 1 for sequence in sequences]
+        firsts = [sequence.find(b"\1") if last else key_len for sequence, last in zip(sequences, lasts, strict=True)]
+        hides = any(
+            sequence.find(b"\0", first, last) >= 0
+            for sequence, first, last in zip(sequences, firsts, lasts, strict=True)
+        )
         # What is constant stays one number.
-        start = torch.from_numpy(first)[:, None] if first.any() else _constant(0, key_mask.device)
-        end = _constant(key_len, key_mask.device) if (last == key_len).all() else torch.from_numpy(last)[:, None]
-        if gap_count.any():
-            return cls(start, end, query_len, key_len, key_mask, torch.from_numpy(gap_count))
-        return cls(start, end, query_len, key_len)
+        starts = [0] if not any(firsts) else firsts
+        ends = [key_len] if all(last == key_len for last in lasts) else lasts
+        device = key_mask.device  # not the default one
+        start, end = (torch.tensor(bounds, dtype=torch.int32, device=device)[:, None] for bounds in (starts, ends))
+        if not hides:
+            return cls(start, end, query_len, key_len)
+        runs = [max(0, last - first) for first, last in zip(firsts, lasts, strict=True)]
+        gap_count = (torch.tensor(runs, device=device) - key_mask.sum(1)).to(torch.int32)
+        return cls(start, end, query_len, key_len, key_mask, gap_count)
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> Spans | None:

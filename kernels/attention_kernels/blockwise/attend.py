@@ -40,11 +40,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(problem: Problem, *, fused: bool) -> tuple[Tensor, Tensor]:
     query, value = problem.query, problem.value
     batch, num_heads, query_len, _ = query.shape
-    plan = problem.plan(fused=fused)
-    if fused and not problem.has_tiles and tokens.serves(query, problem.key, value, plan):
-        parts = tokens.parts_of(query, problem.key, value, problem.start, problem.end, plan)
+    if fused and not problem.has_tiles and (parts := tokens.parts_of(problem)) is not None:
         output, lse = tokens.attend(query, problem.key, value, problem.scale, parts, with_lse=True)
         return with_sinks(output, lse, problem.sinks)
+    plan = problem.plan(fused=fused)
     groups = problem.pieces(plan, fused=fused)
     if is_one_call(groups, problem, fused=fused):
         # Its result is the whole answer: nothing to gather.

@@ -124,13 +124,11 @@ class Plan:
         tile_masks: the additive masks of the last tiles, by dtype, size, and what the rows see relative to the tile.
             All tiles of a sliding window share one, and so do all layers of a model.
         seen_by_tiles: what that is, by place of the tile.
-        token_parts: what `tokens` makes of the groups.
     """
 
     groups: list[Group]
     tile_masks: dict[tuple, Tensor] = field(default_factory=dict)
     seen_by_tiles: dict[tuple[int, ...], tuple] = field(default_factory=dict)
-    token_parts: dict[tuple, list] = field(default_factory=dict)
 
     @cached_property
     def in_tiles(self) -> list[Group]:
@@ -298,10 +296,14 @@ def cut_batch(firsts: list[int], lasts: list[int], elements: slice, sharing: Sha
     """
     most = elements.stop - elements.start
     own_firsts, own_lasts = firsts[elements], lasts[elements]
+    # The keys that the busiest thread reads.
+    together = sharing.heads_per_thread(most) * max(0, max(own_lasts) - min(own_firsts))
+    at_best = sharing.heads * (sum(own_lasts) - sum(own_firsts)) // sharing.threads
+    if together - at_best <= sharing.worth:
+        yield elements
+        return
     before = _running_lengths(own_firsts, own_lasts)
     after = _running_lengths(own_firsts[::-1], own_lasts[::-1])
-    # The keys that the busiest thread reads.
-    together = sharing.heads_per_thread(most) * before[-1]
     apart, cut = min(
         ((sharing.heads_per_thread(size) * before[size - 1]
           + sharing.heads_per_thread(most - size) * after[most - size - 1], size)

@@ -113,13 +113,11 @@ def problem_of(start: Tensor, end: Tensor, query: Tensor, key: Tensor, value: Te
 
 def compute_of(problem: Problem) -> Compute:
     """How a call is computed: the shortest way that serves it."""
-    query, key, value = problem.query, problem.key, problem.value
-    plan = problem.plan(fused=True)
-    if tokens.serves(query, key, value, plan):
-        parts = tokens.parts_of(query, key, value, problem.start, problem.end, plan)
+    if (parts := tokens.parts_of(problem)) is not None:
         # Without masks every row sees all keys of its part, and a NaN is its own.
         may_be_wrong = any(part.mask is not None or part.keys.stop - part.keys.start < FEWEST_FOUND for part in parts)
         return partial(decode, parts, may_be_wrong)
+    plan = problem.plan(fused=True)
     return at_once(problem, problem.pieces(plan, fused=True)) or partial(attend_planned, problem.start, problem.end)
 
 

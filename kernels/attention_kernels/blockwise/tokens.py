@@ -7,6 +7,7 @@ Many keys in float32 may take two products and a softmax between them instead, w
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from typing import Literal, NamedTuple, overload
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from . import processor
 from .fused import decodes_folded, flash
-from .pieces import Plan
+from .pieces import check_bounds, cut_batch
+from .problem import Problem, accumulator, how_to_share
 
 FEWEST_ROWS = {} if processor.AMX else {torch.bfloat16: 2}
 """Rows that torch's fused attention takes at least, by dtype. Without AMX one row of bfloat16 alone takes it two to
@@ -48,62 +50,65 @@ class Part(NamedTuple):
     products: bool
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> bool:
-    """Whether `attend` computes a call: one query token each, which sees something, and heads as it takes them."""
-    return (
-        query.shape[2] == 1
-        and query.shape[3] == value.shape[3]
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and all(group.pieces and not group.pieces[0].blind for group in plan.groups)
-    )
+def parts_of(problem: Problem) -> list[Part] | None:
+    """In which parts `attend` computes a call without masks of its own; None if it does not serve it.
 
+    It serves one query token each, which sees something, and heads as torch's fused attention takes them. Every token
+    that is decoded brings new spans: they are few numbers, which Python's own lists are the fastest for.
 
-def parts_of(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, plan: Plan) -> list[Part]:
-    """The parts of a plan, with their masks; kept with the plan, which all layers share."""
+    Raises:
+        ValueError: a row sees keys that there are not.
+    """
+    query, key, value = problem.query, problem.key, problem.value
+    batch, key_len = query.shape[0], key.shape[2]
+    if query.shape[2:] != (1, value.shape[3]) or not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        return None
+    firsts, lasts = problem.start.flatten().tolist(), problem.end.flatten().tolist()
+    same_spans = len(firsts) == len(lasts) == 1
+    firsts, lasts = (bounds if len(bounds) == batch else bounds * batch for bounds in (firsts, lasts))
+    if not batch or any(map(operator.ge, firsts, lasts)):
+        return None
+    if min(firsts) < 0 or max(lasts) > key_len:
+        check_bounds(problem.start, problem.end, key_len)
+    everything = slice(0, batch)
+    if same_spans:
+        groups = [everything]
+    elif problem.trains:
+        groups = [slice(index, index + 1) for index in range(batch)]
+    else:
+        groups = list(cut_batch(firsts, lasts, everything, how_to_share(key, value, fused=True)))
     _, rows = heads_and_rows(query, key)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    kind = (key.dtype, rows, key.shape, key.stride(), value.shape, value.stride())
-    parts = plan.token_parts.get(kind)
-    if parts is None:
-        batch, key_len = query.shape[0], key.shape[2]
-        products = streams(key, value, batch, plan)
-        parts = []
-        for elements, (piece,), _ in plan.groups:
-            mask = None
-            if piece.kind == "masked":
-                mask = additive_mask(
-                    start.expand(batch, 1)[elements], end.expand(batch, 1)[elements], piece.keys, dtype
-                )
-                mask = mask[:, None, None].expand(-1, -1, rows, -1)
-            every = len(range(*elements.indices(batch))) == batch
-            whole = every and piece.keys == slice(0, key_len)
-            parts.append(Part(elements, piece.keys, every, whole, mask, products))
-        plan.token_parts[kind] = parts
+    parts = []
+    for elements in groups:
+        own_firsts, own_lasts = firsts[elements], lasts[elements]
+        keys = slice(min(own_firsts), max(own_lasts))
+        mask = None
+        if max(own_firsts) != keys.start or min(own_lasts) != keys.stop:
+            mask = additive_mask(own_firsts, own_lasts, keys, accumulator(query.dtype), rows)
+        every = elements == everything
+        parts.append(Part(elements, keys, every, every and keys == slice(0, key_len), mask, products=False))
+    if streams(key, value, parts):
+        return [part._replace(products=True) for part in parts]
     return parts
 
 
-def additive_mask(start: Tensor, end: Tensor, keys: slice, dtype: torch.dtype) -> Tensor:
-    """`[sequences, keys]`, -inf where a key is hidden, for spans `[sequences, 1]`.
+def additive_mask(firsts: list[int], lasts: list[int], keys: slice, dtype: torch.dtype, rows: int) -> Tensor:
+    """`[sequences, 1, rows, keys]`, -inf for the `keys` before the first and from the last on that a sequence sees."""
+    mask = np.zeros((len(firsts), keys.stop - keys.start), np.float64 if dtype == torch.float64 else np.float32)
+    for own, first, last in zip(mask, firsts, lasts, strict=True):
+        if first > keys.start:
+            own[: first - keys.start] = -math.inf
+        if last < keys.stop:
+            own[last - keys.start :] = -math.inf
+    return torch.from_numpy(mask)[:, None, None].expand(-1, -1, rows, -1)
 
-    By NumPy, as few numbers take torch longer, and each token that is decoded brings new spans.
-    """
-    mask = np.zeros((start.shape[0], keys.stop - keys.start), np.float64 if dtype == torch.float64 else np.float32)
-    for own, (first,), (last,) in zip(mask, start.tolist(), end.tolist(), strict=True):
-        own[: max(0, first - keys.start)] = -math.inf
-        own[max(0, last - keys.start) :] = -math.inf
-    return torch.from_numpy(mask)
 
-
-def streams(key: Tensor, value: Tensor, batch: int, plan: Plan) -> bool:
+def streams(key: Tensor, value: Tensor, parts: list[Part]) -> bool:
     """Whether a call takes two products: it reads that many keys, and all heads are one batch of matrices."""
     if key.dtype != torch.float32 or not (is_batch_of_matrices(key) and is_batch_of_matrices(value)):
         return False
-    num_kv_heads, dim = key.shape[1], key.shape[3]
-    tokens = sum(
-        (piece.keys.stop - piece.keys.start) * len(range(*elements.indices(batch)))
-        for elements, (piece,), _ in plan.groups
-    )
-    return tokens * num_kv_heads * (dim + value.shape[3]) * key.element_size() >= CACHED_BYTES
+    tokens = sum((part.keys.stop - part.keys.start) * (part.elements.stop - part.elements.start) for part in parts)
+    return tokens * key.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size() >= CACHED_BYTES
 
 
 def is_batch_of_matrices(tensor: Tensor) -> bool:
