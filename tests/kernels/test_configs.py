@@ -35,7 +35,7 @@ from attention_kernels.ahead_of_time import Case, Compiled, compile_ahead, shipp
 from attention_kernels.ahead_of_time.shipped import QUERY_LEN, extras_of, tensors
 from attention_kernels.backward import Call
 from attention_kernels.forward import forward_kernel, kernel_arguments
-from attention_kernels.launch import score_operand, span_operand
+from attention_kernels.launch import COMPILER_OPTIONS, score_operand, span_operand
 from attention_kernels.spans import Spans
 from attention_kernels.write import write_kernel
 
@@ -189,6 +189,17 @@ def test_gradients_use_the_matrix_instructions_of_warp_groups(dim, work):
     kernel, arguments = case.kernel()
     matrix = compile_ahead(kernel, "sm_90", arguments).code.matrix
     assert matrix and all(name.startswith("HGMMA.64x") for name in matrix)
+
+
+@compiles
+def test_products_and_sums_are_fused_whatever_triton_does_by_itself(monkeypatch):
+    """By default Triton 3.10 fuses none."""
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    case = next(case for case in shipped_cases("sm_90") if (case.part, case.dim) == ("merge", 64))
+    kernel, arguments = case.kernel()
+    assert "fma.rn.f32" in compile_ahead(kernel, "sm_90", arguments).binary["ptx"]
+    monkeypatch.setitem(COMPILER_OPTIONS, "enable_fp_fusion", False)
+    assert "fma.rn.f32" not in compile_ahead(kernel, "sm_90", arguments).binary["ptx"]
 
 
 @compiles

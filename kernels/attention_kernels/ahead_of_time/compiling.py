@@ -14,6 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from ..launch import COMPILER_OPTIONS
 from .machine_code import MachineCode, read_amd, read_cubin
 
 
@@ -94,7 +95,7 @@ def compile_only(kernel: Any, architecture: str, arguments: Mapping[str, Any]) -
     """Triton's compiled kernel, as a launch with `arguments` on `architecture` would have it, and the seconds taken."""
     with absent_device(architecture):
         began = time.perf_counter()
-        compiled = kernel.warmup(grid=(1,), **arguments)
+        compiled = kernel.warmup(grid=(1,), **arguments, **COMPILER_OPTIONS)
         return compiled, time.perf_counter() - began
 
 

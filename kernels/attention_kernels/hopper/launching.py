@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..config_tables import GLUON_CONFIGS
 from ..configs import SHORT, architecture, processors
-from ..launch import copied_by_hardware, launching_on, operand, span_operand, within_reach
+from ..launch import COMPILER_OPTIONS, copied_by_hardware, launching_on, operand, span_operand, within_reach
 from ..tiles import SpanOperand
 from .gluon_forward import GROUP_ROWS, GROUPS, Work, forward_kernel
 
@@ -81,7 +81,7 @@ def forward(
     arguments = kernel_arguments(query, key, value, output, rounding, lse, spans, sinks, scale)
     programs = min(processors(query.device), arguments["work"].num_tiles)
     with launching_on(query):
-        forward_kernel[(programs,)](**arguments)
+        forward_kernel[(programs,)](**arguments, **COMPILER_OPTIONS)
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
 
