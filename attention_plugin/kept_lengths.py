@@ -32,7 +32,7 @@ def hand_on(model: torch.nn.Module) -> None:
         kind = type(layer)
         for class_name, part in sources.layers_keeping_keywords(kind.__module__):
             attention = getattr(layer, part, None) if class_name == kind.__name__ else None
-            if attention is not None and _takes_lengths(attention) and not hands_on(attention):
+            if isinstance(attention, torch.nn.Module) and _takes_lengths(attention) and not hands_on(attention):
                 layer.register_forward_pre_hook(_load, with_kwargs=True)
                 attention.register_forward_pre_hook(_unload, with_kwargs=True)
 

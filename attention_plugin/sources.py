@@ -79,7 +79,7 @@ def _parts_without_keywords(layer: ast.ClassDef) -> Iterator[str]:
         if isinstance(forward, ast.FunctionDef) and forward.name == "forward" and forward.args.kwarg:
             for call in (node for node in ast.walk(forward) if isinstance(node, ast.Call)):
                 passed = {each.arg: each.value for each in call.keywords}  # None stands for `**kwargs`
-                if {"attention_mask", "position_ids"} <= passed.keys() and None not in passed:
+                if {"hidden_states", "attention_mask", "position_ids"} <= passed.keys() and None not in passed:
                     part = re.fullmatch(r"self\.(\w+)", ast.unparse(call.func))
                     if part and ast.unparse(passed["attention_mask"]) == "attention_mask":
                         yield part[1]

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+import transformers
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainingArguments
 
-from attention_plugin import support
+from attention_plugin import sources, support
 from model.configuration_reference import ReferenceConfig
 from model.modeling_reference import ReferenceForCausalLM
 
@@ -272,6 +273,15 @@ def test_lengths_are_enough(model_type: str) -> None:
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.testing.assert_close(packed_gradients(model, model, use_cache=False), expected, **TIGHT)
+
+
+def test_no_other_layers_are_taken_for_such_that_keep_lengths_back(monkeypatch) -> None:
+    """Methods that make masks or embeddings are given masks and positions, too."""
+    paths = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    files = {f"transformers.models.{path.parent.name}.{path.stem}": path for path in paths}
+    monkeypatch.setattr(sources, "source", lambda name: files[name].read_text())
+    keeping = {path.parent.name for name, path in files.items() if sources.layers_keeping_keywords(name)}
+    assert keeping == set(KEEPS_LENGTHS)
 
 
 def test_lengths_that_a_model_keeps_back_are_logged_where_it_was_switched_over(caplog) -> None:
