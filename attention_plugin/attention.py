@@ -96,10 +96,12 @@ def attention_forward(
             is_causal = is_causal_without_mask(type(module).__module__)
     (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
     scores = (batch if batch > key_batch else key_batch, num_heads, query_len, key_len)
+    has_lengths, chunk_size = cu_seq_lens_q is not None or cu_seq_lens_k is not None, None
+    if has_lengths and isinstance(attention_mask, SpanMask) and attention_mask.chunks is not None:
+        chunk_size, attention_mask = attention_mask.chunks[0], attention_mask.without_chunks()
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        chunks = attention_mask.chunks if isinstance(attention_mask, SpanMask) else None
-        spans = _within_lengths(spans, chunks, cu_seq_lens_q, cu_seq_lens_k, scores)
+    if has_lengths:
+        spans = _within_lengths(spans, chunk_size, cu_seq_lens_q, cu_seq_lens_k, scores)
     elif query_len > 1:
         note_kept_lengths(module)
     if position_bias is not None:
@@ -188,12 +190,12 @@ def _spans_without_mask(
 
 def _within_lengths(
     spans: Spans,
-    chunks: tuple[int, Spans] | None,
+    chunk_size: int | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
     scores: tuple[int, int, int, int],
 ) -> Spans:
-    """The spans, cut at the boundaries of documents. Chunks are counted from the first token of each."""
+    """The spans, cut at the boundaries of documents, and into chunks that are counted from the first token of each."""
     batch, _, query_len, key_len = scores
     if cu_seq_lens_q is None or cu_seq_lens_k is None or batch != 1:
         raise ValueError(
@@ -212,10 +214,9 @@ def _within_lengths(
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
     documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len).to(spans.device)
-    if chunks is None:
-        return spans & documents
-    chunk_size, whole = chunks
-    own = whole & documents
+    own = spans & documents
+    if chunk_size is None:
+        return own
     row = own.end - 1  # chunked attention is causal: the last key that a row sees is its own
     return replace(own, start=torch.maximum(own.start, row - (row - own.start) % chunk_size))
 

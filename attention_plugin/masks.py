@@ -107,6 +107,11 @@ class SpanMask:
         dense = self.spans.to_dense()[:, None]
         return dense if self.holes is None else dense & self.holes
 
+    def without_chunks(self) -> SpanMask:
+        """The mask as it was before its spans were cut into chunks; for masks that have some."""
+        assert self.chunks is not None
+        return replace(self, spans=self.chunks[1], chunks=None, _dense=None, _packed=None)
+
     def fitted(self, query_len: int, key_len: int) -> SpanMask:
         """The mask for scores of this size: a single row or column is repeated, as a tensor's would be.
 
@@ -279,7 +284,8 @@ def _span_mask(
     # A compiler sees the closures of the functions it traces as calls only.
     known = recognise(mask_function) if torch.compiler.is_dynamo_compiling() else mask_function
     if known is not None and (spans := read_spans(known, frame)) is not None:
-        chunks = read_chunks(known, frame)
+        # Only beside lengths of documents are they counted anew, and those describe a batch of 1.
+        chunks = read_chunks(known, frame) if batch_size == 1 != q_length else None
         if chunks is not None:
             chunks = chunks[0], _padded(chunks[1], padding, frame)
         return SpanMask(_padded(spans, padding, frame), padding, chunks=chunks)

@@ -495,6 +495,31 @@ def test_chunks_beside_lengths_are_counted_in_each_document(data):
     assert torch.equal(weights[0, 0] > 0, expected)
 
 
+def test_chunks_beside_lengths_keep_to_the_documents_of_positions():
+    """Beside a 2D mask positions alone show two documents, where the lengths have one."""
+    function = masking_utils.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
+    mask = span_mask(1, 8, 8, mask_function=function, attention_mask=torch.ones(1, 8, dtype=torch.bool))
+    positions, offsets = torch.arange(4).repeat(2)[None], torch.tensor([0, 8])
+    _, weights = attention_forward(
+        torch.nn.Module().eval(), *torch.randn(3, 1, 2, 8, 8), mask, is_causal=True, position_ids=positions,
+        cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, output_attentions=True,
+    )  # fmt: skip
+    one = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(weights[0, 0] > 0, torch.block_diag(one, one))
+
+
+def test_a_chunked_mask_of_one_row_is_repeated_beside_lengths():
+    function = masking_utils.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
+    mask = span_mask(1, 1, 8, 7, mask_function=function)
+    offsets = torch.tensor([0, 8])
+    tensors = torch.randn(3, 1, 2, 8, 8)
+    output, _ = attention_forward(
+        torch.nn.Module().eval(), *tensors, mask, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors[:, :, :, 6:])
+    torch.testing.assert_close(output.transpose(1, 2)[:, :, 6:], expected)
+
+
 @pytest.mark.parametrize("query_len", range(1, 41))
 def test_every_pattern_at_every_query_length(query_len: int):
     """The whole grid of query lengths, which random cases may leave holes in, with left padding and without."""
