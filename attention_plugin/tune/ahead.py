@@ -28,6 +28,9 @@ from .problems import CHECKED, Problem, Sizes, call
 NOWHERE = torch.device("meta")
 """Where tensors have no content: all that decides what is compiled is their shapes, strides and dtypes."""
 
+MOST_PROCESSES = 16
+"""Each imports torch and Triton, which takes some hundred megabytes."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +85,7 @@ class Ahead:
                 return future.result(min(left, threading.TIMEOUT_MAX))
             except concurrent.futures.TimeoutError as error:
                 raise OutOfTime from error
-            except BrokenExecutor as error:
+            except Exception as error:  # whatever has become of the processes, this one can compile
                 _log_missing_processes(error)
                 self._futures.clear()
         if self._chip is None or config == problem.default:
@@ -97,24 +100,25 @@ def compiling_ahead(wanted: Sequence[Problem], chip: Chip | None, dtype: torch.d
     Where processes cannot be started, or with one core, the one that measures compiles by itself.
     """
     shapes = [(problem, config) for problem in wanted for config in (problem.default, *problem.candidates)]
-    count = min(len(shapes), _cores() - 1)
+    count = min(len(shapes), _cores() - 1, MOST_PROCESSES)
     if chip is None or count < 1:
         yield Ahead(chip, {})
         return
     others = multiprocessing.active_children()
     # Triton's compiler is a library with threads of its own: processes are started afresh.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
-    futures = {}
+    pool, futures = None, {}
     try:
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
         for problem, config in shapes:
             futures[problem.key, config] = pool.submit(compile_shape, problem, config, chip, dtype, sizes)
-    except (OSError, BrokenExecutor) as error:
+    except (ImportError, NotImplementedError, OSError, BrokenExecutor) as error:  # some systems have no semaphores
         _log_missing_processes(error)
         futures.clear()
     try:
         yield Ahead(chip, futures)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             if process not in others:  # what it still compiles is of no use any more
                 process.terminate()

@@ -438,6 +438,8 @@ class NoPool:
 
     def __init__(self, *given, **named):
         self.asked = 0
+        if self.most < 0:
+            raise OSError("no semaphores")
 
     def submit(self, *given):
         self.asked += 1
@@ -451,7 +453,9 @@ class NoPool:
         pass
 
 
-@pytest.mark.parametrize(("most", "words"), [(0, "no more processes"), (1, "no more processes"), (2, "killed")])
+@pytest.mark.parametrize(
+    ("most", "words"), [(-1, "no semaphores"), (0, "no more processes"), (1, "no more processes"), (2, "killed")]
+)
 def test_without_processes_candidates_are_compiled_here(most, words, monkeypatch, caplog):
     (problem,) = problems(64)
     monkeypatch.setattr(ahead, "_cores", lambda: 8)
