@@ -289,8 +289,8 @@ class Spans:
         """`padded` where the mask can be looked at: as bytes, since each token that is decoded brings a new mask."""
         key_len = key_mask.shape[1]
         sequences = [shown.tobytes() for shown in key_mask.numpy()]
-        lasts = [sequence.rfind(b"\1") + 1 for sequence in sequences]
-        firsts = [sequence.find(b"\1") if last else key_len for sequence, last in zip(sequences, lasts, strict=True)]
+        firsts = [key_len - len(sequence.lstrip(b"\0")) for sequence in sequences]
+        lasts = [len(sequence.rstrip(b"\0")) for sequence in sequences]
         hides = any(
             sequence.find(b"\0", first, last) >= 0
             for sequence, first, last in zip(sequences, firsts, lasts, strict=True)

@@ -79,6 +79,13 @@ def test_packed(lengths):
     assert_spans(Spans.packed_offsets(ends, ends, sum(lengths), sum(lengths)), expected)
 
 
+def test_any_byte_but_zero_is_a_token():
+    """A mask may be a view of other bytes."""
+    mask = torch.tensor([[0, 255, 2, 0], [0, 0, 0, 0]], dtype=torch.uint8).view(torch.bool)
+    spans = Spans.padded(mask, 1)
+    assert spans.key_mask is None and spans.start.tolist() == [[1], [4]] and spans.end.tolist() == [[3], [0]]
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4), sizes)
 def test_padded(rows, query_len):
     key_mask = torch.tensor(rows)
