@@ -242,7 +242,8 @@ def _launch(
     max_query_len, num_splits = (None if each is None else operator.index(each) for each in (max_query_len, num_splits))
     key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
     value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
-    block_table, seq_lens = cache.block_table.contiguous(), cache.seq_lens.contiguous()
+    table, seq_lens = cache.block_table, cache.seq_lens.contiguous()
+    block_table = table if table.stride(1) == 1 else table.contiguous()  # a part of a wider one is read as it is
 
     def launch() -> tuple[Tensor, Tensor]:
         return decode(
