@@ -423,6 +423,7 @@ def language(program: Program) -> dict[str, Any]:
         gluon=SimpleNamespace(jit=lambda function: function, constexpr_function=lambda function: function),
         mbarrier=mbarrier,
         range=lambda *bounds: map(number, builtins.range(*map(int, bounds))),
+        settle_keys=lambda module: None,
         tma=tma,
         warpgroup_mma=program.multiply,
         warpgroup_mma_wait=program.multiply_wait,

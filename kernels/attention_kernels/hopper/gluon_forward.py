@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..tiles import FAR, LN2, LOG2E, NEG_INF, at_head
+from ..tiles import FAR, LN2, LOG2E, NEG_INF, at_head, settle_keys
 
 # These have one name in Triton 3.6 or 3.7 and another later.
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -484,3 +484,6 @@ def forward_kernel(
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if gl.max(buffers.troubles.index(0).load(layout) + buffers.troubles.index(1).load(layout), 0) > 0:
         mend(query, key, value, output, rounding, lse_ptr, spans, sinks_ptr, scale, work, HEAD_DIM)
+
+
+settle_keys(globals())
