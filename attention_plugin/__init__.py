@@ -7,12 +7,13 @@ model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="my_trito
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from attention_kernels.operators import check_numbers
 
 from . import support
 from .attention import attention_forward
@@ -47,18 +48,16 @@ def register(name: str = NAME, *, scale: float | None = None, softcap: float | N
 
     Raises:
         ValueError: a name that transformers gives a meaning of its own, or an option out of range.
+        TypeError: an option that is no number.
     """
     own = _names_of_transformers()
-    if not name or "flash" in name or "|" in name or "/" in name or name in own:
+    if not isinstance(name, str) or not name or "flash" in name or "|" in name or "/" in name or name in own:
         raise ValueError(
-            f"attention_plugin.register: `name` must not be empty, contain 'flash', '|' or '/', or be one of "
-            f"transformers' own {own}, to which transformers gives another meaning; got {name!r}, "
-            f"try {NAME + '_variant'!r}"
+            "attention_plugin.register: `name` must be text, neither empty nor with 'flash', '|' or '/' in it, nor one "
+            f"of transformers' own {own}, to which transformers gives another meaning; got {name!r}, try "
+            f"{NAME + '_variant'!r}"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"attention_plugin.register: `scale` must be finite or None, got {scale}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"attention_plugin.register: `softcap` must be a positive number or None, got {softcap}")
+    check_numbers("attention_plugin.register", scale, softcap, None)
     overrides = {key: value for key, value in (("scaling", scale), ("softcap", softcap)) if value is not None}
     forward = partial(_with_overrides, overrides) if overrides else attention_forward
     AttentionInterface.register(name, forward)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
 from attention_kernels.shared_spans import window_spans
-from attention_kernels.spans import is_one_or, values_at_hand
+from attention_kernels.spans import is_one_or, rise_within, values_at_hand
 
 from .masks import SpanMask
 from .selected_keys import selected_keys
@@ -222,4 +222,4 @@ def _within_lengths(
 
 
 def _are_cumulative(offsets: Tensor, tokens: int) -> bool:
-    return not (offsets[:1].any() or (offsets.diff() < 0).any() or (offsets[-1:] > tokens).any())
+    return not offsets[:1].any() and rise_within(offsets, tokens)

@@ -9,6 +9,7 @@ so `deterministic` changes nothing; the log-sum-exp has gradients. What is not s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from attention_kernels import PagedCache, Spans, attention, merge_states, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
+from attention_kernels.operators import check_tensors, is_number
 from attention_kernels.shared_spans import window_spans
-from attention_kernels.spans import values_at_hand
+from attention_kernels.spans import rise_within, values_at_hand
 
 __all__ = [
     "flash_attn_func",
@@ -77,7 +79,7 @@ def flash_attn_func(
     _check_probabilities(name, return_attn_probs, dropout_p)
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     window = _window(name, window_size, causal, q.shape[1])
-    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(softcap), "dropout_p": dropout_p}
+    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(name, softcap), "dropout_p": dropout_p}
     if alibi_slopes is None:
         spans = _aligned_spans(window, q.shape[1], k.shape[1], q.device)
         output, lse = attention(query, key, value, spans, return_lse=True, **options)
@@ -169,13 +171,14 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     _check_dims(name, {"q": q}, "[total, heads, head_dim]")
-    _check_offsets(name, q, cu_seqlens_q, cu_seqlens_k)
+    layout = "[total, heads, head_dim]" if block_table is None else "[pages, page_size, heads, head_dim]"
+    _check_dims(name, {"k": k, "v": v}, layout)
+    _check_offsets(name, q, k, cu_seqlens_q, cu_seqlens_k, paged=block_table is not None)
     _check_probabilities(name, return_attn_probs, dropout_p)
     window = _window(name, window_size, causal)
-    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(softcap)}
+    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(name, softcap)}
     query = q.transpose(0, 1)[None]
     if block_table is None:
-        _check_dims(name, {"k": k, "v": v}, "[total, heads, head_dim]")
         key, value = (tensor.transpose(0, 1)[None] for tensor in (k, v))
         rows = _packed_rows(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
         alibi = _packed_alibi(name, alibi_slopes, cu_seqlens_q, cu_seqlens_k, q, k.shape[0])
@@ -302,7 +305,11 @@ def flash_attn_with_kvcache(
     lengths = before if k is None else before + k.shape[1]
     window = _window(name, window_size, causal, q.shape[1])
     query = q.transpose(1, 2)
-    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(softcap), "num_splits": num_splits or None}
+    options: dict[str, Any] = {
+        "scale": softmax_scale,
+        "softcap": _softcap(name, softcap),
+        "num_splits": num_splits or None,
+    }
     rows = _cache_rows(q.shape[1], capacity, lengths, cache_leftpad)
     if block_table is not None:
         cache = _paged_cache(name, k_cache, v_cache, block_table, lengths)
@@ -412,8 +419,11 @@ def _window(name: str, window_size: WindowSize, causal: bool, query_len: int | N
     return Window(left, 0 if causal or query_len == 1 else right)
 
 
-def _softcap(softcap: float) -> float | None:
-    return softcap if softcap > 0 else None
+def _softcap(name: str, softcap: float | None) -> float | None:
+    """As `attention` takes it: for flash-attn only positive numbers are one."""
+    if softcap is not None and (not is_number(softcap) or math.isnan(softcap)):
+        raise ValueError(f"{name}: `softcap` must be a number, got {softcap!r}; pass 0 for no softcap")
+    return softcap if softcap is not None and softcap > 0 else None
 
 
 # ---------------------------------------------------------------------- attention, with or without ALiBi
@@ -534,6 +544,11 @@ def _appended(
             "`cache_batch_idx` for sequences that share rows"
         )
     row = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+    if values_at_hand(row) and ((row < 0) | (row >= k_cache.shape[0])).any():
+        raise ValueError(
+            f"{name}: `cache_batch_idx` must be 0 to {k_cache.shape[0] - 1}, rows of the cache, got {row.tolist()}; "
+            "make the cache larger"
+        )
     if k is not None and v is not None:
         place = (row[:, None], _following(before, k.shape[1]))
         k_cache[place], v_cache[place] = k, v
@@ -546,6 +561,11 @@ def _cache_lengths(name: str, seqlens: int | Tensor | None, q: Tensor, capacity:
     """Tokens of each sequence before this call, int32 `[batch]`."""
     if not isinstance(seqlens, Tensor):
         known = capacity if seqlens is None else seqlens
+        if not isinstance(known, int):
+            raise TypeError(
+                f"{name}: `cache_seqlens` must be a number, a tensor of integers or None, got {type(known).__name__}; "
+                "torch.as_tensor makes a tensor of numbers"
+            )
         lengths = torch.full((q.shape[0],), known, dtype=torch.int32, device=q.device)
         least = most = known
     else:
@@ -592,6 +612,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, before: Tensor, interleaved: bo
 
 
 def _check_dims(name: str, tensors: dict[str, Tensor], layout: str) -> None:
+    check_tensors(name, tensors)
     for argument, tensor in tensors.items():
         if tensor.ndim != layout.count(",") + 1:
             raise ValueError(f"{name}: `{argument}` must be {layout}, got {list(tensor.shape)}; reshape it")
@@ -614,7 +635,8 @@ def _check_probabilities(name: str, return_attn_probs: bool, dropout_p: float) -
         )
 
 
-def _check_offsets(name: str, q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def _check_offsets(name: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, paged: bool) -> None:
+    check_tensors(name, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     for argument, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         wrong = offsets.dtype not in (torch.int32, torch.int64) or offsets.device != q.device
         if wrong or offsets.ndim != 1 or offsets.numel() < 2 or offsets.shape != cu_seqlens_q.shape:
@@ -623,10 +645,19 @@ def _check_offsets(name: str, q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Ten
                 f"keys, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; it is 0 and the running sum of "
                 "the lengths"
             )
+    for argument, offsets, tokens in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        # Of keys in pages only the lengths are used, so tokens that sequences share may count more than once.
+        ("cu_seqlens_k", cu_seqlens_k, torch.iinfo(torch.int32).max if paged else k.shape[0]),
+    ):
+        if values_at_hand(offsets) and not rise_within(offsets, tokens):
+            raise ValueError(
+                f"{name}: `{argument}` must never fall, from 0 to the {tokens} tokens that there are or may be, got "
+                f"{offsets.tolist()}; it is 0 and the running sum of the lengths"
+            )
 
 
 def _check_paged(name: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    _check_dims(name, {"k": k, "v": v}, "[pages, page_size, heads, head_dim]")
     if dropout_p:
         raise ValueError(
             f"{name}: `dropout_p`={dropout_p} with `block_table` is refused: attention to pages is for inference; pass "
@@ -684,7 +715,10 @@ def _check_cache_arguments(
             raise ValueError(f"{name}: `k` needs `cache_seqlens`, got None; pass the tokens already in the cache")
     elif rotary_cos is not None:
         raise ValueError(f"{name}: `rotary_cos` without `k` is refused, as by flash-attn; rotate `q` before the call")
-    for argument, index in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+    indices = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    given = {**indices, "block_table": block_table}
+    check_tensors(name, {argument: each for argument, each in given.items() if each is not None})
+    for argument, index in indices.items():
         if index is not None and (index.shape != q.shape[:1] or index.is_floating_point()):
             raise ValueError(
                 f"{name}: `{argument}` must be integers of shape [batch] = [{q.shape[0]}], got {index.dtype} "

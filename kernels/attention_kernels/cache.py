@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import gathered, prebound
 from .configs import unsupported_dtype
-from .operators import MAX_HEAD_DIM, check_numbers, check_sinks, runs_triton
+from .operators import MAX_HEAD_DIM, check_numbers, check_sinks, check_tensors, runs_triton
 from .quantised import QUANTISED, quantise
-from .spans import Spans, is_one_or
+from .spans import Spans, is_one_or, rise_within, values_at_hand
 
 MAX_PAGE_SIZE = 256
 
@@ -49,6 +49,9 @@ class PagedCache:
     value_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
+        scales = {"key_scale": self.key_scale, "value_scale": self.value_scale}
+        needed = {"key": self.key, "value": self.value, "block_table": self.block_table, "seq_lens": self.seq_lens}
+        check_tensors("PagedCache", needed | {name: each for name, each in scales.items() if each is not None})
         if self.key.ndim != 4 or self.value.ndim != 4 or self.value.shape[:3] != self.key.shape[:3]:
             raise ValueError(
                 "PagedCache: `key` and `value` must be [pages, page_size, num_kv_heads, dim] with equal first three "
@@ -67,12 +70,17 @@ class PagedCache:
                 f"PagedCache: `key` and `value` must share a dtype, got {self.key.dtype}, {self.value.dtype}; cast one"
             )
         for name, tensor, ndim in (("block_table", self.block_table, 2), ("seq_lens", self.seq_lens, 1)):
-            if tensor.dtype != torch.int32 or tensor.ndim != ndim or tensor.shape[0] != self.seq_lens.shape[0]:
+            if tensor.dtype != torch.int32 or tensor.ndim != ndim:
                 raise ValueError(
-                    f"PagedCache: `{name}` must be int32 with {ndim} dimensions and one row for each sequence, got "
-                    f"{tensor.dtype} {list(tensor.shape)}; convert it with `.to(torch.int32)`"
+                    f"PagedCache: `{name}` must be int32 with {ndim} dimensions, got {tensor.dtype} "
+                    f"{list(tensor.shape)}; convert it with `.to(torch.int32)`"
                 )
-        for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
+        if len(self.block_table) != len(self.seq_lens):
+            raise ValueError(
+                "PagedCache: `block_table` and `seq_lens` must have a row and a number for each sequence, got "
+                f"{len(self.block_table)} and {len(self.seq_lens)}; leave out what belongs to no sequence"
+            )
+        for name, scale in scales.items():
             if (scale is not None) != self.quantised:
                 raise ValueError(
                     f"PagedCache: `{name}` belongs to quantised keys and values ({[str(d) for d in QUANTISED]}), and "
@@ -183,26 +191,31 @@ def paged_attention(
         scale, softcap: as for `attention`.
         num_splits: in how many parts the keys are computed at a time; a fixed number makes bits independent of the
             batch.
-        check: look at the block table first (`PagedCache.check`); otherwise entries out of range are undefined
-            behaviour, as looking would be a synchronisation.
+        check: look at the block table (`PagedCache.check`) and the offsets first; otherwise entries out of range are
+            undefined behaviour, as looking would be a synchronisation.
         return_lse: also return the log-sum-exp.
         out: where to write the output, of its shape and dtype; token by token (its transpose of dimensions 1 and 2 is
             contiguous) it is written to without a copy. Rows that belong to no sequence are undefined.
 
     Returns:
         Output as `query`, with value's last dimension, or `out` if that was given; with `return_lse` also the natural
-        log-sum-exp, float32 `[batch or 1, num_heads, query_len or tokens]`. No gradients.
+        log-sum-exp, float32 `[batch or 1, num_heads, query_len or tokens]`.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above. IndexError: `check` found a wrong entry.
+        ValueError, TypeError: an argument breaks a rule above, or wants a gradient: there is none.
+        IndexError: `check` found a wrong entry.
     """
+    check_tensors("paged_attention", {"query": query})
     _check_query(query, cache, query_offsets, max_query_len)
     check_sinks("paged_attention", sinks, query)
     check_numbers("paged_attention", scale, softcap, num_splits)
     if out is not None:
+        check_tensors("paged_attention", {"out": out})
         _check_out(out, query, cache)
     if check:
         cache.check()
+    if query_offsets is not None and (check or values_at_hand(query_offsets)):
+        _check_offsets(query_offsets, query.shape[2])
     query_offsets = None if query_offsets is None else query_offsets.contiguous()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if spans is not None:
@@ -354,6 +367,16 @@ def _check_query(
     query_offsets: Tensor | None,
     max_query_len: int | None,
 ) -> None:
+    if not isinstance(cache, PagedCache):
+        raise TypeError(
+            f"paged_attention: `cache` must be a PagedCache, got {type(cache).__name__}; keys and values that lie side "
+            "by side belong to `attention`"
+        )
+    if torch.is_grad_enabled() and (query.requires_grad or cache.key.requires_grad or cache.value.requires_grad):
+        raise ValueError(
+            "paged_attention: tensors that require gradients are refused, got one while gradients are enabled: "
+            "attention to pages has none; call it under torch.no_grad(), or `attention` with keys side by side"
+        )
     if query.ndim != 4 or query.shape[-1] != cache.key.shape[-1] or query.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"paged_attention: `query` must be [batch, num_heads, query_len, {cache.key.shape[-1]}] like the cache's "
@@ -372,6 +395,8 @@ def _check_query(
             f"paged_attention: `query` has a batch of {query.shape[0]}, the cache {sequences} sequences; pass "
             "`query_offsets` for queries that lie one after the other"
         )
+    if query_offsets is not None:
+        check_tensors("paged_attention", {"query_offsets": query_offsets})
     if query_offsets is not None and (
         query_offsets.shape != (sequences + 1,) or query_offsets.dtype != torch.int32 or query.shape[0] != 1
     ):
@@ -383,4 +408,12 @@ def _check_query(
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(
             f"paged_attention: `max_query_len` must be at least 1, got {max_query_len}; leave it out if not known"
+        )
+
+
+def _check_offsets(query_offsets: Tensor, tokens: int) -> None:
+    if not rise_within(query_offsets, tokens):
+        raise ValueError(
+            f"paged_attention: `query_offsets` must never fall, from 0 to the {tokens} tokens there are, got "
+            f"{query_offsets.tolist()}; it is 0 and the running sum of the queries of each sequence"
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -124,6 +125,8 @@ def attention(
         )
     if spans is not None and not isinstance(spans, Spans):
         raise TypeError(f"attention: `spans` must be Spans, got {type(spans).__name__}; pass a dense mask as `mask`")
+    if not isinstance(query, Tensor):
+        check_tensors("attention", {"query": query})
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
@@ -146,14 +149,17 @@ def attention(
         if spans_alone and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
             output, lse = step
             return (output, lse) if return_lse and lse is not None else output
+        check_tensors("attention", {"query": query, "key": key, "value": value})
         query, key, value = _validated(*cast_for_autocast(query, key, value))
         spans = _checked_spans(spans, query, key)
         mask = on_scores("attention", "mask", mask, query, key)
         bias = on_scores("attention", "bias", bias, query, key)
         check_sinks("attention", sinks, query)
         check_numbers("attention", scale, softcap, num_splits)
-        if not 0 <= dropout_p <= 1:
-            raise ValueError(f"attention: `dropout_p` must be 0 to 1, got {dropout_p}; it is the share that is dropped")
+        if not is_number(dropout_p) or not 0 <= dropout_p <= 1:
+            raise ValueError(
+                f"attention: `dropout_p` must be 0 to 1, got {dropout_p!r}; it is the share that is dropped"
+            )
         if spans_alone and not runs_triton(query):
             first = remembered.first(query, key, value, spans, sinks, scale)
             if first is not None:
@@ -199,7 +205,7 @@ def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _are_numbers(scale: float | None, softcap: float | None) -> bool:
@@ -274,18 +280,16 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
         )
     if key.shape[1] == 0 or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"attention: the number of query heads must be a multiple of the number of key heads, got {query.shape[1]} "
-            f"and {key.shape[1]}; shard or repeat the heads so that each group is whole"
+            "attention: the number of query heads must be a multiple of the number of key heads, and neither 0, got "
+            f"{query.shape[1]} and {key.shape[1]}; shard or repeat the heads so that each group is whole"
         )
     for name, dim, most in (
         ("query", query.shape[-1], MAX_HEAD_DIM),
         ("value", value.shape[-1], MAX_VALUE_DIM),
     ):
         if not 1 <= dim <= most:
-            raise ValueError(
-                f"attention: the head dim of `{name}` must be 1 to {most}, got {dim}; wider heads need "
-                'attn_implementation="eager"'
-            )
+            instead = 'wider heads need attn_implementation="eager"' if dim else "a head has a column at least"
+            raise ValueError(f"attention: the head dim of `{name}` must be 1 to {most}, got {dim}; {instead}")
     whole = (batch, -1, -1, -1)
     return query.expand(whole), key.expand(whole), value.expand(whole)
 
@@ -311,6 +315,7 @@ def on_scores(function: str, name: str, tensor: Tensor | None, query: Tensor, ke
     """
     if tensor is None:
         return None
+    check_tensors(function, {name: tensor})
     if (tensor.dtype == torch.bool) != (name == "mask") or (name == "bias" and not tensor.is_floating_point()):
         raise TypeError(
             f"{function}: `mask` must be bool (True where visible) and `bias` floating point (added to the scores), "
@@ -327,10 +332,23 @@ def on_scores(function: str, name: str, tensor: Tensor | None, query: Tensor, ke
     return tensor.reshape(shape)
 
 
+def check_tensors(function: str, given: dict[str, Any]) -> None:
+    """Refuse arguments, by name, that are no tensors, likewise."""
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{function}: `{name}` must be a tensor, got {type(each).__name__}; see torch.as_tensor")
+
+
+def is_number(given: object) -> bool:
+    """Whether that is a number: of Python, NumPy, or a tensor, or what torch.compile traces in the place of one."""
+    return isinstance(given, (int, float, Tensor, numbers.Number, torch.SymInt, torch.SymFloat))
+
+
 def check_sinks(function: str, sinks: Tensor | None, query: Tensor) -> None:
     """Refuse sinks that do not belong to the heads of `query`, in the name of the function that was called."""
     if sinks is None:
         return
+    check_tensors(function, {"sinks": sinks})
     num_heads = query.shape[1]
     if sinks.shape != (num_heads,) or not sinks.is_floating_point():
         raise ValueError(
@@ -343,6 +361,9 @@ def check_sinks(function: str, sinks: Tensor | None, query: Tensor) -> None:
 
 def check_numbers(function: str, scale: float | None, softcap: float | None, num_splits: int | None) -> None:
     """Refuse numbers that no attention has, likewise."""
+    for name, given in (("scale", scale), ("softcap", softcap), ("num_splits", num_splits)):
+        if given is not None and not is_number(given):
+            raise TypeError(f"{function}: `{name}` must be a number, got {given!r}; pass None for the default")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{function}: `softcap` must be a positive number, got {softcap}; pass None for no softcap")
     for name, given in (("scale", scale), ("softcap", softcap)):
@@ -354,8 +375,10 @@ def check_numbers(function: str, scale: float | None, softcap: float | None, num
     # torch.compile may trace a number, which math.isfinite does not take.
     if scale is not None and not -math.inf < float(scale) < math.inf:
         raise ValueError(f"{function}: `scale` must be finite, got {float(scale)}; pass None for `head_dim ** -0.5`")
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"{function}: `num_splits` must be at least 1, got {num_splits}; pass None for the default")
+    if num_splits is not None and (num_splits < 1 or num_splits != int(num_splits)):
+        raise ValueError(
+            f"{function}: `num_splits` must be whole and at least 1, got {num_splits}; pass None for the default"
+        )
 
 
 # ---------------------------------------------------------------------- paths

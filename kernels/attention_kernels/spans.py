@@ -523,6 +523,11 @@ def values_at_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
+def rise_within(offsets: Tensor, tokens: int) -> bool:
+    """Whether cumulative lengths, one at least, never fall and lie from 0 to `tokens`. It looks at them."""
+    return not ((offsets[:1] < 0).any() or (offsets.diff() < 0).any() or (offsets[-1:] > tokens).any())
+
+
 def _constant(value: int, device: Device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int32, device=device)
 

@@ -567,6 +567,7 @@ def test_bad_calls_of_func(change, words):
     [
         ({"q": Q}, r"`q` must be \[total, heads, head_dim\]"),
         ({"k": Q}, r"`k` must be \[total, heads, head_dim\]"),
+        ({"softcap": "30"}, "`softcap` must be a number, got '30'"),
         ({"cu_seqlens_q": LENS.float()}, r"`cu_seqlens_q` must be int32 of shape \[sequences \+ 1\]"),
         ({"cu_seqlens_k": LENS[:2]}, "`cu_seqlens_k` must be int32 .* the same for queries and keys"),
         ({"alibi_slopes": torch.zeros(1, 2, device=DEVICE)}, r"`alibi_slopes` must be .* = \[2, 2\]"),
@@ -620,12 +621,51 @@ def test_bad_calls_of_varlen(change, words):
         ({"block_table": TABLE, "cache_leftpad": INDEX}, "`cache_leftpad` with `block_table` is refused"),
         ({"block_table": TABLE, "alibi_slopes": INDEX.float()}, "`alibi_slopes` with `block_table` is refused"),
         ({"block_table": TABLE.long()}, "`block_table` must be int32"),
-        ({"num_splits": -1}, "`num_splits` must be at least 1, got -1"),
+        ({"num_splits": -1}, "`num_splits` must be whole and at least 1, got -1"),
+        ({"softcap": float("nan")}, "`softcap` must be a number, got nan; pass 0"),
     ],
 )
 def test_bad_calls_of_kvcache(change, words):
     with pytest.raises(ValueError, match=words):
         flash_attn_with_kvcache(**{"q": Q, "k_cache": PAGES, "v_cache": PAGES} | change)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: flash_attn_func([[1.0]], Q, Q), "flash_attn_func: `q` must be a tensor, got list"),
+        (
+            lambda: flash_attn_varlen_func(Q[0], Q[0], Q[0], [0, 3], LENS, 2, 2),
+            "`cu_seqlens_q` must be a tensor, got list",
+        ),
+        (
+            lambda: flash_attn_with_kvcache(Q, PAGES, PAGES, cache_seqlens=[1, 2]),
+            "`cache_seqlens` must be .*, got list",
+        ),
+        (
+            lambda: flash_attn_with_kvcache(Q, PAGES, PAGES, cache_batch_idx=[0, 1]),
+            "`cache_batch_idx` must be a tensor",
+        ),
+    ],
+)
+def test_lists_are_no_tensors(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")
+@pytest.mark.parametrize("wrong", [[0, 3, 2], [-1, 2, 3], [0, 2, 4]])
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_offsets_that_fall_or_lie_beyond_the_tokens_are_found_on_the_cpu(name, wrong):
+    offsets = {"cu_seqlens_q": LENS, "cu_seqlens_k": LENS} | {name: torch.tensor(wrong, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=f"`{name}` must never fall, from 0 to the 3 tokens .*, got .*{wrong[1]}"):
+        flash_attn_varlen_func(Q[0], Q[0], Q[0], **offsets, max_seqlen_q=3, max_seqlen_k=3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")
+def test_rows_beyond_the_cache_are_found_on_the_cpu():
+    with pytest.raises(ValueError, match=r"`cache_batch_idx` must be 0 to 3, rows of the cache, got \[0, 4\]"):
+        flash_attn_with_kvcache(Q, PAGES, PAGES, cache_batch_idx=torch.tensor([0, 4]))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -370,7 +371,7 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
     "empty heads": (
         lambda: {"query": torch.randn(2, 4, 6, 0), "key": torch.randn(2, 2, 6, 0)},
         ValueError,
-        ("head dim of `query` must be 1 to 576", "got 0"),
+        ("head dim of `query` must be 1 to 576", "got 0", "a column at least"),
     ),
     "other queries": (
         lambda: {"spans": Spans.causal(5, 6)},
@@ -414,7 +415,25 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("`dropout_p` must be 0 to 1", "got -0.1", "the share that is dropped"),
     ),
-    "no splits": (lambda: {"num_splits": 0}, ValueError, ("`num_splits` must be at least 1", "got 0", "pass None")),
+    "no splits": (
+        lambda: {"num_splits": 0},
+        ValueError,
+        ("`num_splits` must be whole and at least 1", "got 0", "pass None"),
+    ),
+    "half a split": (lambda: {"num_splits": 1.5}, ValueError, ("`num_splits` must be whole", "got 1.5")),
+    "numbers as text": (lambda: {"softcap": "30"}, TypeError, ("`softcap` must be a number, got '30'", "pass None")),
+    "scale as text": (lambda: {"scale": "2"}, TypeError, ("`scale` must be a number, got '2'",)),
+    "dropout as text": (lambda: {"dropout_p": "0.1"}, ValueError, ("`dropout_p` must be 0 to 1", "got '0.1'")),
+    "no dropout": (lambda: {"dropout_p": None}, ValueError, ("`dropout_p` must be 0 to 1", "got None")),
+    "a list as query": (
+        lambda: {"query": [[1.0]], "dropout_p": 0.5},
+        TypeError,
+        ("`query` must be a tensor, got list", "torch.as_tensor"),
+    ),
+    "an array as key": (lambda: {"key": np.zeros((2, 2, 6, 8))}, TypeError, ("`key` must be a tensor, got ndarray",)),
+    "no value": (lambda: {"value": None}, TypeError, ("`value` must be a tensor, got NoneType",)),
+    "a list of sinks": (lambda: {"sinks": [0.0] * 4}, TypeError, ("`sinks` must be a tensor, got list",)),
+    "a list as mask": (lambda: {"mask": [[True]]}, TypeError, ("`mask` must be a tensor, got list",)),
     "dropout in percent": (lambda: {"dropout_p": 10}, ValueError, ("`dropout_p` must be 0 to 1", "got 10")),
     "dropout of NaN": (lambda: {"dropout_p": float("nan")}, ValueError, ("`dropout_p` must be 0 to 1", "got nan")),
     "seed of another shape": (

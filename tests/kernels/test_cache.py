@@ -387,7 +387,7 @@ def test_checking_finds_entries_out_of_range():
         ({"query": (3, 4, 1, 16)}, ValueError, "a batch of 3, the cache 2 sequences; pass `query_offsets`"),
         ({"dtype": torch.float16}, TypeError, "`query` is torch.float16, the cache torch.float32"),
         ({"query_offsets": torch.zeros(2, dtype=torch.int32)}, ValueError, r"`query_offsets` must be int32 .* = \[3\]"),
-        ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1, got 0"),
+        ({"num_splits": 0}, ValueError, "`num_splits` must be whole and at least 1, got 0"),
         ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be .* \[num_heads\] = \[4\], got torch.float32 \[3\]"),
         (
             {"sinks": torch.zeros(4, dtype=torch.int64)},
@@ -398,6 +398,9 @@ def test_checking_finds_entries_out_of_range():
         ({"softcap": 0.0}, ValueError, "`softcap` must be a positive number, got 0.0"),
         ({"scale": float("nan")}, ValueError, "`scale` must be finite, got nan"),
         ({"scale": float("inf")}, ValueError, "`scale` must be finite, got inf"),
+        ({"scale": "2"}, TypeError, "`scale` must be a number, got '2'"),
+        ({"query_offsets": [0, 1, 2]}, TypeError, "`query_offsets` must be a tensor, got list"),
+        ({"sinks": [0.0] * 4}, TypeError, "`sinks` must be a tensor, got list"),
         ({"spans": Spans.causal(1, 9)}, ValueError, "`spans` must be for 1 queries and the cache's 8 keys"),
         ({"spans": Spans(*torch.ones(2, 3, 1, dtype=torch.int32), 1, 8)}, ValueError, "of a batch of 2 or 1"),
     ],
@@ -409,6 +412,34 @@ def test_bad_calls(change, error, words):
     query = torch.zeros(change.pop("query", (2, 4, 1, 16)), dtype=change.pop("dtype", torch.float32))
     with pytest.raises(error, match=f"paged_attention: .*{words}"):
         paged_attention(query, cache, **change)
+
+
+@pytest.mark.parametrize("wrong", [[0, 2, 1], [0, 1, 4], [-1, 1, 2]])
+@pytest.mark.parametrize("check", [False, pytest.param(True, id="check")])
+def test_offsets_out_of_range_are_found(wrong, check):
+    if DEVICE != "cpu" and not check:
+        pytest.skip("on a GPU looking is a synchronisation, for which one has to ask")
+    key = torch.zeros(4, 4, 2, 16, device=DEVICE)
+    cache = PagedCache(key, key, *(torch.ones(shape, dtype=torch.int32, device=DEVICE) for shape in ((2, 2), (2,))))
+    offsets = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="`query_offsets` must never fall, from 0 to the 3 tokens there are, got"):
+        paged_attention(torch.zeros(1, 4, 3, 16, device=DEVICE), cache, query_offsets=offsets, check=check)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key"])
+def test_gradients_are_refused(wanted):
+    key = torch.zeros(4, 4, 2, 16, requires_grad=wanted == "key")
+    cache = PagedCache(key, key, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    query = torch.zeros(2, 4, 1, 16, requires_grad=wanted == "query")
+    with pytest.raises(ValueError, match=r"require gradients are refused, .* under torch\.no_grad"):
+        paged_attention(query, cache)
+    with torch.no_grad():
+        assert not paged_attention(query, cache).any()
+
+
+def test_keys_that_do_not_lie_in_pages_are_refused():
+    with pytest.raises(TypeError, match=r"`cache` must be a PagedCache, got NoneType; .* belong to `attention`"):
+        paged_attention(torch.zeros(2, 4, 1, 16), None)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +456,13 @@ def test_bad_calls(change, error, words):
         ),
         ({"value": torch.zeros(4, 4, 2, 16, dtype=torch.float16)}, TypeError, "must share a dtype"),
         ({"block_table": torch.zeros(2, 2)}, ValueError, "`block_table` must be int32 with 2 dimensions"),
+        (
+            {"seq_lens": torch.ones(1, dtype=torch.int32)},
+            ValueError,
+            "`block_table` and `seq_lens` must .*, got 2 and 1",
+        ),
+        ({"key_scale": 1.0}, TypeError, "`key_scale` must be a tensor, got float"),
+        ({"seq_lens": [1, 1]}, TypeError, "`seq_lens` must be a tensor, got list"),
         ({"key_scale": torch.ones(1)}, ValueError, "`key_scale` belongs to quantised keys and values"),
         (
             dict.fromkeys(("key", "value"), torch.zeros(4, 4, 2, 16).to(torch.int8))
