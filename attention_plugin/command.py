@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import tempfile
 from types import ModuleType
 from typing import NoReturn
 
@@ -36,6 +38,26 @@ def require(module: str, purpose: str, extra: str = "cli") -> ModuleType:
         raise UsageError(
             f"{purpose} needs {package}, which cannot be imported ({error}); pip install {package}, or "
             f"this package with its extra `{extra}`"
+        ) from error
+
+
+def check_kernel_cache(command: str) -> None:
+    """Find out whether Triton can keep what it compiles, before it compiles anything.
+
+    Raises:
+        UsageError: it cannot; names the folder, and the variable that names another.
+    """
+    cache = require("triton.knobs", command).cache
+    if cache.manager_class is not None:  # something else than a folder
+        return
+    try:
+        os.makedirs(cache.dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache.dir):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"what Triton compiles cannot be kept in {cache.dir!r} ({one_line(error)}); set TRITON_CACHE_DIR to a "
+            "folder that can be written"
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.operators import interpreting
 
-from ..command import UsageError, require
+from ..command import UsageError, check_kernel_cache, require
 from .rows import PARTS, Row, broken_limits, draw_up
 from .show import around_marks, as_json, show, write_tables
 
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         around_marks(options.write)  # before minutes of compiling
     if not options.json:
         require("rich", "compile-report without --json")
+    check_kernel_cache("compile-report")
     rows = draw_up(architectures, parts, options.head_dim, options.dtype, jobs=options.jobs, quiet=options.json)
     if not rows:
         raise UsageError("no configuration fits --architecture, --part, --head-dim and --dtype together")

@@ -17,7 +17,7 @@ from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.configs import architecture, unsupported_device
 from attention_kernels.operators import interpreting
 
-from ..command import UsageError, require
+from ..command import UsageError, check_kernel_cache, require
 from ..explain import explain
 from .calls import Kind, compile_calls, kinds_of
 
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for length in options.prompt_lengths or ():
         if length < 1:
             raise UsageError(f"--prompt-lengths must be positive, got {length}")
+    check_kernel_cache("warmup")
     report = explain(options.model, architecture=target, trust_remote_code=options.trust_remote_code)
     dtype = DTYPES[options.dtype] if options.dtype else report.target.dtype
     kinds = kinds_of(report)

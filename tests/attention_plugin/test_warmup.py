@@ -13,6 +13,7 @@ import torch
 
 from attention_kernels import configs
 from attention_kernels.operators import interpreting
+from attention_plugin import compile_report, warmup
 from attention_plugin.__main__ import main
 from attention_plugin.warmup.calls import Kind, compile_calls
 
@@ -128,9 +129,24 @@ def test_a_model_that_is_not_served(capsys):
     assert "is served; see `my-triton explain bloom`" in capsys.readouterr().err
 
 
-def test_the_interpreter_compiles_nothing(monkeypatch, capsys, model):
-    from attention_plugin import warmup
+@compiles
+@pytest.mark.parametrize(
+    "command", [["warmup", "MODEL", "--target", "sm_90"], ["compile-report", "--architecture", "sm_90"]]
+)
+def test_an_unwritable_cache_is_found_out_before_compiling(command, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compile_report, "draw_up", lambda *given, **options: pytest.fail("compiled"))
+    monkeypatch.setattr(warmup, "warm_up", lambda *given: pytest.fail("compiled"))
+    assert main([model if word == "MODEL" else word for word in command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"my-triton {command[0]}: what Triton compiles cannot be kept in '{tmp_path}/file/cache' ([Errno 20] Not a "
+    )
+    assert error.endswith("; set TRITON_CACHE_DIR to a folder that can be written\n") and error.count("\n") == 1
 
+
+def test_the_interpreter_compiles_nothing(monkeypatch, capsys, model):
     monkeypatch.setattr(warmup, "interpreting", lambda: True)
     assert main(["warmup", model]) == 2
     assert "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it" in capsys.readouterr().err
