@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
     if options.write is not None:
+        _check_whole(options)
         if not options.write.is_file():
             raise UsageError(f"--write must be a file with the marks of the tables in it, got {str(options.write)!r}")
         around_marks(options.write)  # before minutes of compiling
@@ -58,6 +59,17 @@ def run(options: argparse.Namespace) -> int:
     else:
         show(rows)
     return 1 if broken_limits(rows) else 0
+
+
+def _check_whole(options: argparse.Namespace) -> None:
+    """Refuse to put a selection in the place of a file's tables, which are of every chip, part and head dim."""
+    chosen = {"--architecture": options.architecture, "--part": options.part, "--head-dim": options.head_dim}
+    for option, given in chosen.items():
+        if given:
+            raise UsageError(
+                f"--write replaces all tables of the file, so it takes no {option}, got {' '.join(map(str, given))}; "
+                f"leave out {option}, or print these rows without --write"
+            )
 
 
 def _known(option: str, given: list[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:

@@ -153,11 +153,13 @@ def test_a_passed_limit_is_reported():
 
 
 @compiles
-def test_the_command_prints_and_writes(tmp_path, capsys):
+def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     file = tmp_path / "report.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     few = ["compile-report", "--architecture", "sm_90", "--part", "merge", "--head-dim", "64"]
-    assert main([*few, "--write", str(file), "--json"]) == 0
+    with monkeypatch.context() as patched:  # in place of minutes of compiling
+        patched.setattr(compile_report, "draw_up", lambda *given, **options: draw_up(["sm_90"], ["merge"], [64]))
+        assert main(["compile-report", "--write", str(file), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["name"] == "sm_90-merge-16bit-64" and row["registers"] > 0 and row["seconds"] > 0
     text = file.read_text()
@@ -196,5 +198,22 @@ def test_a_file_without_marks_is_refused_before_anything_is_compiled(tmp_path, c
     monkeypatch.setattr(compile_report, "draw_up", lambda *given, **options: pytest.fail("compiled"))
     file = tmp_path / "plain.md"
     file.write_text("text")
-    assert main(["compile-report", "--part", "merge", "--architecture", "sm_90", "--write", str(file)]) == 2
+    assert main(["compile-report", "--write", str(file)]) == 2
     assert "must have the lines" in capsys.readouterr().err and file.read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("option", "given"), [("--architecture", ["sm_90", "sm_80"]), ("--part", ["merge"]), ("--head-dim", ["64"])]
+)
+def test_a_selection_takes_the_place_of_no_tables(option, given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_report, "interpreting", lambda: False)
+    monkeypatch.setattr(compile_report, "draw_up", lambda *given, **options: pytest.fail("compiled"))
+    file = tmp_path / "report.md"
+    text = f"{BEGIN}\nold\n{END}\n"
+    file.write_text(text)
+    assert main(["compile-report", option, *given, "--write", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"my-triton compile-report: --write replaces all tables of the file, so it takes no {option}, got "
+        f"{' '.join(given)}; leave out {option}, or print these rows without --write\n"
+    )
+    assert file.read_text() == text
