@@ -15,7 +15,7 @@ from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.operators import interpreting
 
 from ..command import UsageError, check_kernel_cache, require
-from .rows import PARTS, Row, broken_limits, draw_up
+from .rows import HEAD_DIMS, PARTS, Row, broken_limits, draw_up
 from .show import around_marks, as_json, show, write_tables
 
 __all__ = ["Row", "add_arguments", "broken_limits", "draw_up", "run"]
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `my-triton compile-report`."""
     parser.add_argument("--architecture", nargs="+", metavar="NAME", help=f"default all: {', '.join(SHARED_MEMORY)}")
     parser.add_argument("--part", nargs="+", metavar="PART", help=f"default all: {', '.join(PARTS)}")
-    parser.add_argument("--head-dim", nargs="+", type=int, metavar="N", help="rows of the tables: 64, 128, 256, 512")
+    parser.add_argument(
+        "--head-dim", nargs="+", type=int, metavar="N", help=f"default all: {', '.join(map(str, HEAD_DIMS))}"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: both")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile; default 1")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables between the marks of a file")
@@ -39,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     architectures = _known("--architecture", options.architecture, tuple(SHARED_MEMORY))
     parts = _known("--part", options.part, PARTS)
+    for dim in options.head_dim or ():
+        if dim not in HEAD_DIMS:
+            dims = ", ".join(map(str, HEAD_DIMS))
+            raise UsageError(f"--head-dim must be of {dims}, got {dim}: narrower heads use the next row")
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
     if options.write is not None:
@@ -51,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
     check_kernel_cache("compile-report")
     rows = draw_up(architectures, parts, options.head_dim, options.dtype, jobs=options.jobs, quiet=options.json)
     if not rows:
-        raise UsageError("no configuration fits --architecture, --part, --head-dim and --dtype together")
+        chosen = {"--architecture": options.architecture, "--part": options.part, "--head-dim": options.head_dim}
+        chosen["--dtype"] = [options.dtype] if options.dtype else None
+        words = " ".join(f"{option} {' '.join(map(str, given))}" for option, given in chosen.items() if given)
+        raise UsageError(f"no configuration fits {words} together; leave one of them out")
     if options.write is not None:
         write_tables(rows, options.write)
     if options.json:

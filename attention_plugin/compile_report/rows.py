@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # these import Triton, which need not be installed for the pr
     from attention_kernels.ahead_of_time.roofline import Roofline
 
 PARTS = ("forward", "gluon", "backward", "decode", "merge", "statistics")
+HEAD_DIMS = (64, 128, 256, 512)
+"""Of the rows of the tables; a call with narrower heads uses the next."""
+
 DTYPES = {"bfloat16": 2, "float32": 4}
 
 
@@ -73,6 +76,8 @@ def draw_up(
         and (head_dims is None or case.dim in head_dims)
         and (dtype is None or case.element_size == DTYPES[dtype])
     ]
+    if not cases:  # nor a bar of their progress
+        return []
     rows = []
     with _each(cases, jobs) as results, _progress(len(cases), quiet) as advance:
         for row in results:

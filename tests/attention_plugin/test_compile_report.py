@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.operators import interpreting
 from attention_plugin.__main__ import main
 
@@ -27,6 +28,7 @@ from attention_kernels.ahead_of_time.machine_code import (
 from attention_kernels.ahead_of_time.roofline import loop_products, roofline, tile_products
 from attention_plugin import compile_report
 from attention_plugin.compile_report import broken_limits, draw_up
+from attention_plugin.compile_report.rows import HEAD_DIMS
 from attention_plugin.compile_report.show import BEGIN, END
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
@@ -179,12 +181,24 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
         (["--part", "middle"], "--part must be of forward, gluon, backward, decode, merge, statistics, got 'middle'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--write", "no-such.md"], "--write must be a file with the marks of the tables in it, got 'no-such.md'"),
-        (["--head-dim", "72"], "no configuration fits --architecture, --part, --head-dim and --dtype together"),
+        (
+            ["--head-dim", "64", "65"],
+            "--head-dim must be of 64, 128, 256, 512, got 65: narrower heads use the next row",
+        ),
+        (
+            ["--architecture", "sm_80", "--part", "gluon", "--head-dim", "64"],
+            "no configuration fits --architecture sm_80 --part gluon --head-dim 64 together; leave one of them out",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_up_is_said(options, words, capsys):
     assert main(["compile-report", *options]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_head_dims_are_those_of_the_tables():
+    assert {case.dim for chip in SHARED_MEMORY for case in shipped_cases(chip)} == set(HEAD_DIMS)
 
 
 def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
