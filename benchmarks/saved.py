@@ -47,7 +47,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0]
         if hasattr(os, "getloadavg")
-        else None,  # cores that were busy, in the last minute
+        else None,  # programs that ran or waited for a core, in the last minute
         "gpu": gpu,
         "gpu_count": torch.cuda.device_count() if gpu else 0,
         "system": platform.platform(),

@@ -63,7 +63,10 @@ def closing_panel(results: Sequence[Result], machine: dict[str, Any], files: dic
         )
         parts += [explanation, main_ratios(results)]
     if (load := machine["load_before"]) is not None and load > 0.5:
-        busy = f"Other programs kept {load:.1f} cores busy before this began; on a quiet machine figures are steadier."
+        busy = (
+            f"The load average was {load:.1f} before this began (programs that ran or waited for one of "
+            f"{machine['cores']} cores, in the last minute); on a quiet machine figures are steadier."
+        )
         parts.append(Text(busy, style="yellow"))
     if failed:
         parts.append(Text(f"{len(failed)} results FAILED; they are listed above and were not timed.", style="bold red"))

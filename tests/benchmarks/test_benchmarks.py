@@ -96,6 +96,15 @@ def test_a_wrong_result_fails_and_is_not_timed() -> None:
     assert any("bold red" in str(line.style) and "wrong" in line.plain for line in summary.absences(results))
 
 
+def test_the_load_before_a_run_is_said_as_what_it_is() -> None:
+    """It may be larger than the number of cores, so it counts no busy cores."""
+    machine = {"device": "a processor", "threads": 2, "cores": 2, "load_before": 7.1}
+    texts = [each.plain for each in summary.closing_panel([], machine, {}).renderable.renderables]
+    assert any(text.startswith("The load average was 7.1 before this began") for text in texts)
+    quiet = summary.closing_panel([], machine | {"load_before": 0.4}, {}).renderable.renderables
+    assert not any("load average" in each.plain for each in quiet)
+
+
 def test_nan_is_a_wrong_result() -> None:
     posed = problem.build_problem(cases.case_named("causal"), SMALL, torch.float32, CPU)
     reference = measure.build_reference(posed)
