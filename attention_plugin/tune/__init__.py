@@ -51,10 +51,13 @@ def run(options: argparse.Namespace) -> int:
     """Measure, show or delete; returns the exit status."""
     if options.clear:
         try:
-            for file in clear():
-                print(f"deleted {file}")
+            deleted = clear()
         except OSError as error:
             raise UsageError(f"what was measured cannot be deleted: {error}") from error
+        for file in deleted:
+            print(f"deleted {file}")
+        if not deleted:
+            print(f"nothing measured, so nothing to delete; files would lie in {tuned.folder()}")
         return 0
     if options.show:
         show()

@@ -226,6 +226,8 @@ def test_show_and_clear(capsys):
     assert "64x64" in shown and "which is not of a GPU of this machine" in shown
     assert main(["tune", "--clear"]) == 0
     assert f"deleted {file}" in capsys.readouterr().out and not file.exists()
+    assert main(["tune", "--clear"]) == 0
+    assert capsys.readouterr().out == f"nothing measured, so nothing to delete; files would lie in {file.parent}\n"
 
 
 @pytest.mark.parametrize("time", [None, "90", [], 10**400], ids=range(4))
