@@ -122,7 +122,10 @@ def _texts(config: Any, prompts: Prompts, parameters: Any) -> dict[str, Tensor]:
     attended, token = prompts.attended(), _plain_token(config)
     padding = getattr(config, "pad_token_id", None)
     padding = padding if isinstance(padding, int) and padding >= 0 else 0
-    inputs = {"input_ids": torch.where(attended == 1, token, padding)}
+    # Some default configurations have a vocabulary without the padding.
+    vocabulary = _value(config.get_text_config(), "vocab_size")
+    last = vocabulary - 1 if isinstance(vocabulary, int) and vocabulary > 0 else None
+    inputs = {"input_ids": torch.where(attended == 1, token, padding).clamp(max=last, min=0)}
     if prompts.layout == "packed":
         if "position_ids" not in parameters:
             raise UsageError(

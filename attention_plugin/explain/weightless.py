@@ -33,7 +33,8 @@ class Weightless(TorchDispatchMode):
 
     Real tensors are made where a model asks for new tensors on the meta device, and stay real when they are moved
     there. An operation with a tensor without values among its operands gives one. A decision that hangs on values that
-    do not exist is taken as if they were 0 (no expert is chosen, nothing is selected), and counted in `guesses`.
+    do not exist is taken as if they were 0 (no expert is chosen, nothing is selected), and counted in `guesses`. Rows
+    of an embedding that it does not have, such as those of positions beyond the learned ones, are an error as ever.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,8 @@ class Weightless(TorchDispatchMode):
             self.guesses += 1
             shape = (0, args[0].ndim) if function is _SIZED_BY_VALUES[0] else (0,)
             return torch.empty(shape, dtype=torch.long if len(shape) == 2 else args[0].dtype, device=META)
+        if function is torch.ops.aten.embedding.default:
+            _check_rows(*args[:2])
         if function in _INDEXES:
             args = (args[0], self._as_places(args[1]), *args[2:])
         if kwargs.get("device") is not None:
@@ -97,6 +100,16 @@ class Weightless(TorchDispatchMode):
             else:
                 places += index.nonzero().unbind(1)
         return places
+
+
+def _check_rows(table: Tensor, rows: Tensor) -> None:
+    """Let an embedding refuse rows that it does not have, which the meta device does not.
+
+    Raises:
+        IndexError: the largest is beyond its end.
+    """
+    if _is_real(rows) and rows.numel() and (largest := int(rows.max())) >= len(table):
+        raise IndexError(f"an embedding of {len(table)} rows is asked for row {largest}")
 
 
 def _zero_like(tensor: Tensor) -> bool | int | float:

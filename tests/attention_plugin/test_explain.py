@@ -321,6 +321,34 @@ def test_values_that_come_from_inputs_alone_are_kept():
     assert mode.guesses == 0
 
 
+def test_an_embedding_refuses_rows_that_it_does_not_have():
+    weight = torch.empty(7, 3, device="meta")
+    with Weightless() as mode:
+        positions = torch.arange(8, device=weight.device)
+        assert torch.nn.functional.embedding(positions[:7], weight).shape == (7, 3)
+        assert torch.nn.functional.embedding(positions[:0], weight).shape == (0, 3)
+        with pytest.raises(IndexError, match="an embedding of 7 rows is asked for row 7"):
+            torch.nn.functional.embedding(positions, weight)
+    assert mode.guesses == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "layout"),
+    [
+        ("gpt2", [1024], "left"),
+        ("gpt2", [600, 600], "packed"),  # positions begin again
+        ("llama", [5000], "left"),  # 2,048 in its configuration, rotary
+    ],
+)
+def test_positions_that_a_model_has_are_not_refused(model, lengths, layout):
+    assert explain(model, lengths, layout=layout).serves
+
+
+@pytest.mark.parametrize("model", ["idefics3", "decision_transformer"])
+def test_padding_that_no_vocabulary_has_is_no_reason_to_refuse(model):
+    assert not any("rows" in note for note in explain(model, [40, 20]).notes)
+
+
 def test_what_hangs_on_weights_is_guessed_and_counted():
     weight = torch.empty(5, device="meta")
     with Weightless() as mode:
@@ -414,6 +442,9 @@ REFUSED = {
     "no layers": (["FOLDER/empty.json"], "LlamaModel has no attention layers, so there is nothing to explain"),
     "no attention": (["fnet"], "FNetModel has no attention layers, so there is nothing to explain"),
     "too long": (["bert", "--prompt-lengths", "600"], "it has 512 positions, and the prompts take 600"),
+    "beyond positions": (["gpt2", "--prompt-lengths", "1025"], "it has 1024 positions, and the prompts take 1025"),
+    "offset positions": (["opt", "--prompt-lengths", "5000", "7"], "it has 2048 positions, and the prompts take 5000"),
+    "counted positions": (["roberta", "--prompt-lengths", "5000"], "it has 512 positions, and the prompts take 5000"),
     "no positions": (["t5", "--packed"], "--packed: this model takes no `position_ids`"),
     "no architecture": (["llama", "--architecture", "sm_1"], "--architecture must be one of torch, sm_80,"),
     "plot": (["llama", "--plot", "masks.jpg"], "--plot must be a file ending in .png in a folder that exists"),
