@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,7 @@ def _from_file(path: Path, trust_remote_code: bool) -> Any:
         raise UsageError(f"{str(path)!r} is no model configuration: it has no 'model_type'; {INSTEAD}")
     known = content["model_type"] in CONFIG_MAPPING
     if "auto_map" not in content and not known:
-        close = difflib.get_close_matches(content["model_type"], list(CONFIG_MAPPING), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "a newer transformers may know it"
+        hint = _did_you_mean(content["model_type"]) or "a newer transformers may know it"
         raise UsageError(f"{str(path)!r}: this transformers has no model type {content['model_type']!r}; {hint}")
     if "AutoConfig" in content.get("auto_map", {}) and not known and not trust_remote_code:
         raise UsageError(
@@ -87,17 +89,38 @@ def _from_file(path: Path, trust_remote_code: bool) -> Any:
 
 def _from_hub(source: str, trust_remote_code: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with _without_retries():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{source!r} is a model with Python files of its own; pass --trust-remote-code if you trust them"
             ) from error
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        close = difflib.get_close_matches(source, list(CONFIG_MAPPING), n=1)
+        hint = _did_you_mean(source)
         where = "in the hub's cache (HF_HUB_OFFLINE is set)" if offline else "in the hub's cache and on the hub"
         raise UsageError(
             f"{source!r} was looked for as a folder, a file, one of {len(list(CONFIG_MAPPING))} model types of "
             f"transformers, {where}, and not found"
-            f"{f' (did you mean {close[0]!r}?)' if close else ''}; {INSTEAD}"
+            f"{f' ({hint})' if hint else ''}; {INSTEAD}"
         ) from error
+
+
+def _did_you_mean(model_type: str) -> str:
+    """A question with the model type that is spelt most like this one; empty where none is much like it."""
+    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1, cutoff=0.7)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Without the warnings of the hub's client, two for each time that it tries again without a network."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "urllib3")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 
 import attention_plugin
 from attention_kernels import Spans
@@ -483,6 +484,27 @@ def test_a_hub_id_without_network_says_where_it_was_looked_for(tmp_path):
     assert run.stdout == ""
     assert "'someone/lama' was looked for as a folder, a file, one of" in run.stderr
     assert f"in the hub's cache (HF_HUB_OFFLINE is set), and not found; {INSTEAD}" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lama", " (did you mean 'llama'?)"), ("roberta-base", " (did you mean 'roberta'?)"), ("nonexistmodel", "")],
+)
+def test_a_look_up_on_the_hub_is_one_line(name, hint, monkeypatch, caplog, capsys):
+    loggers = [logging.getLogger(each) for each in ("huggingface_hub", "urllib3")]
+    levels = [logger.level for logger in loggers]
+
+    def retries(source, **options):
+        for module in ("huggingface_hub.utils._http", "urllib3.connectionpool"):
+            logging.getLogger(module).warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", retries)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert main(["explain", name]) == 2
+    error = capsys.readouterr().err
+    assert f"in the hub's cache and on the hub, and not found{hint}; {INSTEAD}" in error and error.count("\n") == 1
+    assert not caplog.records and [logger.level for logger in loggers] == levels
 
 
 @pytest.mark.parametrize(
