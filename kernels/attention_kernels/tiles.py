@@ -133,8 +133,11 @@ def settle_keys(module: dict[str, Any]) -> None:
     """Have Triton compute the keys of a module's functions now, in the order of the module.
 
     A compiled kernel is found again by its key, and Triton makes the key of a function of which constants the functions
-    that it calls are known to use by then: it would depend on which kernel a process launches first.
+    that it calls are known to use by then: it would depend on which kernel a process launches first. In the
+    interpreter there is nothing to find; Gluon's functions have no keys there, as they call functions of its own.
     """
+    if INTERPRETED.value:
+        return
     for function in list(module.values()):
         if isinstance(function, triton.runtime.jit.JITFunction) and function.__module__ == module["__name__"]:
             _ = function.cache_key
