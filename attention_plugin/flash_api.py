@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,8 @@ def flash_attn_varlen_func(
         q: `[total_q, num_heads, head_dim]`.
         k, v: `[total_k, num_kv_heads, head_dim]`; with `block_table` `[pages, page_size, num_kv_heads, head_dim]`.
         cu_seqlens_q, cu_seqlens_k: integer `[sequences + 1]`, where each sequence begins and the last one ends. Queries
-            beyond the last sequence give 0.
+            beyond the last sequence give 0. Numbers that fall or lie beyond the tokens are an error where looking is
+            free (on the CPU), undefined elsewhere.
         max_seqlen_q: at least the most queries of a sequence. Used with `block_table` only.
         max_seqlen_k: accepted; the lengths themselves are in `cu_seqlens_k`.
         alibi_slopes: float32 `[num_heads]` or `[sequences, num_heads]`, as for `flash_attn_func`.
@@ -488,6 +490,7 @@ def _packed_alibi(
 
 def _checked_slopes(name: str, slopes: Tensor, sequences: int, q: Tensor) -> Tensor:
     """Slopes `[sequences or 1, num_heads]`, in the dtype of statistics."""
+    check_tensors(name, {"alibi_slopes": slopes})
     num_heads = q.shape[-2]
     shapes = ((num_heads,), (sequences, num_heads))
     if tuple(slopes.shape) not in shapes or not slopes.is_floating_point() or slopes.device != q.device:
@@ -561,7 +564,7 @@ def _cache_lengths(name: str, seqlens: int | Tensor | None, q: Tensor, capacity:
     """Tokens of each sequence before this call, int32 `[batch]`."""
     if not isinstance(seqlens, Tensor):
         known = capacity if seqlens is None else seqlens
-        if not isinstance(known, int):
+        if not isinstance(known, Integral):
             raise TypeError(
                 f"{name}: `cache_seqlens` must be a number, a tensor of integers or None, got {type(known).__name__}; "
                 "torch.as_tensor makes a tensor of numbers"

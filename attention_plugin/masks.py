@@ -52,7 +52,8 @@ class SpanMask:
             any number of keys: some models attend to more of them than they said.
         dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
             mask, or None where that is refused. See `computed_with`.
-        chunks: size of the chunks that `spans` are cut into, and the spans as they were before; None without chunks.
+        chunks: size of the chunks that `spans` are cut into, and the spans as they were before; None without chunks,
+            in a batch, and for one query: where no lengths of documents can follow.
     """
 
     spans: Spans

@@ -633,6 +633,7 @@ def test_bad_calls_of_kvcache(change, words):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: flash_attn_func(Q, Q, Q, alibi_slopes=[0.5, 0.5]), "`alibi_slopes` must be a tensor, got list"),
         (lambda: flash_attn_func([[1.0]], Q, Q), "flash_attn_func: `q` must be a tensor, got list"),
         (
             lambda: flash_attn_varlen_func(Q[0], Q[0], Q[0], [0, 3], LENS, 2, 2),

@@ -299,7 +299,7 @@ def cut_batch(firsts: list[int], lasts: list[int], elements: slice, sharing: Sha
     # The keys that the busiest thread reads.
     together = sharing.heads_per_thread(most) * max(0, max(own_lasts) - min(own_firsts))
     at_best = sharing.heads * (sum(own_lasts) - sum(own_firsts)) // sharing.threads
-    if together - at_best <= sharing.worth:
+    if together - at_best <= sharing.worth:  # then no cut is worth it, and none need be searched for
         yield elements
         return
     before = _running_lengths(own_firsts, own_lasts)
