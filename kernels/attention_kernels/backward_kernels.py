@@ -15,6 +15,7 @@ from .tiles import (
     FAR,
     LOG2E,
     NEG_INF,
+    add_dot,
     any_nan,
     at_head,
     bias_and_mask,
@@ -253,7 +254,7 @@ def add_product(
         )  # fmt: skip
     if CLEAN:
         tile = tl.where(tile - tile == 0, tile, 0.0)
-    return tl.dot(weights.to(tile.dtype), tile, acc, input_precision=PRECISION)
+    return add_dot(acc, weights.to(tile.dtype), tile, PRECISION)
 
 
 @triton.jit

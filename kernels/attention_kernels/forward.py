@@ -34,6 +34,7 @@ from .tiles import (
     NEG_INF,
     DropoutOperand,
     SpanOperand,
+    add_dot,
     any_nan,
     at_head,
     bias_and_mask,
@@ -169,7 +170,7 @@ def attend_overlapped(
             value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM,
             BLOCK_N, BLOCK_DV,
         )  # fmt: skip
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = add_dot(acc * alpha[:, None], p.to(v.dtype), v, PRECISION)
         s = mask_scores(
             s, spans, None, None, scale, softcap, b, start, end, key_len, first_key, body_first, body_last, BLOCK_N,
             value.ptr.dtype.element_ty == tl.float32,
@@ -182,7 +183,7 @@ def attend_overlapped(
         value, value_descriptor, b, kv_head, previous, previous + tl.arange(0, BLOCK_N) < key_len, VALUE_DIM, BLOCK_N,
         BLOCK_DV,
     )  # fmt: skip
-    return m, l, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m, l, add_dot(acc * alpha[:, None], p.to(v.dtype), v, PRECISION)
 
 
 @triton.jit

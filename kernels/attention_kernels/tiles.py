@@ -248,7 +248,21 @@ def product(x, y, acc, PRECISION: tl.constexpr):
     elif acc is None:
         return tl.dot(x, tl.trans(y), input_precision=PRECISION)
     else:
-        return tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+        return add_dot(acc, x, tl.trans(y), PRECISION)
+
+
+@triton.jit
+def add_dot(acc, x, y, PRECISION: tl.constexpr):
+    """`acc + x @ y`.
+
+    In float32 the terms of a tile are added up before they are added to others: one sum of thousands, term after term,
+    is less exact than eager's, which are of blocks. Stated as a product with 1, or Triton would make one sum of it.
+    Matrix units, which 16 bits go to, add several terms at a time.
+    """
+    if x.dtype == tl.float32:
+        return tl.fma(tl.dot(x, y, input_precision=PRECISION), 1.0, acc)
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -409,7 +423,7 @@ def softmax_step(m, l, acc, s, v, factor, CLEAN: tl.constexpr, PRECISION: tl.con
         poison = tl.sum(difference.to(tl.float32), 1)
         acc += tl.sum(tl.where(s == NEG_INF, 0.0, poison[None, :]), 1)[:, None]
         v = tl.where(difference == 0, v, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = add_dot(acc, p.to(v.dtype), v, PRECISION)
     return m, l, acc
 
 
