@@ -297,6 +297,7 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
 
     Raises:
         ValueError: shapes do not fit, or slots are no integers.
+        TypeError: the GPU has not the dtype of the cache.
     """
     if slots.dtype not in (torch.int64, torch.int32) or slots.ndim != 1:
         raise ValueError(
@@ -312,6 +313,8 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
     if runs_triton(key):
         from .write import write  # not before it is needed: importing Triton takes time
 
+        if (reason := unsupported_dtype(key.device, cache.key.dtype)) is not None:
+            raise TypeError(f"write_cache: {reason}")
         slots = slots.contiguous()
         for new, old, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
             inputs = new.resolve_neg(), old, scale, slots

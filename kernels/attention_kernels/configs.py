@@ -128,6 +128,10 @@ def choose_splits(programs: int, key_len: int, block_n: int, device: torch.devic
     return max(1, min(wanted, key_len // (4 * block_n), 64))
 
 
+WITHOUT_E4M3 = ("sm_80", "sm_86")
+"""Architectures for which Triton knows no float8_e4m3fn."""
+
+
 def padded_dim(dim: int) -> int:
     """Tile width that holds `dim` columns: a power of two, and at least the 16 that a matrix instruction takes."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -179,12 +183,8 @@ def unsupported_device(device: torch.device) -> str | None:
 
 
 def unsupported_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a GPU that the kernels run on cannot read a dtype, in words for its user, or None if it can."""
-    if dtype != torch.float8_e4m3fn or device.type != "cuda" or torch.version.hip:
+    """Why a GPU that the kernels run on has not a dtype, in words for its user, or None if it has."""
+    if dtype != torch.float8_e4m3fn or architecture(device) not in WITHOUT_E4M3:
         return None
-    if torch.cuda.get_device_capability(device) >= (8, 9):
-        return None
-    return (
-        f"the GPU {torch.cuda.get_device_name(device)!r} has no float8_e4m3fn (compute capability 8.9 has); keep the "
-        "cache in float8_e5m2 or int8"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else architecture(device)
+    return f"the GPU {name!r} has no float8_e4m3fn (compute capability 8.9 has); keep the cache in float8_e5m2 or int8"

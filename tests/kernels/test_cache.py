@@ -22,6 +22,9 @@ from helpers import DEVICE, DTYPES, KERNEL_DTYPES, SLOW_IN_INTERPRETER, assert_w
 
 pytestmark = pytest.mark.interpreter
 
+STORED = [dtype for dtype in QUANTISED if unsupported_dtype(torch.empty(0, device=DEVICE).device, dtype) is None]
+"""What a cache may hold on this device; float8_e5m2 or int8 at least."""
+
 on_the_torch_path = pytest.mark.skipif(
     DEVICE != "cpu" or interpreting(), reason="keys are gathered on the CPU, outside of the interpreter"
 )
@@ -88,7 +91,7 @@ def random_paged_problem(seed, **fixed):
     def choose(name, choices):
         return fixed.get(name, draw.choice(choices))
 
-    dtype, stored = choose("dtype", DTYPES), choose("stored", [None, None, *QUANTISED])
+    dtype, stored = choose("dtype", DTYPES), choose("stored", [None, None, *STORED])
     num_kv_heads, group_size = draw.randint(1, 3), draw.choice([1, 2, 3, 7, 8])
     head_dim = choose("head_dim", [8, 15, 64, 80, 128])
     value_dim = draw.choice([head_dim, head_dim, 24])
@@ -236,7 +239,7 @@ def test_integers_that_lie_apart_in_memory():
 def test_small_scales_of_values(scale, dtype):
     """Weights times such scales are below the smallest numbers of float16, the values they stand for are not."""
     torch.manual_seed(0)
-    cache = random_cache(random.Random(0), [60, 20], 16, 2, (64, 64), dtype, torch.float8_e4m3fn)
+    cache = random_cache(random.Random(0), [60, 20], 16, 2, (64, 64), dtype, STORED[0])
     cache = replace(cache, value_scale=torch.tensor([scale], device=DEVICE))
     options = {"sinks": None, "scale": None, "softcap": None, "num_splits": None}
     PagedProblem(tensor(2, 4, 1, 64, dtype=dtype), cache, None, [1, 1], None, options).check()
@@ -315,7 +318,7 @@ def test_memory_that_is_kept_serves_every_mode_and_thread():
                 torch.testing.assert_close(output, right)
 
 
-@pytest.mark.parametrize("stored", [None, *QUANTISED])
+@pytest.mark.parametrize("stored", [None, *STORED])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_multi_head_latent_attention(dtype, stored):
     """One key head of 576 columns, of which the first 512 are the values: the same storage."""
@@ -344,7 +347,7 @@ def test_shared_pages():
     PagedProblem(tensor(2, 2, 1, 16), cache, None, [1, 1], None, options).check()
 
 
-@pytest.mark.parametrize("stored", [None, *QUANTISED])
+@pytest.mark.parametrize("stored", [None, *STORED])
 def test_writing(stored):
     torch.manual_seed(0)
     kind = stored or torch.float32
@@ -481,15 +484,29 @@ def test_bad_caches(change, error, words):
         PagedCache(large, large, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("capability", "served"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
-def test_chips_without_float8_e4m3fn_are_told(monkeypatch, capability, served):
-    """No such chip need be here: what torch says of it decides."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    reason = unsupported_dtype(torch.device("cuda"), torch.float8_e4m3fn)
-    assert (reason is None) == served
-    assert served or "keep the cache in float8_e5m2 or int8" in reason
-    assert unsupported_dtype(torch.device("cuda"), torch.float8_e5m2) is None
+@pytest.mark.parametrize(
+    ("name", "served"), [("sm_80", False), ("sm_86", False), ("sm_89", True), ("sm_90", True), ("gfx942", True)]
+)
+def test_chips_without_float8_e4m3fn_are_told(name, served):
+    with assuming(name):
+        reason = unsupported_dtype(torch.device("cpu"), torch.float8_e4m3fn)
+        assert (reason is None) == served
+        assert served or (f"the GPU '{name}' has no float8_e4m3fn" in reason and "float8_e5m2 or int8" in reason)
+        assert unsupported_dtype(torch.device("cpu"), torch.float8_e5m2) is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="the torch path has float8 everywhere")
+def test_neither_reading_nor_writing_float8_e4m3fn_reaches_the_compiler_there():
+    cache = random_cache(random.Random(0), [3], 16, 1, (16, 16), torch.float16, None)
+    pages = torch.zeros_like(cache.key, dtype=torch.float8_e4m3fn)
+    scale = torch.ones(1, device=DEVICE)
+    cache = PagedCache(pages, pages, cache.block_table, cache.seq_lens, scale, scale)
+    new, slots = torch.zeros(2, 1, 16, dtype=torch.float16, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    with assuming("sm_80"):
+        with pytest.raises(TypeError, match=r"write_cache: the GPU .* has no float8_e4m3fn"):
+            write_cache(new, new, cache, slots)
+        with pytest.raises(TypeError, match=r"paged_attention: the GPU .* has no float8_e4m3fn"):
+            paged_attention(tensor(1, 1, 1, 16, dtype=torch.float16), cache)
 
 
 def test_writing_what_does_not_fit():
