@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-transformers other-transformers models lint clean
+.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-ptx test-transformers other-transformers models lint clean
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
@@ -55,6 +55,13 @@ test-chips: $(STAMP)
 test-exhaustive: test-chips test-engines
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
 	$(BIN)/python -m pytest -n 2 -q -m 'engines and exhaustive' tests/engines
+
+# All tests of kernels with the kernels as compiled for a GPU that is not there, on the machine in tests/kernels/ptx; with
+# SEED=1 in a random order, and with what runs beside the threads as late as it may.
+CAPABILITY ?= 90
+test-ptx: $(STAMP)
+	PTX_CAPABILITY=$(CAPABILITY) $(if $(SEED),PTX_SEED=$(SEED)) $(BIN)/python -m pytest -n 2 --dist worksteal -q \
+		-m 'interpreter and not exhaustive' tests/kernels
 
 # Each engine in an environment of its own, .venv-vllm and .venv-sglang, made on first use. On a machine whose registry
 # is slow the first time takes some minutes more.

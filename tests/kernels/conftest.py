@@ -3,10 +3,27 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
+
 import pytest
 
 from attention_kernels import operators
 from attention_kernels.blockwise import remembered
+
+whole_run = ExitStack()
+
+if "PTX_CAPABILITY" in os.environ:  # `make test-ptx`; before the tests ask what runs them
+    from on_ptx import running_on
+
+    seed = os.environ.get("PTX_SEED")
+    order = {} if seed is None else {"late": True, "seed": int(seed)}
+    whole_run.enter_context(running_on(int(os.environ["PTX_CAPABILITY"]), **order))
+
+
+def pytest_unconfigure() -> None:
+    """Leave the process as it was."""
+    whole_run.close()
 
 
 @pytest.fixture

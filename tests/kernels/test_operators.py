@@ -59,10 +59,14 @@ def test_softcap_moves_a_score_by_what_its_tanh_is_off(softcap, dtype):
     query = query * torch.logspace(-4, 2, 96, device=DEVICE)[:, None].to(dtype)
     spans = Spans.sliding(96, left=0, device=DEVICE)
     _, lse = attention(query, key, value, spans, softcap=softcap, return_lse=True)
-    exact = softcap * torch.tanh((query.double() * key.double()).sum(-1) / 4 / softcap)
+    terms = query.double() * key.double() / 4
+    exact = softcap * torch.tanh(terms.sum(-1) / softcap)
     assert exact.abs().min() < 1e-3 < 0.99 * softcap < exact.abs().max()
     off = 1e-6 * softcap if dtype.itemsize == 2 else 1e-6
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=off)
+    # A sum of large terms that cancel is off by a part of what they are; the cap passes on the less the larger it is.
+    off = off + 1e-6 * exact.abs()
+    off = off + torch.finfo(torch.float32).eps * terms.abs().sum(-1) * (1 - (exact / softcap) ** 2)
+    assert ((lse.double() - exact).abs() <= off).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,7 +265,8 @@ def test_traced_calls(trains, spans):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jit.trace is deprecated, and warns of every check
         graph = torch.jit.trace(call, (query, key, value), check_trace=False)
-    others = [tensor(1, 2, 9, 16) for _ in range(3)]
+    # A call that trains may run other kernels than one that does not.
+    others = [tensor(1, 2, 9, 16).requires_grad_(trains) for _ in range(3)]
     assert torch.equal(graph(*others), call(*others))
 
 

@@ -22,7 +22,7 @@ from attention_kernels import (
     tuned,
     write_cache,
 )
-from attention_kernels.launch import operand
+from attention_kernels.launch import INTERPRETED, operand
 from attention_kernels.operators import interpreting
 
 from helpers import DEVICE
@@ -48,14 +48,16 @@ class Recorder:
     """In place of a kernel and of what it compiles to: notes each call with its grid, and may run it."""
 
     def __init__(self, kernel, runs):
-        self.kernel, self.runs, self.calls = kernel, runs, []
+        self.kernel, self.runs, self.calls, self.options = kernel, runs, [], {}
         self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         def call(*arguments, **named):
             again = len(arguments) == len(self.arg_names) and isinstance(arguments[-1], int | str)
+            if not again:
+                self.options = {name: value for name, value in named.items() if name not in self.arg_names}
             if self.runs:
-                self.kernel[grid](*arguments, **named)
+                self.kernel[grid](*arguments, **named, **(self.options if again else {}))
             arguments += tuple(named[name] for name in self.arg_names[len(arguments) :])
             self.calls.append(((*grid, 1, 1)[:3], arguments, again))
             return self
@@ -631,7 +633,7 @@ def test_results_over_pages_are_those_without_memory(kernels, repeats, given):
     operands = paged_operands(kind, offsets)
     repeats.clear()  # values are written like keys
     results = paged(operands, lengths, **given)
-    assert len(repeats) == (1 if kind and interpreting() else 3)  # there torch quantises what is written
+    assert len(repeats) == (1 if kind and INTERPRETED else 3)  # there torch quantises what is written
     prebound.forget()
     for again, first in zip(results, paged(operands, lengths, **given), strict=True):
         assert torch.equal(again, first)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels as compiled for GPUs, on the machine in `ptx`; and that the machine notices what would go wrong on a GPU.
+
+Here is a part of what `make test-ptx` runs: there all tests of kernels run so.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from attention_kernels import PagedCache, Spans, attention, attention_reference, paged_attention, write_cache
+from attention_kernels.operators import interpreting
+
+from helpers import DEVICE, Problem, assert_gradients_within_bound, assert_within_bound, random_problem, tensor
+
+pytest.importorskip("triton")
+
+from on_ptx import running_on
+from ptx import Deadlock, MemoryFault
+from ptx.driver import Device
+from ptx.program import parse
+
+pytestmark = pytest.mark.skipif(
+    interpreting() or DEVICE != "cpu", reason="the machine runs compiled kernels, on CPU tensors"
+)
+
+AMPERE, HOPPER = 80, 90
+"""Compute capabilities whose kernels differ most: by their matrix instructions, and by how operands get there."""
+
+capabilities = pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+
+
+@capabilities
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_random_problems(capability, seed):
+    problem = random_problem(seed)
+    with running_on(capability):
+        problem.check()
+
+
+@capabilities
+@pytest.mark.parametrize("seed", [200, 202, 203])
+def test_gradients(capability, seed):
+    problem = random_problem(seed)
+    with running_on(capability):
+        assert_gradients_within_bound(problem)
+
+
+@capabilities
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_prompts_whatever_waits_for_what(capability, dim, dtype):
+    """Several tiles of keys, in flight while others are multiplied."""
+    torch.manual_seed(dim)
+    query, key, value = (tensor(1, heads, 200, dim, dtype=dtype, layout="tokens") for heads in (4, 2, 2))
+    problem = Problem(query, key, value, Spans.causal(200))
+    with running_on(capability, late=True, seed=dim):
+        problem.check()
+
+
+@pytest.mark.parametrize(("keys", "dim", "size"), [(2048, 32, 0.3), (64, 512, 4.0)])
+def test_float32_sums_of_many_terms(keys, dim, size):
+    """One sum, term after term, has more than twice the error of eager's, which are of blocks."""
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 1, tokens, dim) for tokens in (32, keys, keys))
+    with running_on(HOPPER):
+        Problem(size * query, key, value, Spans.full(32, keys)).check()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("extras", [{}, {"sinks": True}, {"hidden": True}])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_gluon_kernel_whatever_waits_for_what(dim, extras, seed):
+    from attention_kernels.hopper import launching
+
+    draw = random.Random(f"{dim} {extras} {seed}")
+    torch.manual_seed(draw.randrange(1 << 30))
+    tokens, batch = draw.choice([40, 129, 260]), draw.randint(1, 2)
+    query, key, value = (tensor(batch, heads, tokens, dim, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    spans = Spans.sliding(tokens, left=draw.choice([None, 100]), right=0)
+    if "hidden" in extras:
+        shown = torch.rand(batch, tokens) > 0.3
+        key.transpose(1, 2)[~shown] = value.transpose(1, 2)[~shown] = torch.nan
+        spans &= Spans.padded(shown, tokens)
+    sinks = torch.randn(4) if "sinks" in extras else None
+    problem = Problem(query, key.nan_to_num(), value.nan_to_num(), spans, sinks=sinks)
+    bounds = spans.start, spans.end, spans.key_mask, spans.gap_count
+    with running_on(HOPPER, late=draw.random() < 0.7, seed=seed):
+        output, lse, _ = launching.forward(query, key, value, *bounds, sinks, dim**-0.5, wants_rounding=True)
+    exact, exact_lse = problem.reference(torch.float64)
+    assert_within_bound(output, problem.reference(torch.bfloat16)[0], exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "stored"),
+    [(AMPERE, None), (AMPERE, torch.float8_e5m2), (AMPERE, torch.int8), (HOPPER, None), (HOPPER, torch.float8_e4m3fn)],
+)
+def test_pages(capability, stored):
+    """Written, and read by a prompt's end and by single tokens."""
+    torch.manual_seed(0)
+    lengths, page_size, dim = [70, 3, 129], 16, 64
+    dtype = stored or torch.float16
+    key, value = (torch.full((32, page_size, 2, dim), 127 if dtype == torch.int8 else torch.nan) for _ in range(2))
+    table = torch.randperm(32)[:30].view(3, 10).int()
+    scales = (None, None) if stored is None else (torch.full((1,), 0.05), torch.full((2,), 0.04))
+    cache = PagedCache(key.to(dtype), value.to(dtype), table, torch.tensor(lengths, dtype=torch.int32), *scales)
+    with running_on(capability):
+        for sequence, length in enumerate(lengths):
+            index = torch.arange(length)
+            slots = table[sequence, index // page_size].long() * page_size + index % page_size
+            write_cache(*(torch.randn(length, 2, dim).half() for _ in range(2)), cache, slots)
+        for query_len in (1, 3):
+            query = tensor(3, 6, query_len, dim, dtype=torch.float16, layout="tokens")
+            output = paged_attention(query, cache)
+            for sequence, length in enumerate(lengths):
+                exact, eager = (
+                    attention_reference(
+                        query[sequence : sequence + 1],
+                        *cache.gather(sequence, torch.float64),
+                        mask=torch.ones(query_len, length, dtype=torch.bool).tril(length - query_len),
+                        dtype=computed,
+                    )[0]
+                    for computed in (torch.float64, torch.float16)
+                )
+                assert_within_bound(output[sequence : sequence + 1], eager, exact)
+
+
+def small_call(**options):
+    query, key, value = (tensor(1, 1, 100, 64, dtype=torch.bfloat16) for _ in range(3))
+    return attention(query, key, value, Spans.causal(100), **options)
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """Change the text of what runs from now on."""
+
+    def change(old, new, count=-1):
+        def changed_text(device, kernel):
+            text = kernel.asm["ptx"]
+            assert old in text
+            return text.replace(old, new, count)
+
+        monkeypatch.setattr(Device, "text_of", changed_text)
+
+    return change
+
+
+def gluon_call():
+    from attention_kernels.hopper import launching
+
+    torch.manual_seed(0)
+    query, key, value = (tensor(1, 1, 200, 64, dtype=torch.bfloat16) for _ in range(3))
+    spans = Spans.full(200, 200)
+    output, _, _ = launching.forward(
+        query, key, value, spans.start, spans.end, None, None, None, 0.125, wants_rounding=False
+    )
+    return output.double(), attention_reference(query, key, value, mask=None, dtype=torch.float64)[0]
+
+
+def test_what_is_read_beyond_a_tensor_is_noticed(changed):
+    """Without the mask of a load, rows beyond the last are read."""
+    with running_on(AMPERE):
+        small_call()
+        changed(", 0x10, %r", ", 0x10; // %r")
+        with pytest.raises(MemoryFault, match="from a tensor of"):
+            small_call()
+
+
+def test_what_is_not_made_visible_is_noticed(changed):
+    with running_on(HOPPER):
+        gluon_call()
+        changed("fence.proxy.async.shared::cta;", "")
+        with pytest.raises(MemoryFault, match="fence"):
+            gluon_call()
+
+
+def test_bytes_that_never_come_are_noticed(changed):
+    with running_on(HOPPER):
+        changed("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r", "mbarrier.arrive.shared::cta.b64 _, [%r")
+        with pytest.raises((Deadlock, AssertionError)):
+            gluon_call()
+
+
+def test_products_that_nobody_waits_for_are_noticed(changed):
+    with running_on(HOPPER, late=True):
+        output, exact = gluon_call()
+        torch.testing.assert_close(output, exact, rtol=0.02, atol=0.02)
+        changed("wgmma.wait_group.sync.aligned \t0;", "wgmma.wait_group.sync.aligned \t9;")
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(*gluon_call(), rtol=0.02, atol=0.02)
+
+
+def test_an_unknown_instruction_is_named(changed):
+    with running_on(AMPERE):
+        changed("ex2.approx.ftz.f32", "tanh.approx.f32")
+        with pytest.raises(NotImplementedError, match=r"tanh\.approx\.f32"):
+            small_call()
+
+
+def test_names_of_inner_scopes_are_their_own():
+    text = """
+    .visible .entry kernel(.param .u64 kernel_param_0) .reqntid 32 {
+    .reg .b32 %r<3>;
+    { .reg .pred done; again: setp.eq.b32 done, %r1, 0; @!done bra again; bra beyond; beyond: }
+    { .reg .pred done; again: setp.eq.b32 done, %r2, 0; @done bra again; }
+    ret;
+    }"""
+    program = parse(text)
+    first, _, _, second, jump, _ = program.instructions
+    assert first.operands[0] != second.operands[0]
+    assert jump.predicate == (second.operands[0], False) and program.labels[jump.operands[0]] == 3
