@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(
     interpreting() or DEVICE != "cpu", reason="the machine runs compiled kernels, on CPU tensors"
 )
 
-AMPERE, HOPPER = 80, 90
+AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 """Compute capabilities whose kernels differ most: by their matrix instructions, and by how operands get there."""
 
-capabilities = pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+capabilities = pytest.mark.parametrize("capability", [AMPERE, HOPPER, BLACKWELL])
 
 
 @capabilities
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("seed", range(100, 106))
 def test_random_problems(capability, seed):
     problem = random_problem(seed)
     with running_on(capability):
@@ -42,7 +42,7 @@ def test_random_problems(capability, seed):
 
 
 @capabilities
-@pytest.mark.parametrize("seed", [200, 202, 203])
+@pytest.mark.parametrize("seed", [200, 202])
 def test_gradients(capability, seed):
     problem = random_problem(seed)
     with running_on(capability):
@@ -78,7 +78,7 @@ def test_the_gluon_kernel_whatever_waits_for_what(dim, extras, seed):
 
     draw = random.Random(f"{dim} {extras} {seed}")
     torch.manual_seed(draw.randrange(1 << 30))
-    tokens, batch = draw.choice([40, 129, 260]), draw.randint(1, 2)
+    tokens, batch = draw.choice([40, 129] if extras else [129, 260]), draw.randint(1, 2)
     query, key, value = (tensor(batch, heads, tokens, dim, dtype=torch.bfloat16) for heads in (4, 2, 2))
     spans = Spans.sliding(tokens, left=draw.choice([None, 100]), right=0)
     if "hidden" in extras:

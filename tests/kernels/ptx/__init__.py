@@ -7,7 +7,7 @@ threads that are at the same place go on together, a NumPy operation for each in
 drawn among those that could go on, and copies and products that run beside the threads may happen as late as a wait for
 them allows (`late`): where something is not waited for, results are wrong, or somebody waits forever.
 
-It knows what kernels here use of sm_80 to sm_90 and of sm_120, and says so of an instruction that it does not know.
+It knows what kernels here use of sm_80 to sm_120, and says so of an instruction that it does not know.
 What it cannot tell: time, what the assembler makes of PTX, and the last bits of the hardware's approximations and
 products.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from .arithmetic import UNSIGNED
 from .matrix import load_matrix, multiply, multiply_from_shared, store_matrix
 from .memory import GlobalMemory, SharedMemory
 from .program import Program
+from .tensor_memory import TensorMemory
 from .tile_maps import TileMap
 from .translate import ENDS, Translator
 
@@ -128,7 +130,9 @@ class Machine:
         self.place, self.grid, self.late, self.order = place, grid, late, order
         self.groups = [Group(self, np.arange(code.program.threads), {}, 0)]
         self.barriers: dict[int, Barrier] = {}
-        self.loads: list[Callable[[], None]] = []
+        self.tensor_memory = TensorMemory()
+        # What the hardware does in the order in which it was begun: copies, and products in tensor memory.
+        self.queues: dict[str, list[Callable[[], None]]] = {"copies": [], "products": []}
         self.events = 0
         self.lots: dict[tuple[str, int], Lots] = {}
 
@@ -141,13 +145,14 @@ class Machine:
         while self.groups:
             group = self._choose()
             if group is None:
-                if self.loads:
-                    self.loads.pop(0)()
+                waiting = [each for each in self.queues.values() if each]
+                if waiting:
+                    (waiting[0] if self.order is None else self.order.choice(waiting)).pop(0)()
                     continue
                 where = "; ".join(f"threads {g.threads[0]}-{g.threads[-1]} at {g.where()}" for g in self.groups)
                 raise Deadlock(where)
             self._step(group)
-        assert not self.loads, "copies were still under way at the end"
+        assert not any(self.queues.values()), "something was still under way at the end"
         assert not any(each for lots in self.lots.values() for each in lots), "something was under way at the end"
 
     def _choose(self) -> Group | None:
@@ -486,10 +491,14 @@ class Group:
                 tile_map.load(self.machine.shared, place, where)
                 self._arrived(reached, 0, -tile_map.size)
 
-            if self.machine.late:
-                self.machine.loads.append(work)
-            else:
-                work()
+            self.queue("copies", work)
+
+    def queue(self, kind: str, work: Callable[[], None]) -> None:
+        """Something that the hardware does after what of its kind was begun before."""
+        if self.machine.late:
+            self.machine.queues[kind].append(work)
+        else:
+            work()
 
     def store_tile(self, descriptor, coordinates, source, mask) -> None:
         """A tile that the hardware copies from shared memory."""
@@ -503,6 +512,43 @@ class Group:
                     t.store(self.machine.shared, p, w)
 
             self.begin("stores", work)
+
+    # Tensor memory
+
+    def tensor_allocate(self, target, columns: int, mask) -> None:
+        """Write down in shared memory where there are as many columns."""
+        if mask is None or mask.any():
+            first = np.full(1, self.machine.tensor_memory.allocate(columns), np.uint32)
+            self.machine.shared.write(target[:1].astype(np.uint32), 4, [first], None)
+
+    def tensor_load(self, shape: str, count: int, addresses, half: int):
+        """`tcgen05.ld`."""
+        self.whole_warps()
+        memory = self.machine.tensor_memory
+        found = memory.cells[memory.places(shape, count, addresses, self.warps(), self.threads % 32, half)]
+        return [np.ascontiguousarray(found[:, each]) for each in range(count)]
+
+    def tensor_store(self, shape: str, addresses, half: int, values, mask) -> None:
+        """`tcgen05.st`."""
+        self.whole_warps()
+        if mask is not None and not mask.any():
+            return
+        assert mask is None or mask.all(), "some threads of a warp"
+        memory = self.machine.tensor_memory
+        where = memory.places(shape, len(values), addresses, self.warps(), self.threads % 32, half)
+        memory.cells[where] = np.stack(values, -1)
+
+    def tensor_multiply(self, target, a, in_tensor_memory: bool, b, instruction, adds, mask) -> None:
+        """`tcgen05.mma`, by the threads that the mask has."""
+        for thread in np.flatnonzero(np.ones(self.size, bool) if mask is None else mask):
+            left = str(int(a[thread])) if in_tensor_memory else int(a[thread])
+            given = int(target[thread]), left, int(b[thread]), int(instruction[thread]), bool(adds[thread])
+            self.queue("products", partial(self.machine.tensor_memory.multiply, self.machine.shared, *given))
+
+    def tensor_commit(self, barrier, mask) -> None:
+        """Arrive at a barrier once all products that were begun before are there."""
+        for thread in np.flatnonzero(np.ones(self.size, bool) if mask is None else mask):
+            self.queue("products", partial(self._arrived, int(barrier[thread]), 1, 0))
 
     # Barriers
 

@@ -11,6 +11,9 @@ from .memory import SharedMemory, swizzled
 LANES = np.arange(32)
 ROW, PAIR = LANES // 4, LANES % 4
 
+SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
+"""Bytes that are swizzled, by what `wgmma`'s descriptors say."""
+
 
 def numbers(bits, kind: str) -> np.ndarray:
     """float32 of 16 bits."""
@@ -69,14 +72,13 @@ def multiply(shape: str, kind: str, a, b, c) -> list[np.ndarray]:
     return results
 
 
-def _places(descriptor: int, extent: int, transposed: int) -> np.ndarray:
-    """Shared addresses `[extent, 16]` of an operand of `wgmma`, of whose other dimension it takes 16.
+def _places(descriptor: int, span: int, extent: int, transposed: int) -> np.ndarray:
+    """Shared addresses `[extent, 16]` of an operand of which an instruction takes 16 terms.
 
     PTX ISA, "Matrix-descriptor format" and the canonical layouts of CUTLASS' `mma_sm90_desc.hpp`.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     assert descriptor >> 49 & 7 == 0, "base offset"
-    span = {0: 0, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
     outer, inner = np.arange(extent)[:, None], np.arange(16)[None, :]
     if not transposed:
         if span:
@@ -90,8 +92,15 @@ def _places(descriptor: int, extent: int, transposed: int) -> np.ndarray:
     return swizzled(start + places, span)
 
 
-def _from_shared(shared: SharedMemory, descriptor: int, extent: int, transposed: int, kind: str) -> np.ndarray:
-    return numbers(shared.read_as_hardware(_places(descriptor, extent, transposed)), kind)
+def from_shared(
+    shared: SharedMemory, descriptor: int, span: int, extent: int, transposed: int, kind: str
+) -> np.ndarray:
+    """An operand `[extent, 16]`, swizzled by `span` bytes."""
+    return numbers(shared.read_as_hardware(_places(descriptor, span, extent, transposed)), kind)
+
+
+def _from_hopper(shared: SharedMemory, descriptor: int, extent: int, transposed: int, kind: str) -> np.ndarray:
+    return from_shared(shared, descriptor, SPANS[descriptor >> 62], extent, transposed, kind)
 
 
 def multiply_from_shared(
@@ -102,11 +111,11 @@ def multiply_from_shared(
     results = [each.copy() for each in accumulators]
     for first in range(0, len(threads), 128):
         here = slice(first, first + 128)
-        right = _from_shared(shared, int(b[first]), columns, transposed[1], kind).T
+        right = _from_hopper(shared, int(b[first]), columns, transposed[1], kind).T
         if isinstance(a, list):
             left = _rows_from([each[here] for each in a], kind).reshape(64, 16)
         else:
-            left = _from_shared(shared, int(a[first]), 64, transposed[0], kind)
+            left = _from_hopper(shared, int(a[first]), 64, transposed[0], kind)
         product = left @ right
         for each, result in enumerate(results):
             rows = np.repeat(np.arange(4) * 16, 32) + np.tile(ROW, 4) + 8 * (each % 4 // 2)

@@ -135,6 +135,10 @@ class Translator:
         kind = type_of(name)
         if kind.endswith("x2"):
             return self._in_halves(name, operands, predicate)
+        if kind in ("bf16", "f16") and "f32" in name:  # from sm_100 on a sum may take a narrow number as it is
+            assert name[0] in ("add", "sub") and len(operands) == 3
+            sign, given = "+-"[name[0] == "sub"], (self.read(operands[1], kind), self.read(operands[2], "f32"))
+            return [self.write(operands[0], f"{given[0]} {sign} {given[1]}", "f32", predicate)]
         given = [self.read(each, kind) for each in operands[1:]]
         if name[0] in ("min", "max"):
             function = f"np.{name[0]}imum" if "NaN" in name else f"np.f{name[0]}"  # which passes over NaN
@@ -401,6 +405,30 @@ class Translator:
             f"g.multiply_later({int(name[4][name[4].index('n') + 1 : name[4].index('k')])}, {name[6]!r}, "
             f"{split_operands(results[1:-1])!r}, {a_source}, g.filled({self.read(b, 'b64')}), {adds}, {transposed!r})"
         ]
+
+    def _tcgen05(self, name, operands, predicate) -> list[str]:
+        mask = self.mask(predicate)
+        if name[1] == "alloc":
+            return [f"g.tensor_allocate({self.address(operands[0], 32)}, {int(operands[1], 0)}, {mask})"]
+        if name[1] in ("dealloc", "relinquish_alloc_permit", "wait::ld", "wait::st", "fence"):
+            return []
+        if name[1] == "commit":
+            return [f"g.tensor_commit({self.address(operands[0], 32)}, {mask})"]
+        if name[1] == "ld":
+            targets, half = split_operands(operands[0][1:-1]), int(operands[2], 0) if len(operands) > 2 else 0
+            source = f"g.tensor_load({name[4]!r}, {len(targets)}, {self.address(operands[1], 32)}, {half})"
+            writes = [self.write(each, f"loaded[{at}]", "b32", predicate) for at, each in enumerate(targets)]
+            return [f"loaded = {source}", *writes]
+        if name[1] == "st":
+            half = int(operands[1], 0) if len(operands) > 2 else 0
+            values = ", ".join(self.filled(each, "b32") for each in split_operands(operands[-1][1:-1]))
+            return [f"g.tensor_store({name[4]!r}, {self.address(operands[0], 32)}, {half}, [{values}], {mask})"]
+        assert name[1:] == ("mma", "cta_group::1", "kind::f16") and len(operands) == 5, name
+        target, a, b, instruction, adds = operands
+        inside = a.startswith("[")
+        left = self.address(a, 32) if inside else self.filled(a, "b64")
+        given = f"{self.filled(b, 'b64')}, {self.filled(instruction, 'b32')}, {self.filled(adds, 'pred')}"
+        return [f"g.tensor_multiply({self.address(target, 32)}, {left}, {inside}, {given}, {mask})"]
 
     # Copies and barriers
 
