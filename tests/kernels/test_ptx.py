@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from on_ptx import running_on
 from ptx import Deadlock, MemoryFault
 from ptx.driver import Device
 from ptx.program import parse
+from ptx.turns import Turns
 
 pytestmark = pytest.mark.skipif(
     interpreting() or DEVICE != "cpu", reason="the machine runs compiled kernels, on CPU tensors"
@@ -127,6 +129,40 @@ def test_pages(capability, stored):
                     for computed in (torch.float64, torch.float16)
                 )
                 assert_within_bound(output[sequence : sequence + 1], eager, exact)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("dim", [64, 72])
+def test_memory_takes_no_more_turns_than_it_must(capability, dim):
+    """No bank conflicts; and of global memory whole sectors, or what several threads share."""
+    torch.manual_seed(0)
+    operands = [
+        tensor(1, heads, 128, dim, dtype=torch.bfloat16, layout="tokens").requires_grad_() for heads in (1, 1, 1)
+    ]
+    with running_on(capability, counts=True) as device:
+        output = attention(*operands, Spans.causal(128))
+        torch.autograd.grad(output, operands, torch.ones_like(output))
+        attention(operands[0][:, :, :1].detach(), *(each.detach() for each in operands[1:]), Spans.full(1, 128))
+    assert {"forward_kernel", "query_kernel", "key_value_kernel", "decode_kernel"} <= device.turns.keys()
+    for name, turns in device.turns.items():
+        assert turns.taken["shared"] == turns.needed["shared"], name
+        if name != "row_bounds_kernel":  # reads starts and ends, which lie side by side, one after the other
+            assert turns.taken["global"] <= 1.1 * turns.needed["global"], name
+
+
+def test_bank_conflicts_are_counted():
+    turns, threads = Turns(), np.arange(32)
+    turns.count("shared", 4 * threads, 4, threads)
+    turns.count("shared", 16 * threads, 16, threads)
+    assert turns.taken["shared"] == turns.needed["shared"] == 1 + 4
+    turns.count("shared", 128 * threads, 4, threads)
+    assert turns.taken["shared"] == 5 + 32
+    turns.count("shared", np.zeros(32), 4, threads)  # one word for all
+    assert turns.taken["shared"] == 37 + 1
+    turns.count("global", 2 * threads, 2, threads)
+    assert (turns.taken["global"], turns.needed["global"]) == (2, 2)
+    turns.count("global", 400 * threads, 2, threads)
+    assert (turns.taken["global"], turns.needed["global"]) == (34, 4)
 
 
 def small_call(**options):

@@ -20,6 +20,7 @@ from .machine import PARAMETERS, Code, Machine
 from .memory import GlobalMemory
 from .program import parse
 from .tile_maps import TileMap
+from .turns import Turns
 
 MOST_CODES = 32
 """Kernels that are kept translated: each takes some megabytes."""
@@ -30,10 +31,11 @@ SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 class Device:
     """What Triton asks of a driver."""
 
-    def __init__(self, capability: int, *, late: bool, seed: int | None) -> None:
+    def __init__(self, capability: int, *, late: bool, seed: int | None, counts: bool) -> None:
         self.target = GPUTarget("cuda", capability, 32)
-        self.late, self.seed = late, seed
+        self.late, self.seed, self.counts = late, seed, counts
         self.launches: list[str] = []
+        self.turns: dict[str, Turns] = {}
         self._codes: OrderedDict[str, Code] = OrderedDict()
 
     def get_current_target(self) -> GPUTarget:
@@ -71,12 +73,13 @@ class Device:
                 tile_maps[PARAMETERS + first] = value
             else:
                 parameters[first : first + bits // 8] = np.frombuffer(packed(value, bits), np.uint8)
+        turns = self.turns.setdefault(code.program.name, Turns()) if self.counts else None
         order = None if self.seed is None else random.Random(self.seed)
         with np.errstate(all="ignore"):
             for z, y, x in np.ndindex(*grid[::-1]):
                 Machine(
                     code, memory, parameters, tile_maps, kernel.metadata.shared, (x, y, z), grid, late=self.late,
-                    order=order,
+                    order=order, turns=turns,
                 ).run()  # fmt: skip
 
 
@@ -149,15 +152,16 @@ def tile_map(descriptor: Any, metadata: dict[str, Any]) -> TileMap:
 
 
 @contextmanager
-def device(capability: int, *, late: bool = False, seed: int | None = None) -> Iterator[Device]:
+def device(capability: int, *, late: bool = False, seed: int | None = None, counts: bool = False) -> Iterator[Device]:
     """Make kernels run here, compiled for a compute capability such as 90.
 
     Args:
         capability: of the GPU.
         late: whether copies and products that run beside the threads happen as late as they may.
         seed: of the order in which threads that could all go on do; None for one that is the same each time.
+        counts: whether turns of memory are counted, by the name of the kernel.
     """
-    here = Device(capability, late=late, seed=seed)
+    here = Device(capability, late=late, seed=seed, counts=counts)
 
     def init_handles(self: CompiledKernel) -> None:
         if self.module is None:

@@ -17,6 +17,7 @@ from .program import Program
 from .tensor_memory import TensorMemory
 from .tile_maps import TileMap
 from .translate import ENDS, Translator
+from .turns import Turns
 
 POISON = 0xDEADBEEFDEADBEEF
 """What is in registers that nobody has set."""
@@ -124,10 +125,11 @@ class Machine:
         *,
         late: bool = False,
         order: random.Random | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.code, self.memory, self.parameters, self.tile_maps = code, memory, parameters, tile_maps
         self.shared = SharedMemory(shared_size)
-        self.place, self.grid, self.late, self.order = place, grid, late, order
+        self.place, self.grid, self.late, self.order, self.turns = place, grid, late, order, turns
         self.groups = [Group(self, np.arange(code.program.threads), {}, 0)]
         self.barriers: dict[int, Barrier] = {}
         self.tensor_memory = TensorMemory()
@@ -365,8 +367,15 @@ class Group:
 
     # Memory
 
+    def _note(self, space: str, addresses, size: int, mask=None) -> None:
+        """Have turns counted, where they are."""
+        if self.machine.turns is not None and (mask is None or mask.any()):
+            active = slice(None) if mask is None else mask
+            self.machine.turns.count(space, addresses[active], size, self.threads[active])
+
     def load(self, space: str, addresses, unit: int, count: int, mask):
         """`count` numbers for each thread; 0 where the mask says that it reads none."""
+        self._note(space, addresses, unit * count, mask)
         memory = self.machine.memory if space == "global" else self.machine.shared
         if mask is None:
             return memory.read(addresses, unit, count)
@@ -379,6 +388,7 @@ class Group:
 
     def store(self, space: str, addresses, unit: int, values, mask) -> None:
         """Numbers from each thread that the mask has."""
+        self._note(space, addresses, unit * len(values), mask)
         if mask is not None:
             if not mask.any():
                 return
@@ -390,11 +400,13 @@ class Group:
             self.machine.shared.write(addresses, unit, values, warps)
 
     def load_matrix(self, addresses, count: int, transposed: bool):
-        """`ldmatrix`."""
+        """`ldmatrix`: of each matrix 8 threads have the addresses of its rows."""
+        self._note("shared", addresses, 16, self.threads % 32 < 8 * count)
         return load_matrix(self.machine.shared, addresses.reshape(self.whole_warps(), 32), count, transposed)
 
     def store_matrix(self, addresses, values, transposed: bool) -> None:
         """`stmatrix`."""
+        self._note("shared", addresses, 16, self.threads % 32 < 8 * len(values))
         warps = self.whole_warps()
         store_matrix(self.machine.shared, addresses.reshape(warps, 32), values, transposed, self.threads[::32] // 32)
 
@@ -445,6 +457,8 @@ class Group:
     def copy_later(self, target, source, size: int, read, mask) -> None:
         """`cp.async`: of `size` bytes those up to `read`, and zeros."""
         active = np.ones(self.size, bool) if mask is None else mask
+        self._note("shared", target, size, active)
+        self._note("global", source, size, active & (read == size))
         assert ((read == size) | (read == 0)).all()
 
         def work(group: Group, issued: Positions, _: Positions) -> None:
