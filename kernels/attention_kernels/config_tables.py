@@ -37,6 +37,9 @@ class ForwardConfig(NamedTuple):
     descriptors: bool = False
 
 
+Rows = Literal["few", "many"]
+"""Query rows of a group against a cache: up to `SHORT`, or more."""
+
 Pass = Literal["query", "key_value", "bias", "statistics"]
 """The kernels of the backward pass that have tile shapes of their own."""
 
@@ -109,6 +112,9 @@ IN_PIECES = "512 columns of queries and keys would fill the shared memory: they 
 FEWER_READS = "as elsewhere, with 32 keys for 16: the pieces of the queries are read half as often"
 WHOLE_HEAD = "227 KB hold queries, and keys and values twice; nearly all that spills is beside the loop"
 EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
+EXACT_NVIDIA = (
+    "they wait for shared memory: in pieces of 16 its banks conflict least, large tiles multiply more with each read"
+)
 OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside its own exponentials, without spills"
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_TILES = "128 rows for two warp groups; two stages leave room for tiles of a mask and of a bias in float32"
@@ -120,7 +126,6 @@ THROUGH_REGISTERS = "operands pass through registers on their way to the matrix 
 AMPERE_TILES = "as with spans alone; two stages leave room for tiles of a mask and of a bias in float32"
 AMPERE_EXTRAS = "as with spans alone, with half the keys: dropout takes registers"
 AMPERE_WIDE = "8 warps share the accumulator of 256 columns; 163 KB hold two stages"
-AMPERE_EXACT = "8 warps share 64 rows; room for a second stage"
 SHALLOW = "as Ampere, with shallower pipelines for 99 KB of shared memory"
 NO_PIPELINE = "Triton 3.6 cannot compile the pipelined loop over so small a tile for this target"
 INTERPRETER = "the interpreter pays for each operation, whatever its size; pieces are kept where the chips have them"
@@ -129,6 +134,7 @@ BACK_PIECES = "whole gradients would fill the registers: programs share their co
 BACK_WIDE = "operands would fill the shared memory and gradients the registers: products and results in pieces"
 BACK_ONCE = "one read of each tile: nothing to pipeline, so wide key tiles in one stage"
 BACK_EXACT = "exact float32 products hold their operands in registers: small tiles, in pieces"
+BACK_EXACT_NVIDIA = "as in the forward pass; the same pieces in all kernels, or scores had not the same bits in each"
 BACK_HOPPER = "8 warps share two gradients without spills, with every extra"
 BACK_HOPPER_ROWS = "128 rows for the matrix instructions of two warp groups; 32 keys leave registers for every extra"
 BACK_HOPPER_KEYS = "64 keys fill a warp group's matrix instruction; two programs fit, and work while the other waits"
@@ -170,7 +176,21 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
     (4, 512, "short"): ForwardConfig(16, 16, 8, 1, 64, reason=EXACT),
 }
 
+_EXACT: dict[tuple[int, int, Work], ForwardConfig] = {
+    # Those products on NVIDIA's chips, where they wait for shared memory; with more than 64 KB.
+    **_any_work(4, 64, ForwardConfig(64, 32, 4, 1, 16, reason=EXACT_NVIDIA)),
+    (4, 64, "spans"): ForwardConfig(64, 64, 4, 1, 16, reason=EXACT_NVIDIA),
+    (4, 64, "short"): ForwardConfig(16, 64, 4, 1, 16, reason=EXACT_NVIDIA),
+    **_any_work(4, 128, ForwardConfig(32, 64, 4, 1, 16, reason=EXACT_NVIDIA)),
+    (4, 128, "short"): ForwardConfig(16, 64, 4, 1, 16, reason=EXACT_NVIDIA),
+    **_any_work(4, 256, ForwardConfig(32, 64, 8, 1, 16, reason=EXACT_NVIDIA)),
+    (4, 256, "short"): ForwardConfig(16, 32, 8, 1, 16, reason=EXACT_NVIDIA),
+    **_any_work(4, 512, ForwardConfig(16, 32, 8, 1, 16, reason=EXACT_NVIDIA)),
+    (4, 512, "short"): ForwardConfig(16, 32, 8, 1, 16, reason=EXACT_NVIDIA),
+}
+
 _HOPPER: dict[tuple[int, int, Work], ForwardConfig] = {
+    **_EXACT,
     # Matrix instructions of a warp group take 64 rows: 8 warps for 128. Room for deep pipelines.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=TWO_PROGRAMS),
     (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=GROUPS_TILES),
@@ -193,6 +213,7 @@ _BLACKWELL: dict[tuple[int, int, Work], ForwardConfig] = {
 }
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
+    **_EXACT,
     # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
     (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=AMPERE_TILES),
@@ -202,10 +223,10 @@ _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
     (2, 256, "spans"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
     (2, 256, "tiles"): ForwardConfig(64, 32, 8, 2, reason=AMPERE_WIDE),
     **_any_work(2, 512, ForwardConfig(64, 32, 8, 2, 128, reason=FEWER_READS)),
-    **_any_work(4, 64, ForwardConfig(64, 32, 8, 2, reason=AMPERE_EXACT)),
 }
 
 _CONSUMER: dict[tuple[int, int, Work], ForwardConfig] = {
+    **_EXACT,
     # As Ampere, with shallower pipelines for 99 KB of shared memory.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
     (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=SHALLOW),
@@ -264,7 +285,19 @@ _BACKWARD_ANYWHERE: dict[tuple[int, int, Pass], BackwardConfig] = {
     },
 }  # fmt: skip
 
+_EXACT_PASSES: dict[Pass, BackwardConfig] = {
+    "query": BackwardConfig(64, 32, 4, 1, 16, 64, BACK_EXACT_NVIDIA),
+    "key_value": BackwardConfig(32, 64, 8, 1, 16, 64, BACK_EXACT_NVIDIA),
+    "bias": BackwardConfig(64, 64, 4, 1, 16, 64, BACK_EXACT_NVIDIA),
+    "statistics": BackwardConfig(64, 32, 4, 1, 16, 64, BACK_EXACT_NVIDIA),
+}
+
+_BACKWARD_EXACT: dict[tuple[int, int, Pass], BackwardConfig] = {
+    (4, dim, kernel): config for dim in (64, 128, 256, 512) for kernel, config in _EXACT_PASSES.items()
+}
+
 _BACKWARD_HOPPER: dict[tuple[int, int, Pass], BackwardConfig] = {
+    **_BACKWARD_EXACT,
     (2, 64, "query"): BackwardConfig(128, 32, 8, 2, reason=BACK_HOPPER_ROWS),
     (2, 64, "key_value"): BackwardConfig(16, 64, 4, 1, reason=BACK_FEW_ROWS),
     (2, 64, "bias"): BackwardConfig(64, 64, 8, 1, reason=BACK_HOPPER_ONCE),
@@ -285,12 +318,12 @@ _BACKWARD_BLACKWELL: dict[tuple[int, int, Pass], BackwardConfig] = {
 }
 
 BACKWARD_CONFIGS: dict[str, dict[tuple[int, int, Pass], BackwardConfig]] = {
-    "sm_80": _BACKWARD_ANYWHERE,
-    "sm_86": _BACKWARD_ANYWHERE,
-    "sm_89": _BACKWARD_ANYWHERE,
+    "sm_80": _BACKWARD_ANYWHERE | _BACKWARD_EXACT,
+    "sm_86": _BACKWARD_ANYWHERE | _BACKWARD_EXACT,
+    "sm_89": _BACKWARD_ANYWHERE | _BACKWARD_EXACT,
     "sm_90": _BACKWARD_ANYWHERE | _BACKWARD_HOPPER,
     "sm_100": _BACKWARD_ANYWHERE | _BACKWARD_BLACKWELL,
-    "sm_120": _BACKWARD_ANYWHERE,
+    "sm_120": _BACKWARD_ANYWHERE | _BACKWARD_EXACT,
     "gfx942": _BACKWARD_ANYWHERE,
     "interpreter": {
         (size, dim, kernel): BackwardConfig(64, 64, 1, 1, *((0, 0) if dim <= 128 else (64, 128)), reason=INTERPRETER)
@@ -338,7 +371,7 @@ BACKWARD_FASTER_CONFIGS: dict[str, dict[tuple[int, int, Pass], tuple[FasterRow, 
 }
 """Faster ones for calls that have not everything, where there are such; the first that serves a call is taken."""
 
-_DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+_DECODE_ANYWHERE: dict[tuple[int, int, Rows], DecodeConfig] = {
     # (bytes per element of the queries, widest head, rows). Few rows wait for memory: deep pipelines, narrow tiles.
     (2, 64, "few"): DecodeConfig(16, 64, 4, 2, reason=MEMORY_BOUND),
     (2, 128, "few"): DecodeConfig(16, 32, 4, 2, reason=MEMORY_BOUND),
@@ -355,26 +388,33 @@ _DECODE_ANYWHERE: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = 
     },
 }
 
-_DECODE_HOPPER: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+_DECODE_EXACT: dict[tuple[int, int, Rows], DecodeConfig] = {
+    (4, dim, rows): DecodeConfig(16, block_n, num_warps, 1, 16, EXACT_NVIDIA)
+    for dim, block_n, num_warps in ((64, 64, 4), (128, 32, 8), (256, 32, 8), (512, 16, 8))
+    for rows in get_args(Rows)
+}
+
+_DECODE_HOPPER: dict[tuple[int, int, Rows], DecodeConfig] = {
+    **_DECODE_EXACT,
     (2, 64, "few"): DecodeConfig(16, 64, 4, 3, reason=MEMORY_HOPPER),
     (2, 128, "few"): DecodeConfig(16, 32, 4, 3, reason=MEMORY_HOPPER),
     (2, 256, "few"): DecodeConfig(16, 32, 8, 2, reason=MEMORY_HOPPER),
 }
 
-_DECODE_INTERPRETED: dict[tuple[int, int, Literal["few", "many"]], DecodeConfig] = {
+_DECODE_INTERPRETED: dict[tuple[int, int, Rows], DecodeConfig] = {
     (size, dim, rows): DecodeConfig(16 if rows == "few" else 64, 32, 1, 1, 0 if dim <= 128 else 64, INTERPRETER)
     for size in (2, 4)
     for dim in (64, 128, 256, 512)
     for rows in ("few", "many")
 }
 
-DECODE_CONFIGS: dict[str, dict[tuple[int, int, Literal["few", "many"]], DecodeConfig]] = {
-    "sm_80": _DECODE_ANYWHERE,
-    "sm_86": _DECODE_ANYWHERE,
-    "sm_89": _DECODE_ANYWHERE,
+DECODE_CONFIGS: dict[str, dict[tuple[int, int, Rows], DecodeConfig]] = {
+    "sm_80": _DECODE_ANYWHERE | _DECODE_EXACT,
+    "sm_86": _DECODE_ANYWHERE | _DECODE_EXACT,
+    "sm_89": _DECODE_ANYWHERE | _DECODE_EXACT,
     "sm_90": _DECODE_ANYWHERE | _DECODE_HOPPER,
     "sm_100": _DECODE_ANYWHERE | _DECODE_HOPPER,
-    "sm_120": _DECODE_ANYWHERE,
+    "sm_120": _DECODE_ANYWHERE | _DECODE_EXACT,
     "gfx942": _DECODE_ANYWHERE,
     "interpreter": _DECODE_INTERPRETED,
 }

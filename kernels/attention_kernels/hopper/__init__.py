@@ -2,8 +2,8 @@
 """The forward pass for Hopper GPUs in Gluon, for those who ask for it: no GPU has run it yet.
 
 `enable()` switches it on in this process, wherever the device and the call allow; other calls go on with the Triton
-kernel, and why is logged once. Tests run it in a simulation, and compiled, on a machine for PTX. It stays off until a GPU
-has compared it with the reference.
+kernel, and why is logged once. Tests run it in a simulation, and compiled, on a machine for PTX. It stays off until a
+GPU has compared it with the reference.
 """
 
 from __future__ import annotations
