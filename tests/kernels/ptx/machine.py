@@ -22,6 +22,9 @@ from .turns import Turns
 POISON = 0xDEADBEEFDEADBEEF
 """What is in registers that nobody has set."""
 
+ENDED = -1
+"""Where threads are that have returned."""
+
 PARAMETERS = 1 << 60
 """Address of the first parameter."""
 
@@ -111,6 +114,10 @@ class Machine:
 
     Attributes:
         late: whether what runs beside the threads happens as late as it may; else as soon.
+        order: draws which warps go on; None for an order that is the same each time.
+        turns: counts those of memory.
+        events: how often something happened that others may wait for.
+        lots: what has begun and is waited for by those who began it (`Group.begin`).
     """
 
     def __init__(
@@ -158,6 +165,7 @@ class Machine:
         assert not any(each for lots in self.lots.values() for each in lots), "something was under way at the end"
 
     def _choose(self) -> Group | None:
+        """Who goes on: who is furthest behind, so that others are met again, or whole warps as they are drawn."""
         able = [each for each in self.groups if each.waits_at is None and each.saw != self.events]
         if not able:
             return None
@@ -178,14 +186,14 @@ class Machine:
             group.at = following
         elif end.name[0] == "bra":
             target = self.code.program.labels[end.operands[0]]
-            self._branch(group, end, {target: None}, following)
+            self._split(group, np.where(group.mask(end.predicate), target, following))
         elif end.name[0] == "brx":
+            assert end.predicate is None
             table = [self.code.program.labels[each] for each in self.code.program.tables[end.operands[1]]]
             chosen = np.array(table)[group.registers[end.operands[0]].astype(np.int64)]
             self._split(group, chosen)
         elif end.name[0] in ("ret", "exit"):
-            chosen = np.where(group.mask(end.predicate), -1, following)
-            self._split(group, chosen)
+            self._split(group, np.where(group.mask(end.predicate), ENDED, following))
         elif end.name[0] == "trap":
             if group.mask(end.predicate).any():
                 raise RuntimeError("trap")
@@ -196,20 +204,17 @@ class Machine:
             self._arrive(group, end, following)
         self._join(group)
 
-    def _branch(self, group: Group, end: Any, targets: dict, following: int) -> None:
-        (target,) = targets
-        self._split(group, np.where(group.mask(end.predicate), target, following))
-
     def _split(self, group: Group, chosen: np.ndarray) -> None:
+        """Send each thread where it goes on."""
         places = np.unique(chosen)
         if len(places) == 1:
-            if places[0] < 0:
+            if places[0] == ENDED:
                 self.groups.remove(group)
             group.at = int(places[0])
             return
         self.groups.remove(group)
         for place in places.tolist():
-            if place >= 0:
+            if place != ENDED:
                 here = chosen == place
                 part = Group(
                     self, group.threads[here], {name: each[here] for name, each in group.registers.items()}, place
@@ -219,6 +224,7 @@ class Machine:
                 self._join(part)
 
     def _join(self, group: Group) -> None:
+        """Make one group of two that have come to the same place."""
         if group not in self.groups or group.waits_at is not None:
             return
         for other in self.groups:
@@ -256,7 +262,14 @@ class Machine:
 
 
 class Group:
-    """Threads that are at the same place, with their registers."""
+    """Threads that are at the same place, with their registers.
+
+    Attributes:
+        at: the instruction that is next.
+        waits_at: the number of the barrier (`bar.sync`) that it waits at.
+        spun: whether it has just asked an mbarrier in vain.
+        saw: how many events there had been then: before another it need not ask again.
+    """
 
     def __init__(self, machine: Machine, threads: np.ndarray, registers: dict[str, np.ndarray], at: int) -> None:
         self.machine, self.threads, self.at, self.size = machine, threads, at, len(threads)
