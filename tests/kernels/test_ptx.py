@@ -99,7 +99,13 @@ def test_the_gluon_kernel_whatever_waits_for_what(dim, extras, seed):
 
 @pytest.mark.parametrize(
     ("capability", "stored"),
-    [(AMPERE, None), (AMPERE, torch.float8_e5m2), (AMPERE, torch.int8), (HOPPER, None), (HOPPER, torch.float8_e4m3fn)],
+    [
+        (AMPERE, None),
+        (AMPERE, torch.int8),
+        (HOPPER, None),
+        (HOPPER, torch.float8_e4m3fn),
+        (HOPPER, torch.float8_e5m2),
+    ],
 )
 def test_pages(capability, stored):
     """Written, and read by a prompt's end and by single tokens."""
@@ -241,7 +247,7 @@ def test_names_of_inner_scopes_are_their_own():
     text = """
     .visible .entry kernel(.param .u64 kernel_param_0) .reqntid 32 {
     .reg .b32 %r<3>;
-    { .reg .pred done; again: setp.eq.b32 done, %r1, 0; @!done bra again; bra beyond; beyond: }
+    { .reg .pred done, other<2>; again: setp.eq.b32 done, %r1, 0; @!done bra again; bra beyond; beyond: }
     { .reg .pred done; again: setp.eq.b32 done, %r2, 0; @done bra again; }
     ret;
     }"""

@@ -25,8 +25,8 @@ POISON = 0xDEADBEEFDEADBEEF
 ENDED = -1
 """Where threads are that have returned."""
 
-PARAMETERS = 1 << 60
-"""Address of the first parameter."""
+PARAMETERS = 0x7000_0000
+"""Address of the first parameter, in 32 bits as in 64."""
 
 
 Positions = np.ndarray

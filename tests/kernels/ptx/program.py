@@ -98,10 +98,12 @@ _DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 
 
 def _declared(names: str) -> set[str]:
-    """Registers of a declaration: `a, b`, or `a<3>` for a0, a1 and a2."""
-    if several := re.fullmatch(r"\s*([^\s<]+)\s*<(\d+)>\s*", names):
-        return {f"{several[1]}{number}" for number in range(int(several[2]))}
-    return {each.strip() for each in names.split(",")}
+    """Registers of a declaration: of `a, b<3>` a, b0, b1 and b2."""
+    declared = set()
+    for each in names.split(","):
+        name, _, count = each.strip().rstrip(">").partition("<")
+        declared |= {f"{name}{number}" for number in range(int(count))} if count else {name}
+    return declared
 
 
 def _names_of_scopes(statements: list[str]) -> dict[int, dict[str, str]]:
