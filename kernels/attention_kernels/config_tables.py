@@ -92,6 +92,9 @@ SHARED_MEMORY = {
 }
 """Bytes of shared memory that one program may use (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA)."""
 
+WITHOUT_E4M3 = ("sm_80", "sm_86")
+"""Architectures for which Triton knows no float8_e4m3fn."""
+
 
 class DecodeConfig(NamedTuple):
     """Tile shape of the kernel for caches; as `ForwardConfig`, of rows that are queries of all heads of a group."""
@@ -112,9 +115,7 @@ IN_PIECES = "512 columns of queries and keys would fill the shared memory: they 
 FEWER_READS = "as elsewhere, with 32 keys for 16: the pieces of the queries are read half as often"
 WHOLE_HEAD = "227 KB hold queries, and keys and values twice; nearly all that spills is beside the loop"
 EXACT = "exact float32 products run on the ordinary units with operands in registers: small tiles, in pieces"
-EXACT_NVIDIA = (
-    "they wait for shared memory: in pieces of 16 its banks conflict least, large tiles multiply more with each read"
-)
+EXACT_NVIDIA = "exact products wait for shared memory: pieces of 16 conflict least, large tiles reuse what they read"
 OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside its own exponentials, without spills"
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_TILES = "128 rows for two warp groups; two stages leave room for tiles of a mask and of a bias in float32"
@@ -177,7 +178,7 @@ _ANYWHERE: dict[tuple[int, int, Work], ForwardConfig] = {
 }
 
 _EXACT: dict[tuple[int, int, Work], ForwardConfig] = {
-    # Those products on NVIDIA's chips, where they wait for shared memory; with more than 64 KB.
+    # NVIDIA's chips, whose exact float32 products wait for shared memory, and which have more than 64 KB of it.
     **_any_work(4, 64, ForwardConfig(64, 32, 4, 1, 16, reason=EXACT_NVIDIA)),
     (4, 64, "spans"): ForwardConfig(64, 64, 4, 1, 16, reason=EXACT_NVIDIA),
     (4, 64, "short"): ForwardConfig(16, 64, 4, 1, 16, reason=EXACT_NVIDIA),
@@ -405,7 +406,7 @@ _DECODE_INTERPRETED: dict[tuple[int, int, Rows], DecodeConfig] = {
     (size, dim, rows): DecodeConfig(16 if rows == "few" else 64, 32, 1, 1, 0 if dim <= 128 else 64, INTERPRETER)
     for size in (2, 4)
     for dim in (64, 128, 256, 512)
-    for rows in ("few", "many")
+    for rows in get_args(Rows)
 }
 
 DECODE_CONFIGS: dict[str, dict[tuple[int, int, Rows], DecodeConfig]] = {

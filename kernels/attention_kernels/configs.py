@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,11 +17,13 @@ from .config_tables import (
     DECODE_CONFIGS,
     SERVES,
     SHARED_MEMORY,
+    WITHOUT_E4M3,
     BackwardConfig,
     DecodeConfig,
     Extra,
     ForwardConfig,
     Pass,
+    Rows,
     Work,
 )
 from .tuned import tuned_rows
@@ -91,7 +93,7 @@ def decode_config(
 ) -> DecodeConfig:
     """The tile shape for queries of `dtype` of which a group of heads has `rows` (query tokens times group size)."""
     widest = widest_row(head_dim, value_dim)
-    kind: Literal["few", "many"] = "few" if rows <= SHORT else "many"
+    kind: Rows = "few" if rows <= SHORT else "many"
     own: Any = device and tuned_rows(device).get(("decode", dtype.itemsize, widest, kind))
     config: DecodeConfig = own or DECODE_CONFIGS[architecture][dtype.itemsize, widest, kind]
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
@@ -126,10 +128,6 @@ def choose_splits(programs: int, key_len: int, block_n: int, device: torch.devic
     """
     wanted = -(-2 * processors(device) // max(1, programs))
     return max(1, min(wanted, key_len // (4 * block_n), 64))
-
-
-WITHOUT_E4M3 = ("sm_80", "sm_86")
-"""Architectures for which Triton knows no float8_e4m3fn."""
 
 
 def padded_dim(dim: int) -> int:

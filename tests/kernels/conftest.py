@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of remembered calls share."""
+"""What runs the kernels in `make test-ptx`, and what tests of remembered calls share."""
 
 from __future__ import annotations
 

@@ -29,5 +29,7 @@ def running_on(capability: int, **options: Any) -> Iterator[Device]:
         assuming(f"sm_{capability}", PROCESSORS),
         patch.object(operators, "interpreting", lambda: True),  # which is what sends CPU tensors to kernels
     ):
-        yield here
-    prebound.forget()
+        try:
+            yield here
+        finally:
+            prebound.forget()  # or calls elsewhere would be launched here

@@ -21,6 +21,7 @@ from ..config_tables import (
     GLUON_CONFIGS,
     SERVES,
     SHARED_MEMORY,
+    WITHOUT_E4M3,
     BackwardConfig,
     DecodeConfig,
     Extra,
@@ -198,7 +199,7 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
     query_len = 1 if case.work == "few" else 8
     query = torch.empty(2, query_len, 8, case.dim, dtype=case.dtype).transpose(1, 2)
     # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
-    kind = torch.float8_e5m2 if case.architecture in ("sm_80", "sm_86") else torch.float8_e4m3fn
+    kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
     pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
     given = extras(query_len)
     config = _whole(case.config, case.dim)

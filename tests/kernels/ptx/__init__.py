@@ -13,7 +13,7 @@ products.
 """
 
 from .driver import Device, device
-from .machine import Deadlock
+from .machine import Deadlock, Unfinished
 from .memory import MemoryFault
 
-__all__ = ["Deadlock", "Device", "MemoryFault", "device"]
+__all__ = ["Deadlock", "Device", "MemoryFault", "Unfinished", "device"]

@@ -9,12 +9,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+
+from attention_kernels.ahead_of_time.compiling import AbsentDevice, active_driver, gpu_target
 
 from .machine import PARAMETERS, Code, Machine
 from .memory import GlobalMemory
@@ -28,27 +30,14 @@ MOST_CODES = 32
 SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 
 
-class Device:
-    """What Triton asks of a driver."""
+class Device(AbsentDevice):
+    """A driver whose launches run."""
 
     def __init__(self, capability: int, *, late: bool, seed: int | None, counts: bool) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+        super().__init__(gpu_target(f"sm_{capability}"))
         self.late, self.seed, self.counts = late, seed, counts
-        self.launches: list[str] = []
         self.turns: dict[str, Turns] = {}
         self._codes: OrderedDict[str, Code] = OrderedDict()
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"ptx:{self.target.arch}"
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
     def text_of(self, kernel: CompiledKernel) -> str:
         """What is run."""
@@ -61,7 +50,6 @@ class Device:
             code = self._codes[text] = Code(parse(text))
             if len(self._codes) > MOST_CODES:
                 self._codes.popitem(last=False)
-        self.launches.append(code.program.name)
         given = [*flattened(kernel, arguments), None, None]  # and memory that Triton wants for itself
         assert len(given) == len(code.program.parameters), (len(given), len(code.program.parameters))
         memory = GlobalMemory(each for each in _tensors(arguments))
@@ -168,16 +156,9 @@ def device(capability: int, *, late: bool = False, seed: int | None = None, coun
             self.module = self.function = self
 
             def run(x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *arguments) -> None:
-                driver.active.launch(self, (x, y, z), arguments)
+                driver.active.launch(self, (x, y, z), arguments)  # not `here`: Triton keeps kernels for longer
 
             self._run = run
 
-    before = CompiledKernel._init_handles
-    CompiledKernel._init_handles = init_handles
-    driver.set_active(here)
-    try:
+    with active_driver(here), patch.object(CompiledKernel, "_init_handles", init_handles):
         yield here
-    finally:
-        CompiledKernel._init_handles = before
-        if torch.cuda.is_available():
-            driver.reset_active()

@@ -43,6 +43,10 @@ class Deadlock(Exception):
     """All threads wait for each other."""
 
 
+class Unfinished(Exception):
+    """Threads ended before what they had begun."""
+
+
 class Block(NamedTuple):
     """Instructions without a choice between, and what ends them."""
 
@@ -150,6 +154,7 @@ class Machine:
 
         Raises:
             Deadlock: some wait for what will not come.
+            Unfinished: something was not waited for.
         """
         while self.groups:
             group = self._choose()
@@ -161,8 +166,8 @@ class Machine:
                 where = "; ".join(f"threads {g.threads[0]}-{g.threads[-1]} at {g.where()}" for g in self.groups)
                 raise Deadlock(where)
             self._step(group)
-        assert not any(self.queues.values()), "something was still under way at the end"
-        assert not any(each for lots in self.lots.values() for each in lots), "something was under way at the end"
+        if any(self.queues.values()) or any(each for lots in self.lots.values() for each in lots):
+            raise Unfinished("all threads have ended, and something that they began has not been waited for")
 
     def _choose(self) -> Group | None:
         """Who goes on: who is furthest behind, so that others are met again, or whole warps as they are drawn."""
@@ -568,8 +573,8 @@ class Group:
     def tensor_multiply(self, target, a, in_tensor_memory: bool, b, instruction, adds, mask) -> None:
         """`tcgen05.mma`, by the threads that the mask has."""
         for thread in np.flatnonzero(np.ones(self.size, bool) if mask is None else mask):
-            left = str(int(a[thread])) if in_tensor_memory else int(a[thread])
-            given = int(target[thread]), left, int(b[thread]), int(instruction[thread]), bool(adds[thread])
+            operands = int(target[thread]), int(a[thread]), in_tensor_memory, int(b[thread])
+            given = *operands, int(instruction[thread]), bool(adds[thread])
             self.queue("products", partial(self.machine.tensor_memory.multiply, self.machine.shared, *given))
 
     def tensor_commit(self, barrier, mask) -> None:

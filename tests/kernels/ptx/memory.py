@@ -97,7 +97,6 @@ class SharedMemory:
         self.size = size
         whole = np.full((self.BASE + size + 15) // 16 * 16, 0xFF, np.uint8)
         self.views = {unit: whole.view(kind) for unit, kind in UNITS.items()}
-        self.bytes = whole
         self.unfenced = np.zeros(len(whole), np.uint8)
 
     def places(self, addresses: np.ndarray, size: int, unit: int) -> np.ndarray:

@@ -7,19 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "u8": 8, "u16": 16, "u32": 32, "u64": 64, "s8": 8}
-WIDTHS |= {
-    "s16": 16,
-    "s32": 32,
-    "s64": 64,
-    "f16": 16,
-    "bf16": 16,
-    "f32": 32,
-    "f64": 64,
-    "f16x2": 32,
-    "bf16x2": 32,
-    "f32x2": 64,
-}
+WIDTHS = {"pred": 1, **{f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}}
+WIDTHS |= {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16x2": 32, "f32x2": 64}
 """Bits of each type."""
 
 _DECLARED = {"%p": "pred", "%rs": "b16", "%r": "b32", "%rd": "b64", "%f": "f32", "%fd": "f64"}
@@ -67,7 +56,7 @@ class Program(NamedTuple):
         """Bits of a register; 1 of a predicate."""
         if (bits := self.registers.get(register)) is not None:
             return bits
-        return WIDTHS[_DECLARED[re.match(r"%[a-z]+", register)[0]]]
+        return WIDTHS[_DECLARED[register.rstrip("0123456789")]]
 
 
 def parse(text: str) -> Program:

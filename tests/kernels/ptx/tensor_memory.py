@@ -44,14 +44,16 @@ class TensorMemory:
             raise MemoryFault(f"column {columns.max()} of tensor memory, of {self.allocated} that are allocated")
         return lane[:, None], columns
 
-    def multiply(self, shared: SharedMemory, target: int, a, b: int, instruction: int, adds: bool) -> None:
-        """`tcgen05.mma` of 16-bit numbers: 16 terms of each sum. `a` is a descriptor, or an address in here as text."""
+    def multiply(
+        self, shared: SharedMemory, target: int, a: int, a_inside: bool, b: int, instruction: int, adds: bool
+    ) -> None:
+        """`tcgen05.mma` of 16-bit numbers: 16 terms of each sum. `a` is a descriptor, or an address in here."""
         rows, columns = (instruction >> 24 & 31) << 4, (instruction >> 17 & 63) << 3
         assert instruction >> 4 & 3 == 1 and instruction & 0x6000 == 0, "float32 sums of products that are not negated"
         kinds = [("f16", "bf16")[instruction >> shift & 7] for shift in (7, 10)]
         right = self._operand(shared, b, columns, instruction >> 16 & 1, kinds[1])
-        if isinstance(a, str):
-            lane, column = self._rows(int(a), rows)
+        if a_inside:
+            lane, column = self._rows(a, rows)
             low, high = halves(self.cells[lane[:, None], column + np.arange(8)])
             left = np.stack([numbers(low, kinds[0]), numbers(high, kinds[0])], -1).reshape(rows, 16)
         else:

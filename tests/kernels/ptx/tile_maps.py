@@ -56,7 +56,8 @@ class TileMap:
         """Copy a tile to shared memory; zeros where the tensor has nothing."""
         addresses, places, inside = self._places(coordinates, target)
         values = np.zeros(len(addresses), UNITS[self.unit])
-        (values[inside],) = self.memory.read(addresses[inside], self.unit, 1) if inside.any() else (values[inside],)
+        if inside.any():
+            (values[inside],) = self.memory.read(addresses[inside], self.unit, 1)
         shared.places(np.array([places.min(), places.max()], np.uint32), self.unit, self.unit)
         shared.views[self.unit][places // self.unit] = values
         shared.unfenced[target : target + self.size] = 0

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +32,10 @@ _FORMULAS = {
 }  # fmt: skip
 
 
+UNKNOWN = {"rz", "rm", "rp", "sat", "xorsign"}
+"""Words of an opcode that change what it computes, and are not known: other roundings, and limits of results."""
+
+
 def type_of(name: tuple[str, ...]) -> str:
     """The last type that an opcode names."""
     return next(part for part in reversed(name) if part in WIDTHS)
@@ -43,7 +46,7 @@ class Translator:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.constants: dict[str, object] = {}
+        self.constants: dict[str, np.generic] = {}
 
     def block(self, instructions: list[Instruction]) -> Callable:
         """What these instructions do to the registers `r` of a group of threads `g`."""
@@ -78,9 +81,9 @@ class Translator:
         """The same with a number for each thread, whatever it is."""
         return f"g.filled({self.read(operand, kind)})"
 
-    def constant(self, value: object) -> str:
+    def constant(self, value: np.generic) -> str:
         """A name for a value."""
-        name = f"C_{type(value).__name__}_{getattr(value, 'tobytes', lambda: bytes([value]))().hex()}"
+        name = f"C_{type(value).__name__}_{value.tobytes().hex()}"
         self.constants[name] = value
         return name
 
@@ -125,10 +128,11 @@ class Translator:
         name, operands, predicate = instruction
         special = getattr(self, f"_{name[0]}", None)
         try:
+            assert not UNKNOWN & {*name}, "a word that is not known"
             if special is not None:
                 return special(name, operands, predicate)
             return self._plain(name, operands, predicate)
-        except (KeyError, StopIteration, AssertionError) as error:
+        except (KeyError, StopIteration, AssertionError, TypeError, ValueError) as error:
             raise NotImplementedError(f"{instruction}: {error!r}") from error
 
     def _plain(self, name, operands, predicate) -> list[str]:
@@ -150,6 +154,7 @@ class Translator:
             assert source.count("{") == len(given)
             source = source.format(*given)
         if "relu" in name:
+            assert kind == "s32"
             source = f"np.maximum({source}, 0)"
         if kind in ("f32", "f64") and "ftz" in name:
             source = f"flushed({source})"
@@ -160,7 +165,7 @@ class Translator:
         to_number, to_bits = PAIRS[kind]
         formula = {"fma": "fma({0}, {1}, {2})", "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}"}
         formula |= {"max": "np.fmax({0}, {1})", "min": "np.fmin({0}, {1})", "neg": "-{0}"}
-        assert "NaN" not in name, name
+        assert not {"NaN", "relu"} & {*name} and len(operands) == 1 + formula[name[0]].count("{")
         bits = f"b{WIDTHS[kind]}"
         parts = []
         for half in (0, 1):
@@ -275,7 +280,9 @@ class Translator:
         if of in arithmetic.FLOAT8:
             source = f"float8_pair_to_half({self.read(operands[1], 'b16')}, {of!r})"
             return [self.write(operands[0], source, "b32", predicate)]
+        assert "relu" not in name
         if to.endswith("x2"):
+            assert "satfinite" not in name
             number = PAIRS[to][1]
             high, low = (number.format(self.read(each, of)) for each in operands[1:3])
             return [self.write(operands[0], f"joined({low}, {high})", "b32", predicate)]
@@ -486,7 +493,7 @@ class Translator:
     _setmaxnreg = _membar = _prefetch = _nanosleep = _griddepcontrol = _nothing
 
 
-def immediate(text: str, kind: str) -> object:
+def immediate(text: str, kind: str) -> np.generic:
     """A number in the text as one of a type."""
     if kind == "pred":
         return np.bool_(int(text, 0) != 0)
@@ -495,7 +502,7 @@ def immediate(text: str, kind: str) -> object:
         value = np.uint32(int(text[2:], 16)).view(np.float32)
         return value if kind == "f32" else np.uint32(int(text[2:], 16))
     if text[:2] in ("0d", "0D"):
-        return struct.unpack(">d", bytes.fromhex(text[2:]))[0]
+        return np.uint64(int(text[2:], 16)).view(np.float64)
     whole = UNSIGNED[bits](int(text.rstrip("U"), 0) & (1 << bits) - 1)
     if kind == "bf16":
         return arithmetic.bfloat16_to_float(whole)[()]
