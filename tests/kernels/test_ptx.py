@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 
 from on_ptx import running_on
 from ptx import Deadlock, MemoryFault, Unfinished
+from ptx.arithmetic import truncated_half
 from ptx.driver import Device
 from ptx.program import parse
 from ptx.turns import Turns
@@ -265,3 +266,11 @@ def test_names_of_inner_scopes_are_their_own():
     first, _, _, second, jump, _ = program.instructions
     assert first.operands[0] != second.operands[0]
     assert jump.predicate == (second.operands[0], False) and program.labels[jump.operands[0]] == 3
+
+
+def test_float16_is_rounded_towards_0_where_asked():
+    numbers = np.array([1 + 2**-11 + 2**-20, -1 - 2**-10 - 2**-12, 65519.9, 70000.0, 0.5], np.float32)
+    truncated = np.array([1, -1 - 2**-10, 65504, 65504, 0.5], np.float16)
+    with np.errstate(over="ignore"):
+        assert (truncated_half(numbers) == truncated).all()
+        assert (numbers.astype(np.float16) != truncated).sum() == 2  # by default the nearest

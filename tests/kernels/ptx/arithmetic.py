@@ -167,11 +167,19 @@ def float_pair_to_float8(high, low, kind):
     return result
 
 
+def truncated_half(x):
+    """float16, rounded towards 0."""
+    half = np.asarray(x, F4).astype(F2)
+    return np.where(np.abs(half.astype(F4)) > np.abs(x), np.nextafter(half, F2(0)), half)
+
+
 def convert(x, to: str, rounding: str | None):
     """`cvt` between numbers as NumPy holds them; bfloat16 as float32."""
     kind = NUMPY.get(to)
     if to == "bf16":
         return float_to_bfloat16(x)
+    if rounding == "rz":
+        return truncated_half(x)
     if kind is not None and np.issubdtype(kind, np.floating):
         return np.asarray(x).astype(kind)
     bits = int(to[1:])

@@ -128,7 +128,9 @@ class Translator:
         name, operands, predicate = instruction
         special = getattr(self, f"_{name[0]}", None)
         try:
-            assert not UNKNOWN & {*name}, "a word that is not known"
+            assert not UNKNOWN & {*name} or (name[:2] == ("cvt", "rz") and name[-1] == "f32"), (
+                "a word that is not known"
+            )
             if special is not None:
                 return special(name, operands, predicate)
             return self._plain(name, operands, predicate)
@@ -281,12 +283,13 @@ class Translator:
             source = f"float8_pair_to_half({self.read(operands[1], 'b16')}, {of!r})"
             return [self.write(operands[0], source, "b32", predicate)]
         assert "relu" not in name
+        assert "rz" not in name or to in ("f16", "f16x2")
         if to.endswith("x2"):
             assert "satfinite" not in name
-            number = PAIRS[to][1]
+            number = PAIRS[to][1].replace("{}", "truncated_half({})" if "rz" in name else "{}")
             high, low = (number.format(self.read(each, of)) for each in operands[1:3])
             return [self.write(operands[0], f"joined({low}, {high})", "b32", predicate)]
-        rounding = next((part for part in name if part in ("rni", "rzi", "rmi", "rpi")), None)
+        rounding = next((part for part in name if part in ("rz", "rni", "rzi", "rmi", "rpi")), None)
         source = f"convert({self.read(operands[1], of)}, {to!r}, {rounding!r})"
         if to == "bf16":
             return [self.write(operands[0], source, "b16", predicate)]
