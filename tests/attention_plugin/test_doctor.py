@@ -168,8 +168,11 @@ def test_a_supported_gpu_is_shown_its_tiles(monkeypatch):
     found = findings.guarded("kernels", findings.kernels)
     assert [finding.subject for finding in found] == ["cuda:0", "tiles, bfloat16", "tiles, float32"]
     assert found[0].found == "Triton kernels with the tile shapes of sm_90, 227 KB of shared memory a program"
-    assert "64: 128x64, decoding 16x64; 128: 128x64, decoding 16x32;" in found[1].found
-    assert "64: 32x32, decoding 32x128; 128:" in found[2].found  # what `my-triton tune` has measured
+    tiles, decoding = config_tables.CONFIGS["sm_90"], config_tables.DECODE_CONFIGS["sm_90"]
+    shapes = tiles[2, 64, "spans"], decoding[2, 64, "few"], tiles[4, 64, "spans"], measured["decode", 4, 64, "few"]
+    own, own_decode, exact, exact_decode = (f"{shape.block_m}x{shape.block_n}" for shape in shapes)
+    assert f"by head dim 64: {own}, decoding {own_decode}; 128: " in found[1].found
+    assert f"by head dim 64: {exact}, decoding {exact_decode}; 128: " in found[2].found  # as `my-triton tune` found
 
 
 def test_what_comes_before_an_error_is_kept():

@@ -19,7 +19,7 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 
 import attention_plugin
-from attention_kernels import Spans
+from attention_kernels import Spans, configs
 from attention_plugin import support
 from attention_plugin.__main__ import main
 from attention_plugin.command import UsageError
@@ -285,12 +285,14 @@ def test_work_is_what_a_dense_mask_says(name, where):
 
 
 def test_tiles_are_counted_as_the_kernel_walks_them():
-    # 32 rows x 32 keys: every tile that holds a key of one of its rows.
+    # Every tile that holds a key of one of its rows.
     spans = MASKS["window"]
-    padded = torch.zeros(22 * 32, 22 * 32, dtype=torch.bool)
+    config = configs.forward_config("sm_86", torch.float32, 64, 64, 700, has_tiles=False, has_dropout=False)
+    rows, keys = -(-700 // config.block_m), -(-700 // config.block_n)
+    padded = torch.zeros(rows * config.block_m, keys * config.block_n, dtype=torch.bool)
     padded[:700, :700] = spans.to_dense()[0]
-    tiles = padded.view(22, 32, 22, 32).any(3).any(1)
-    computed = tiles.repeat_interleave(32, 0).repeat_interleave(32, 1)[:700, :700]
+    tiles = padded.view(rows, config.block_m, keys, config.block_n).any(3).any(1)
+    computed = tiles.repeat_interleave(config.block_m, 0).repeat_interleave(config.block_n, 1)[:700, :700]
     assert work_of(call_of(spans), TARGETS["sm_86"]).computed == int(computed.sum())
 
 
