@@ -80,7 +80,11 @@ def flash_attn_func(
     _check_probabilities(name, return_attn_probs, dropout_p)
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     window = _window(name, window_size, causal, q.shape[1])
-    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(name, softcap), "dropout_p": dropout_p}
+    options: dict[str, Any] = {
+        "scale": _scale(name, softmax_scale),
+        "softcap": _softcap(name, softcap),
+        "dropout_p": dropout_p,
+    }
     if alibi_slopes is None:
         spans = _aligned_spans(window, q.shape[1], k.shape[1], q.device)
         output, lse = attention(query, key, value, spans, return_lse=True, **options)
@@ -173,12 +177,14 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     _check_dims(name, {"q": q}, "[total, heads, head_dim]")
+    if block_table is not None:
+        check_tensors(name, {"block_table": block_table})
     layout = "[total, heads, head_dim]" if block_table is None else "[pages, page_size, heads, head_dim]"
     _check_dims(name, {"k": k, "v": v}, layout)
     _check_offsets(name, q, k, cu_seqlens_q, cu_seqlens_k, paged=block_table is not None)
     _check_probabilities(name, return_attn_probs, dropout_p)
     window = _window(name, window_size, causal)
-    options: dict[str, Any] = {"scale": softmax_scale, "softcap": _softcap(name, softcap)}
+    options: dict[str, Any] = {"scale": _scale(name, softmax_scale), "softcap": _softcap(name, softcap)}
     query = q.transpose(0, 1)[None]
     if block_table is None:
         key, value = (tensor.transpose(0, 1)[None] for tensor in (k, v))
@@ -297,10 +303,12 @@ def flash_attn_with_kvcache(
     _check_cache_arguments(
         name, q, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
     )
+    if k is not None and v is not None:
+        _check_appended(name, {"k": k, "v": v}, {"k": k_cache, "v": v_cache})
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     before = _cache_lengths(name, cache_seqlens, q, capacity, 0 if k is None else k.shape[1])
     if k is not None and rotary_cos is not None and rotary_sin is not None:
-        _check_rotary(name, rotary_cos, rotary_sin, capacity)
+        _check_rotary(name, rotary_cos, rotary_sin, capacity, q.shape[3])
         moving = causal or max(window_size) >= 0
         q = _rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, moving)
         k = _rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved)
@@ -308,7 +316,7 @@ def flash_attn_with_kvcache(
     window = _window(name, window_size, causal, q.shape[1])
     query = q.transpose(1, 2)
     options: dict[str, Any] = {
-        "scale": softmax_scale,
+        "scale": _scale(name, softmax_scale),
         "softcap": _softcap(name, softcap),
         "num_splits": num_splits or None,
     }
@@ -419,6 +427,16 @@ def _window(name: str, window_size: WindowSize, causal: bool, query_len: int | N
     left, right = (None if size < 0 else size for size in window_size)
     # The only query stands at the last key, after which there is none.
     return Window(left, 0 if causal or query_len == 1 else right)
+
+
+def _scale(name: str, softmax_scale: float | None) -> float | None:
+    """As `attention` takes it, which has a shorter name for it."""
+    finite = softmax_scale is None or (is_number(softmax_scale) and -math.inf < float(softmax_scale) < math.inf)
+    if not finite:
+        raise ValueError(
+            f"{name}: `softmax_scale` must be a finite number, got {softmax_scale!r}; pass None for `head_dim ** -0.5`"
+        )
+    return softmax_scale
 
 
 def _softcap(name: str, softcap: float | None) -> float | None:
@@ -621,7 +639,20 @@ def _check_dims(name: str, tensors: dict[str, Tensor], layout: str) -> None:
             raise ValueError(f"{name}: `{argument}` must be {layout}, got {list(tensor.shape)}; reshape it")
 
 
+def _check_appended(name: str, new: dict[str, Tensor], caches: dict[str, Tensor]) -> None:
+    """Refuse what would be written to a cache as something else."""
+    for argument, tensor in new.items():
+        cache = caches[argument]
+        if tensor.shape[2:] != cache.shape[2:] or tensor.dtype != cache.dtype or tensor.device != cache.device:
+            raise ValueError(
+                f"{name}: `{argument}` must have the heads, head dim, dtype and device of `{argument}_cache`, "
+                f"{list(cache.shape[2:])} {cache.dtype} on {cache.device}, got {list(tensor.shape[2:])} {tensor.dtype} "
+                f"on {tensor.device}; make the cache like it"
+            )
+
+
 def _unpacked(name: str, argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    check_tensors(name, {argument: packed})
     if packed.ndim != dims or packed.shape[-3] != parts:
         raise ValueError(
             f"{name}: `{argument}` must have {dims} dimensions, of which the third from the end is {parts}, got "
@@ -674,11 +705,13 @@ def _check_paged(name: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, a
         )
 
 
-def _check_rotary(name: str, cos: Tensor, sin: Tensor, capacity: int) -> None:
-    if cos.ndim != 2 or cos.shape[0] < capacity or sin.shape != cos.shape:
+def _check_rotary(name: str, cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None:
+    check_tensors(name, {"rotary_cos": cos, "rotary_sin": sin})
+    if cos.ndim != 2 or cos.shape[0] < capacity or sin.shape != cos.shape or 2 * cos.shape[1] > head_dim:
         raise ValueError(
             f"{name}: `rotary_cos` and `rotary_sin` must be [tokens of the cache = {capacity} or more, rotary_dim / 2]"
-            f", got {list(cos.shape)} and {list(sin.shape)}; compute them for the whole cache"
+            f" with a rotary_dim of at most {head_dim}, got {list(cos.shape)} and {list(sin.shape)}; compute them for "
+            "the whole cache, and a column for two of the head"
         )
 
 
@@ -728,6 +761,11 @@ def _check_cache_arguments(
                 f"{list(index.shape)}; give one number for each sequence"
             )
     if block_table is not None:
+        if block_table.ndim != 2 or block_table.dtype != torch.int32:
+            raise ValueError(
+                f"{name}: `block_table` must be int32 [batch, pages of the longest], got {block_table.dtype} "
+                f"{list(block_table.shape)}; leave it out for a cache of a row for each sequence"
+            )
         for argument, value in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
             _refuse_paged(name, argument, value)
         _refuse_paged(name, "alibi_slopes", alibi_slopes)

@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from attention_kernels import Spans, attention, merge_states
-from attention_kernels.operators import DTYPES, cast_for_autocast
+from attention_kernels.operators import DTYPES, cast_for_autocast, check_are_spans, check_sinks, check_tensors
 
 
 @torch.compiler.disable
@@ -73,6 +73,9 @@ def ring_attention(
         TypeError, ValueError: shards differ, the mask is for another length, or a rule of `attention` is broken.
     """
     ring = _ring(group)
+    check_tensors("ring_attention", {"query": query, "key": key, "value": value})
+    if spans is not None:
+        check_are_spans("ring_attention", "spans", spans, "see Spans.from_dense")
     query, key, value = cast_for_autocast(query, key, value)
     if check_shapes and ring.world > 1:
         _compare_ranks(ring, query, key, value, spans, sinks)
@@ -196,11 +199,7 @@ def _check(
             f"ring_attention: `sliding_window` must be at least 1, and goes with causal=True and no `spans`, got "
             f"{sliding_window}; build other windows with Spans.sliding"
         )
-    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(
-            f"ring_attention: `sinks` must be floating point of shape [num_heads] = [{query.shape[1]}], got "
-            f"{sinks.dtype} {list(sinks.shape)}; pass one number for each query head"
-        )
+    check_sinks("ring_attention", sinks, query)
 
 
 # ---------------------------------------------------------------------- which blocks

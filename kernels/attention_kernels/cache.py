@@ -17,7 +17,15 @@ from torch import Tensor
 
 from . import gathered, prebound
 from .configs import unsupported_dtype
-from .operators import MAX_HEAD_DIM, check_numbers, check_sinks, check_tensors, runs_triton
+from .operators import (
+    MAX_HEAD_DIM,
+    check_are_spans,
+    check_numbers,
+    check_sinks,
+    check_tensors,
+    is_number,
+    runs_triton,
+)
 from .quantised import QUANTISED, quantise
 from .spans import Spans, is_one_or, rise_within, values_at_hand
 
@@ -296,9 +304,11 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
             Slots that come twice, or beyond the pages, are undefined behaviour.
 
     Raises:
-        ValueError: shapes do not fit, or slots are no integers.
-        TypeError: the GPU has not the dtype of the cache.
+        ValueError: shapes or devices do not fit, or slots are no integers.
+        TypeError: an argument is no tensor or no cache, or the GPU has not the dtype of the cache.
     """
+    check_tensors("write_cache", {"key": key, "value": value, "slots": slots})
+    _check_is_cache("write_cache", cache)
     if slots.dtype not in (torch.int64, torch.int32) or slots.ndim != 1:
         raise ValueError(
             f"write_cache: `slots` must be int64 or int32 [tokens], got {slots.dtype} {list(slots.shape)}; a slot is "
@@ -308,8 +318,9 @@ def write_cache(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor) ->
         if new.shape != (slots.numel(), *old.shape[2:]):
             raise ValueError(
                 f"write_cache: `{name}` must be [tokens, num_kv_heads, dim] = {[slots.numel(), *old.shape[2:]]} for "
-                f"{slots.numel()} slots and this cache, got {list(new.shape)}"
+                f"{slots.numel()} slots and this cache, got {list(new.shape)}; give each token a slot of its own"
             )
+    _check_devices("write_cache", cache, {"key": key, "value": value, "slots": slots})
     if runs_triton(key):
         from .write import write  # not before it is needed: importing Triton takes time
 
@@ -346,13 +357,32 @@ def _by_head(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.expand(tensor.shape[:3]).transpose(1, 2)
 
 
+def _check_is_cache(function: str, cache: object) -> None:
+    if not isinstance(cache, PagedCache):
+        raise TypeError(
+            f"{function}: `cache` must be a PagedCache, got {type(cache).__name__}; keys and values that lie side by "
+            "side belong to `attention`"
+        )
+
+
+def _check_devices(function: str, cache: PagedCache, given: dict[str, Tensor | None]) -> None:
+    for name, each in given.items():
+        if each is not None and each.device != cache.key.device:
+            raise ValueError(
+                f"{function}: `{name}` is on {each.device}, the cache on {cache.key.device}; move it there"
+            )
+
+
 def _check_spans(spans: Spans, query: Tensor, cache: PagedCache) -> None:
+    check_are_spans("paged_attention", "spans", spans, "leave it out for causal attention")
     fits = (spans.query_len, spans.key_len) == (query.shape[2], cache.key_len)
     if not fits or not is_one_or(spans.batch, query.shape[0]) or spans.key_mask is not None:
         raise ValueError(
             f"paged_attention: `spans` must be for {query.shape[2]} queries and the cache's {cache.key_len} keys, of a "
             f"batch of {query.shape[0]} or 1, without hidden keys, got {spans!r}; leave it out for causal attention"
         )
+    if spans.device != query.device:
+        raise ValueError(f"paged_attention: `spans` is on {spans.device}, `query` on {query.device}; use spans.to(...)")
 
 
 def _check_out(out: Tensor, query: Tensor, cache: PagedCache) -> None:
@@ -370,11 +400,7 @@ def _check_query(
     query_offsets: Tensor | None,
     max_query_len: int | None,
 ) -> None:
-    if not isinstance(cache, PagedCache):
-        raise TypeError(
-            f"paged_attention: `cache` must be a PagedCache, got {type(cache).__name__}; keys and values that lie side "
-            "by side belong to `attention`"
-        )
+    _check_is_cache("paged_attention", cache)
     if torch.is_grad_enabled() and (query.requires_grad or cache.key.requires_grad or cache.value.requires_grad):
         raise ValueError(
             "paged_attention: tensors that require gradients are refused, got one while gradients are enabled: "
@@ -400,6 +426,7 @@ def _check_query(
         )
     if query_offsets is not None:
         check_tensors("paged_attention", {"query_offsets": query_offsets})
+    _check_devices("paged_attention", cache, {"query": query, "query_offsets": query_offsets})
     if query_offsets is not None and (
         query_offsets.shape != (sequences + 1,) or query_offsets.dtype != torch.int32 or query.shape[0] != 1
     ):
@@ -408,9 +435,10 @@ def _check_query(
             f"a batch of 1, got {query_offsets.dtype} {list(query_offsets.shape)} and a batch of {query.shape[0]}; "
             "leave it out for queries of equal number"
         )
-    if max_query_len is not None and max_query_len < 1:
+    if max_query_len is not None and not (is_number(max_query_len) and max_query_len >= 1 and max_query_len % 1 == 0):
         raise ValueError(
-            f"paged_attention: `max_query_len` must be at least 1, got {max_query_len}; leave it out if not known"
+            f"paged_attention: `max_query_len` must be whole and at least 1, got {max_query_len!r}; leave it out if "
+            "not known"
         )
 
 

@@ -9,7 +9,7 @@ prefix apart from each sequence's own keys is Hydragen (Juravsky et al., 2024) a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Literal, overload
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator
-from .operators import attention, cast_for_autocast
+from .operators import attention, cast_for_autocast, check_are_spans, check_sinks, check_tensors
 from .spans import Spans, is_one_or
 
 
@@ -41,6 +41,12 @@ def merge_states(outputs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     Raises:
         TypeError, ValueError: there are no states, or their shapes or dtypes do not fit; the message says which.
     """
+    for name, states in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(states, Iterable) or (isinstance(states, Tensor) and not states.ndim):
+            raise TypeError(
+                f"merge_states: `{name}` must be a tensor or a sequence of tensors, got {type(states).__name__}; wrap "
+                "a single state in a list"
+            )
     outputs, lses = tuple(outputs), tuple(lses)
     _check_states(outputs, lses)
     stacked = torch.stack(lses)
@@ -78,6 +84,8 @@ def _check_states(outputs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None
             "merge_states: `outputs` and `lses` must hold the same number of states, at least one, got "
             f"{len(outputs)} and {len(lses)}; take both from attention(..., return_lse=True)"
         )
+    for index, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
+        check_tensors("merge_states", {f"outputs[{index}]": output, f"lses[{index}]": lse})
     shape, dtype, wide = outputs[0].shape, outputs[0].dtype, accumulator(outputs[0].dtype)
     if len(shape) != 4:
         raise ValueError(
@@ -167,6 +175,8 @@ def cascade_attention(
     Raises:
         TypeError, ValueError: an argument breaks a rule above, or one of `attention`'s.
     """
+    own, prefix = {"query": query, "key": key, "value": value}, {"prefix_key": prefix_key, "prefix_value": prefix_value}
+    check_tensors("cascade_attention", own | prefix)
     query, prefix_key, prefix_value, key, value = cast_for_autocast(query, prefix_key, prefix_value, key, value)
     _check_prefix(query, prefix_key, prefix_value, prefix_spans, sinks)
     batch, num_heads, query_len, head_dim = query.shape
@@ -203,13 +213,10 @@ def _check_prefix(
             f"cascade_attention: `query` must be [batch, num_heads, query_len, head_dim], got {list(query.shape)}; "
             "unsqueeze what is missing"
         )
-    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(
-            f"cascade_attention: `sinks` must be floating point of shape [num_heads] = [{query.shape[1]}], got "
-            f"{sinks.dtype} {list(sinks.shape)}; pass one number for each query head"
-        )
+    check_sinks("cascade_attention", sinks, query)
     if prefix_spans is None:
         return
+    check_are_spans("cascade_attention", "prefix_spans", prefix_spans, "leave it out where all of the prefix is seen")
     if prefix_spans.query_len != query.shape[2] or not is_one_or(prefix_spans.batch, query.shape[0]):
         raise ValueError(
             f"cascade_attention: `prefix_spans` is for batch {prefix_spans.batch} and {prefix_spans.query_len} "

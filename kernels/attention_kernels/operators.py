@@ -123,10 +123,12 @@ def attention(
             "attention: transforms of torch.func (vmap, grad, jvp, ...) are not served; use torch.autograd, and a "
             'dimension of the batch in place of vmap, or attn_implementation="eager"'
         )
-    if spans is not None and not isinstance(spans, Spans):
-        raise TypeError(f"attention: `spans` must be Spans, got {type(spans).__name__}; pass a dense mask as `mask`")
+    if spans is not None:
+        check_are_spans("attention", "spans", spans, "pass a dense mask as `mask`")
     if not isinstance(query, Tensor):
         check_tensors("attention", {"query": query})
+    if type(dropout_p) is not float:
+        check_dropout("attention", dropout_p)
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
     # What differs from earlier calls in addresses alone needs neither checks nor choices.
@@ -156,10 +158,7 @@ def attention(
         bias = on_scores("attention", "bias", bias, query, key)
         check_sinks("attention", sinks, query)
         check_numbers("attention", scale, softcap, num_splits)
-        if not is_number(dropout_p) or not 0 <= dropout_p <= 1:
-            raise ValueError(
-                f"attention: `dropout_p` must be 0 to 1, got {dropout_p!r}; it is the share that is dropped"
-            )
+        check_dropout("attention", dropout_p)
         if spans_alone and not runs_triton(query):
             first = remembered.first(query, key, value, spans, sinks, scale)
             if first is not None:
@@ -333,15 +332,28 @@ def on_scores(function: str, name: str, tensor: Tensor | None, query: Tensor, ke
 
 
 def check_tensors(function: str, given: dict[str, Any]) -> None:
-    """Refuse arguments, by name, that are no tensors, likewise."""
+    """Refuse arguments, by name, that are no tensors with a number at every place, likewise."""
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise TypeError(f"{function}: `{name}` must be a tensor, got {type(each).__name__}; see torch.as_tensor")
+        if each.layout != torch.strided:
+            raise TypeError(
+                f"{function}: `{name}` must be a dense tensor, got one of layout {each.layout}; see Tensor.to_dense, "
+                "Tensor.to_padded_tensor for nested ones"
+            )
+
+
+def check_are_spans(function: str, name: str, spans: object, instead: str) -> None:
+    """Refuse an argument that is no `Spans`, likewise."""
+    if not isinstance(spans, Spans):
+        raise TypeError(f"{function}: `{name}` must be Spans, got {type(spans).__name__}; {instead}")
 
 
 def is_number(given: object) -> bool:
     """Whether that is a number: of Python, NumPy, or a tensor, or what torch.compile traces in the place of one."""
-    return isinstance(given, (int, float, Tensor, numbers.Number, torch.SymInt, torch.SymFloat))
+    if isinstance(given, Tensor):
+        return given.numel() == 1 and not given.is_complex()
+    return isinstance(given, (int, float, numbers.Real, torch.SymInt, torch.SymFloat))
 
 
 def check_sinks(function: str, sinks: Tensor | None, query: Tensor) -> None:
@@ -375,10 +387,16 @@ def check_numbers(function: str, scale: float | None, softcap: float | None, num
     # torch.compile may trace a number, which math.isfinite does not take.
     if scale is not None and not -math.inf < float(scale) < math.inf:
         raise ValueError(f"{function}: `scale` must be finite, got {float(scale)}; pass None for `head_dim ** -0.5`")
-    if num_splits is not None and (num_splits < 1 or num_splits != int(num_splits)):
+    if num_splits is not None and (num_splits < 1 or num_splits % 1):
         raise ValueError(
             f"{function}: `num_splits` must be whole and at least 1, got {num_splits}; pass None for the default"
         )
+
+
+def check_dropout(function: str, dropout_p: float) -> None:
+    """Refuse what is no probability, likewise."""
+    if not is_number(dropout_p) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"{function}: `dropout_p` must be 0 to 1, got {dropout_p!r}; it is the share that is dropped")
 
 
 # ---------------------------------------------------------------------- paths

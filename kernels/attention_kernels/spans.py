@@ -11,9 +11,9 @@ the first query (the length of the cache).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Spans:
     `start` and `end` may each be broadcast, so a left-padded causal batch shares one `end` row between its elements.
 
     Raises:
+        TypeError: a tensor or a length is something else. All constructors do so.
         ValueError: a tensor has another dtype or shape, a length is negative, or only one of `key_mask` and `gap_count`
             is there.
     """
@@ -68,6 +69,7 @@ class Spans:
 
     def __post_init__(self) -> None:
         for name, tensor in (("start", self.start), ("end", self.end)):
+            _check_tensor("Spans", name, tensor)
             if tensor.ndim != 2 or not is_one_or(tensor.shape[1], self.query_len) or tensor.dtype != torch.int32:
                 raise ValueError(
                     f"Spans: `{name}` must be int32 of shape [batch or 1, {self.query_len} or 1], got "
@@ -98,6 +100,7 @@ class Spans:
     def full(cls, query_len: int, key_len: int | None = None, *, device: Device = None) -> Spans:
         """Every row sees every key (bidirectional and cross attention)."""
         key_len = query_len if key_len is None else key_len
+        _check_lengths(query_len, key_len)
         return cls(_constant(0, device), _constant(key_len, device), query_len, key_len)
 
     @classmethod
@@ -132,11 +135,13 @@ class Spans:
             ValueError: a length, `left` or `right` is negative.
         """
         for name, size in (("left", left), ("right", right)):
-            if size is not None and size < 0:
+            if size is None:
+                continue
+            _check_whole("Spans.sliding", name, size)
+            if size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}; None is no limit")
         key_len = query_len if key_len is None else key_len
-        if not torch.compiler.is_compiling():
-            _check_lengths(query_len, key_len)  # or counting positions would fail first
+        _check_lengths(query_len, key_len)  # or counting positions would fail first
         if query_len == 1 and isinstance(offset, int) and not torch.compiler.is_compiling():  # each step of decoding
             first = 0 if left is None else min(max(0, offset - left), key_len)
             last = key_len if right is None else min(max(0, offset + right + 1), key_len)
@@ -167,13 +172,14 @@ class Spans:
         Raises:
             ValueError: a length is negative, or `chunk_size` is less than 1.
         """
+        _check_whole("Spans.chunked", "chunk_size", chunk_size)
         if chunk_size < 1:
             raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}; see Spans.causal")
         key_len = query_len if key_len is None else key_len
-        if not torch.compiler.is_compiling():
-            _check_lengths(query_len, key_len)
+        _check_lengths(query_len, key_len)
         chunk_size = min(chunk_size, FARTHEST)
         position = _positions(query_len, key_len, offset, device)
+        _check_whole("Spans.chunked", "first", first, or_tensor=True)
         if isinstance(first, Tensor):
             first = first.to(position.device, torch.int32).reshape(-1, 1)
         start = first + torch.div(position - first, chunk_size, rounding_mode="floor") * chunk_size
@@ -191,9 +197,10 @@ class Spans:
         Raises:
             ValueError: `block_ids` have not two dimensions.
         """
-        run_start, run_end = _runs(block_ids)
+        run_start, run_end = _runs("Spans.blocks: `block_ids`", block_ids)
         key_len = block_ids.shape[1]
         query_len = key_len if query_len is None else query_len
+        _check_lengths(query_len, key_len)
         if not key_len:
             return cls(_constant(0, block_ids.device), _constant(0, block_ids.device), query_len, 0)
         position = _positions(query_len, key_len, offset, block_ids.device).long().clamp_(0, max(key_len - 1, 0))
@@ -213,7 +220,7 @@ class Spans:
         Raises:
             ValueError: `document_ids` have not two dimensions.
         """
-        run_start, run_end = _runs(document_ids)
+        run_start, run_end = _runs("Spans.packed: `document_ids`", document_ids)
         tokens = document_ids.shape[1]
         return cls(run_start.to(torch.int32), run_end.to(torch.int32), tokens, tokens)
 
@@ -224,9 +231,12 @@ class Spans:
         Raises:
             ValueError: there are no lengths, or one is negative.
         """
+        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+        for index, length in enumerate(lengths):
+            _check_whole("Spans.packed_lengths", f"lengths[{index}]", length)
         if not lengths or min(lengths) < 0:
             raise ValueError(
-                f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {list(lengths)}; they are the "
+                f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {lengths}; they are the "
                 "tokens of each document"
             )
         counts = torch.tensor(lengths, device=device)
@@ -244,11 +254,16 @@ class Spans:
         Raises:
             ValueError: the offsets have not one dimension, one length and at least 2 numbers.
         """
+        for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
+            _check_whole(
+                "Spans.packed_offsets", name, _check_tensor("Spans.packed_offsets", name, offsets), or_tensor=True
+            )
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
                 "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and one length of "
                 f"at least 2, got {list(query_offsets.shape)} and {list(key_offsets.shape)}; begin both with 0"
             )
+        _check_lengths(query_len, key_len)
         rows = torch.arange(query_len, device=query_offsets.device, dtype=query_offsets.dtype)
         document = torch.searchsorted(query_offsets.contiguous(), rows, right=True) - 1
         known = (document >= 0) & (document < query_offsets.numel() - 1)
@@ -270,6 +285,7 @@ class Spans:
         Raises:
             ValueError: `key_mask` is not bool or has not two dimensions.
         """
+        _check_tensor("Spans.padded", "key_mask", key_mask)
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
                 f"Spans.padded: `key_mask` must be bool [batch, key_len], got {key_mask.dtype} {list(key_mask.shape)}; "
@@ -316,6 +332,7 @@ class Spans:
         Raises:
             ValueError: `mask` is not bool or has not three dimensions.
         """
+        _check_tensor("Spans.from_dense", "mask", mask)
         if mask.dtype != torch.bool or mask.ndim != 3:
             raise ValueError(
                 f"Spans.from_dense: `mask` must be bool [batch, query_len, key_len], got {mask.dtype} "
@@ -335,6 +352,7 @@ class Spans:
         """Keys that both let a row see. Always spans again.
 
         Raises:
+            TypeError: the other is something else.
             ValueError: the two have other numbers of queries or keys, or of samples where neither has one.
         """
         self._require_same_sizes(other)
@@ -378,6 +396,11 @@ class Spans:
         return replace(self, start=start, end=end)
 
     def _require_same_sizes(self, other: Spans) -> None:
+        if not isinstance(other, Spans):
+            raise TypeError(
+                f"Spans: spans combine with spans only, got {type(other).__name__}; Spans.from_dense makes some of a "
+                "mask, and `attention` takes a dense `mask` beside them"
+            )
         if (self.query_len, self.key_len) != (other.query_len, other.key_len):
             raise ValueError(
                 f"Spans: cannot combine query_len x key_len of {self.query_len} x {self.key_len} with "
@@ -397,6 +420,9 @@ class Spans:
         Raises:
             ValueError: a slice has a step.
         """
+        for name, part in (("rows", rows), ("keys", keys)):
+            if not isinstance(part, slice):
+                raise TypeError(f"Spans.cut: `{name}` must be a slice, got {type(part).__name__}; pass slice(a, b)")
         row, last_row, row_step = rows.indices(self.query_len)
         first, last, key_step = keys.indices(self.key_len)
         if row_step != 1 or key_step != 1:
@@ -451,7 +477,14 @@ class Spans:
         return int(pairs.sum(dtype=torch.int64))
 
     def tile_bounds(self, block_m: int) -> TileBounds:
-        """Key ranges of tiles of `block_m` rows. Rows that see nothing do not widen them, but leave no body."""
+        """Key ranges of tiles of `block_m` rows. Rows that see nothing do not widen them, but leave no body.
+
+        Raises:
+            ValueError: `block_m` is less than 1.
+        """
+        _check_whole("Spans.tile_bounds", "block_m", block_m)
+        if block_m < 1:
+            raise ValueError(f"Spans.tile_bounds: `block_m` must be at least 1, got {block_m}; a tile has a row")
         tiles = -(-self.query_len // block_m)
         shape = (self.batch, self.query_len)
         start, end = self.start.expand(shape), self.end.expand(shape)
@@ -532,7 +565,29 @@ def _constant(value: int, device: Device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int32, device=device)
 
 
+def _check_tensor(function: str, name: str, given: object) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{function}: `{name}` must be a tensor, got {type(given).__name__}; see torch.as_tensor")
+    return given
+
+
+def _check_whole(function: str, name: str, given: object, *, or_tensor: bool = False) -> None:
+    """Refuse what is no whole number; with `or_tensor` a tensor may hold several. What is traced is not looked at."""
+    if type(given) is int or torch.compiler.is_compiling():
+        return
+    if isinstance(given, Tensor):
+        whole = not (given.is_floating_point() or given.is_complex()) and (or_tensor or given.numel() == 1)
+    else:
+        whole = isinstance(given, SupportsIndex) and not isinstance(given, bool)
+    if not whole:
+        raise TypeError(f"{function}: `{name}` must be a whole number, got {given!r}; round it")
+
+
 def _check_lengths(query_len: int, key_len: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for name, given in (("query_len", query_len), ("key_len", key_len)):
+        _check_whole("Spans", name, given)
     if min(query_len, key_len) < 0:
         raise ValueError(
             f"Spans: `query_len` and `key_len` must be at least 0, got {query_len} and {key_len}; pass the numbers of "
@@ -543,16 +598,20 @@ def _check_lengths(query_len: int, key_len: int) -> None:
 def _positions(query_len: int, key_len: int, offset: Offset | None, device: Device) -> Tensor:
     """Key index of each row, int32 `[1, query_len]`. A tensor `offset` (a static cache's length) is never read back."""
     offset = key_len - query_len if offset is None else offset
+    _check_whole("Spans", "offset", offset)
     if isinstance(offset, Tensor):
         offset = offset.to(device or offset.device, torch.int32)
         device = offset.device
     return (torch.arange(query_len, dtype=torch.int32, device=device) + offset)[None]
 
 
-def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+def _runs(name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Start and end, each int64 `[batch, tokens]`, of the run of equal ids that each token lies in."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}; see torch.as_tensor and Tensor.long")
     if ids.ndim != 2:
-        raise ValueError(f"Spans: ids must be [batch, tokens], got {list(ids.shape)}; put a batch of one before them")
+        raise ValueError(f"{name} must be [batch, tokens], got {list(ids.shape)}; put a batch of one before them")
     tokens = ids.shape[1]
     index = torch.arange(tokens, device=ids.device)
     # Not slices of one token less: a compiler would have to tell two tokens, whose slice broadcasts, from more.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .operators import cast_for_autocast, check_numbers, on_scores
+from .operators import cast_for_autocast, check_are_spans, check_dropout, check_numbers, check_tensors, on_scores
 from .spans import Spans, is_one_or
 
 
@@ -47,6 +47,7 @@ def attention_weights(
     Raises:
         ValueError, TypeError: an argument is not what `attention` takes or gave, or dropout has no seed.
     """
+    check_tensors("attention_weights", {"query": query, "key": key, "lse": lse})
     query, key = cast_for_autocast(query, key)
     _check(query, key, lse, spans, dropout_p, dropout_seed)
     check_numbers("attention_weights", scale, softcap, None)
@@ -82,6 +83,11 @@ def _check(
             "attention_weights: batch sizes of `query` and `key` must be equal or 1, got "
             f"{query.shape[0]} and {key.shape[0]}; pass what `attention` was given"
         )
+    if query.dtype != key.dtype or not query.is_floating_point():
+        raise TypeError(
+            "attention_weights: `query` and `key` must share one floating-point dtype, got "
+            f"{query.dtype} and {key.dtype}; pass what `attention` was given"
+        )
     rows = (batch, *query.shape[1:3])
     wide = torch.promote_types(query.dtype, torch.float32)
     if tuple(lse.shape) != rows or lse.dtype != wide:
@@ -94,11 +100,16 @@ def _check(
             "attention_weights: the number of query heads must be a multiple of the number of key heads, got "
             f"{query.shape[1]} and {key.shape[1]}; pass what `attention` was given"
         )
-    if spans is not None and (spans.query_len, spans.key_len) != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"attention_weights: `spans` is for {spans.query_len} queries and {spans.key_len} keys, but the tensors "
-            f"have {query.shape[2]} and {key.shape[2]}; pass what `attention` was given"
-        )
+    if spans is not None:
+        check_are_spans("attention_weights", "spans", spans, "pass a dense mask as `mask`")
+        sizes = query.shape[2], key.shape[2]
+        if (spans.query_len, spans.key_len) != sizes or not is_one_or(spans.batch, batch):
+            raise ValueError(
+                f"attention_weights: `spans` is for batch {spans.batch}, {spans.query_len} queries and {spans.key_len} "
+                f"keys, but the tensors have batch {batch}, {sizes[0]} queries and {sizes[1]} keys; pass what "
+                "`attention` was given"
+            )
+    check_dropout("attention_weights", dropout_p)
     if dropout_p and dropout_seed is None:
         raise ValueError(
             f"attention_weights: `dropout_p`={dropout_p} needs the `dropout_seed` that `attention` was given; draw one "

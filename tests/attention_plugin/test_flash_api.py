@@ -537,6 +537,7 @@ PAGES = torch.zeros(4, 4, 2, 8, device=DEVICE)
 TABLE = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
 INDEX = torch.zeros(2, dtype=torch.int32, device=DEVICE)
 ANGLES = torch.zeros(3, 4, device=DEVICE)
+WIDE_ANGLES = torch.zeros(4, 5, device=DEVICE)
 LENS = torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE)
 
 
@@ -611,6 +612,25 @@ def test_bad_calls_of_varlen(change, words):
             {"rotary_cos": ANGLES, "rotary_sin": ANGLES, "k": Q, "v": Q, "cache_seqlens": 0},
             r"`rotary_cos` and `rotary_sin` must be \[tokens of the cache = 4 or more",
         ),
+        (
+            {"rotary_cos": WIDE_ANGLES, "rotary_sin": WIDE_ANGLES, "k": Q, "v": Q, "cache_seqlens": 0},
+            r"with a rotary_dim of at most 8, got \[4, 5\]",
+        ),
+        (
+            {"k": Q[:, :, :1], "v": Q, "cache_seqlens": 0},
+            r"`k` must have the heads, head dim, .* `k_cache`, \[2, 8\] .*, got \[1, 8\] torch.float32",
+        ),
+        (
+            {"k": Q, "v": Q[..., :1], "cache_seqlens": 0},
+            r"`v` must have the heads, head dim, .* `v_cache`, \[2, 8\] .*, got \[2, 1\] torch.float32",
+        ),
+        (
+            {"k_cache": PAGES.double(), "k": Q, "v": Q, "cache_seqlens": 0, "block_table": TABLE},
+            "`k` must have the .* dtype .* of `k_cache`, .* torch.float64 .* got .* torch.float32 .*; make the cache",
+        ),
+        ({"block_table": TABLE[0]}, r"`block_table` must be int32 \[batch, pages of the longest\], got torch.int32"),
+        ({"softmax_scale": float("nan")}, "`softmax_scale` must be a finite number, got nan; pass None"),
+        ({"softmax_scale": "1"}, "`softmax_scale` must be a finite number, got '1'"),
         ({"cache_batch_idx": INDEX.float()}, r"`cache_batch_idx` must be integers of shape \[batch\] = \[2\]"),
         ({"cache_leftpad": INDEX[:1]}, r"`cache_leftpad` must be integers of shape \[batch\] = \[2\]"),
         (
@@ -646,6 +666,11 @@ def test_bad_calls_of_kvcache(change, words):
         (
             lambda: flash_attn_with_kvcache(Q, PAGES, PAGES, cache_batch_idx=[0, 1]),
             "`cache_batch_idx` must be a tensor",
+        ),
+        (lambda: flash_attn_qkvpacked_func([Q, Q, Q]), "flash_attn_qkvpacked_func: `qkv` must be a tensor, got list"),
+        (
+            lambda: flash_attn_varlen_func(Q[0], PAGES, PAGES, LENS, LENS, 2, 2, block_table=[[0]]),
+            "`block_table` must be a tensor, got list",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import logging
+import math
 import re
 import sys
 import zlib
@@ -420,6 +421,21 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         ValueError,
         ("`num_splits` must be whole and at least 1", "got 0", "pass None"),
     ),
+    "a split of NaN": (lambda: {"num_splits": float("nan")}, ValueError, ("`num_splits` must be whole", "got nan")),
+    "several scales": (
+        lambda: {"scale": torch.ones(2)},
+        TypeError,
+        ("`scale` must be a number, got tensor([1., 1.])",),
+    ),
+    "several caps": (lambda: {"softcap": torch.ones(2)}, TypeError, ("`softcap` must be a number, got tensor([1.",)),
+    "complex scale": (lambda: {"scale": 1j}, TypeError, ("`scale` must be a number, got 1j",)),
+    "several dropouts": (lambda: {"dropout_p": torch.ones(2)}, ValueError, ("`dropout_p` must be 0 to 1",)),
+    "a list as dropout": (lambda: {"dropout_p": []}, ValueError, ("`dropout_p` must be 0 to 1", "got []")),
+    "sparse query": (
+        lambda: {"query": torch.zeros(2, 4, 6, 8).to_sparse()},
+        TypeError,
+        ("`query` must be a dense tensor, got one of layout torch.sparse_coo", "Tensor.to_dense"),
+    ),
     "half a split": (lambda: {"num_splits": 1.5}, ValueError, ("`num_splits` must be whole", "got 1.5")),
     "numbers as text": (lambda: {"softcap": "30"}, TypeError, ("`softcap` must be a number, got '30'", "pass None")),
     "scale as text": (lambda: {"scale": "2"}, TypeError, ("`scale` must be a number, got '2'",)),
@@ -631,8 +647,14 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("`key_mask` must be bool [batch, key_len]", "torch.int64 [1, 3]"),
     ),
     "padding of one dimension": (lambda: Spans.padded(torch.ones(3, dtype=torch.bool), 3), ("torch.bool [3]",)),
-    "ids of one dimension": (lambda: Spans.packed(int32(3)), ("ids must be [batch, tokens]", "got [3]")),
-    "block ids of one dimension": (lambda: Spans.blocks(int32(1, 2, 3)), ("ids must be [batch, tokens]", "[1, 2, 3]")),
+    "ids of one dimension": (
+        lambda: Spans.packed(int32(3)),
+        (".packed: `document_ids` must be [batch, tokens]", "got [3]"),
+    ),
+    "block ids of one dimension": (
+        lambda: Spans.blocks(int32(1, 2, 3)),
+        (".blocks: `block_ids` must be [batch, tokens]", "[1, 2, 3]"),
+    ),
     "block ids without a batch": (lambda: Spans.blocks(int32(3)), ("got [3]", "put a batch of one before them")),
     "chunks of fewer tokens than none": (
         lambda: Spans.chunked(-1, chunk_size=2),
@@ -656,6 +678,15 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("query_len x key_len of 3 x 3 with 3 x 4", "build both for the same lengths"),
     ),
     "other lengths in a union": (lambda: Spans.causal(2, 3) | Spans.causal(3), ("2 x 3 with 3 x 3",)),
+    "blocks for fewer queries than none": (
+        lambda: Spans.blocks(int32(1, 3), -1),
+        ("`query_len` and `key_len` must be at least 0", "got -1 and 3"),
+    ),
+    "documents for fewer queries than none": (
+        lambda: Spans.packed_offsets(int32(2), int32(2), -1, 3),
+        ("`query_len` and `key_len` must be at least 0", "got -1 and 3"),
+    ),
+    "tiles of no rows": (lambda: Spans.causal(3).tile_bounds(0), ("`block_m` must be at least 1", "got 0")),
 }
 
 
@@ -664,6 +695,68 @@ def test_spans(name: str):
     make, words = SPANS_REFUSALS[name]
     with raises(ValueError, "Spans", *words):
         make()
+
+
+WHOLE = "must be a whole number"
+SPANS_OF_OTHER_TYPES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "half a token": (lambda: Spans.causal(2.5), ("`query_len`", WHOLE, "got 2.5", "round it")),
+    "keys of NaN": (lambda: Spans.full(2, math.nan), ("`key_len`", WHOLE, "got nan")),
+    "tokens as text": (lambda: Spans.chunked("2", chunk_size=1), ("`query_len`", WHOLE, "got '2'")),
+    "several lengths": (lambda: Spans.causal(torch.tensor([2, 3])), ("`query_len`", WHOLE, "tensor([2, 3])")),
+    "length of padding": (lambda: Spans.padded(torch.ones(1, 3) > 0, 1.5), ("`query_len`", WHOLE, "got 1.5")),
+    "half an offset": (lambda: Spans.causal(2, 4, offset=torch.tensor(1.5)), ("`offset`", WHOLE, "tensor(1.5000)")),
+    "an offset for each": (lambda: Spans.causal(2, 4, offset=torch.tensor([1, 2])), ("`offset`", WHOLE)),
+    "half of a window": (lambda: Spans.sliding(3, left=1.5), (".sliding: `left`", WHOLE, "got 1.5")),
+    "a window that is true": (lambda: Spans.sliding(3, left=True), (".sliding: `left`", WHOLE, "got True")),
+    "right as text": (lambda: Spans.sliding(3, left=1, right="0"), (".sliding: `right`", WHOLE, "got '0'")),
+    "half of a chunk": (lambda: Spans.chunked(3, chunk_size=1.5), (".chunked: `chunk_size`", WHOLE)),
+    "chunks from a half": (
+        lambda: Spans.chunked(3, chunk_size=2, first=torch.tensor([0.5])),
+        (".chunked: `first`", WHOLE, "tensor([0.5000])"),
+    ),
+    "half a document": (lambda: Spans.packed_lengths([2, 1.5]), (".packed_lengths: `lengths[1]`", "got 1.5")),
+    "no list of lengths": (lambda: Spans.packed_lengths(None), (".packed_lengths: `lengths[0]`", "got None")),
+    "offsets of halves": (
+        lambda: Spans.packed_offsets(torch.tensor([0, 1.5]), int32(2), 3, 3),
+        (".packed_offsets: `query_offsets`", WHOLE),
+    ),
+    "a list of offsets": (
+        lambda: Spans.packed_offsets(int32(2), [0, 3], 3, 3),
+        (".packed_offsets: `key_offsets` must be a tensor, got list", "torch.as_tensor"),
+    ),
+    "ids that are no integers": (
+        lambda: Spans.packed(torch.zeros(1, 3)),
+        (".packed: `document_ids` must be a tensor of integers, got torch.float32", "Tensor.long"),
+    ),
+    "a list of ids": (
+        lambda: Spans.blocks([[0, 1]]),
+        (".blocks: `block_ids` must be a tensor of integers, got list", "torch.as_tensor"),
+    ),
+    "a list as padding": (lambda: Spans.padded([True], 1), (".padded: `key_mask` must be a tensor, got list",)),
+    "a list as mask": (lambda: Spans.from_dense([[[True]]]), (".from_dense: `mask` must be a tensor, got list",)),
+    "a list of starts": (lambda: Spans([0], int32(1, 1), 1, 1), ("`start` must be a tensor, got list",)),
+    "spans and a mask": (
+        lambda: Spans.causal(3) & torch.ones(3, 3, dtype=torch.bool),
+        ("spans combine with spans only, got Tensor", "Spans.from_dense", "dense `mask`"),
+    ),
+    "spans or nothing": (lambda: Spans.causal(3) | None, ("spans combine with spans only, got NoneType",)),
+    "rows that are no slice": (lambda: Spans.causal(3).cut(1, slice(2)), ("`rows` must be a slice, got int",)),
+}
+
+
+@pytest.mark.parametrize("name", SPANS_OF_OTHER_TYPES)
+def test_spans_of_what_is_something_else(name: str):
+    make, words = SPANS_OF_OTHER_TYPES[name]
+    with raises(TypeError, "Spans", *words) as caught:
+        make()
+    assert "; " in str(caught.value), "no alternative is named"
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([2, 1]), np.array([2, 1]), (2, np.int64(1)), iter([2, 1])])
+def test_lengths_may_be_any_whole_numbers(lengths: Any):
+    spans = Spans.packed_lengths(lengths)
+    assert torch.equal(spans.to_dense(), Spans.packed_lengths([2, 1]).to_dense())
+    assert torch.equal(Spans.causal(np.int32(3)).to_dense(), Spans.causal(3).to_dense())
 
 
 # ---------------------------------------------------------------------- models that compute attention themselves

@@ -277,12 +277,14 @@ def test_a_process_without_a_group_is_told_what_to_do():
         ({"sliding_window": 0}, "at least 1"),
         ({"sliding_window": 3, "causal": False}, "Spans.sliding"),
         ({"sliding_window": 3, "spans": Spans.causal(4)}, "Spans.sliding"),
-        ({"sinks": torch.zeros(3)}, r"\[num_heads\]"),
+        ({"sinks": torch.zeros(3)}, r"ring_attention: `sinks` must be .*\[num_heads\]"),
+        ({"value": None}, "ring_attention: `value` must be a tensor, got NoneType"),
+        ({"spans": torch.ones(4, 4)}, "ring_attention: `spans` must be Spans, got Tensor; see Spans.from_dense"),
     ],
 )
 def test_what_does_not_fit_is_refused(alone, changes, message):
     query = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ring_attention(**{"query": query, "key": query, "value": query, **changes})
 
 

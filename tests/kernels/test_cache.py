@@ -404,6 +404,17 @@ def test_checking_finds_entries_out_of_range():
         ({"scale": "2"}, TypeError, "`scale` must be a number, got '2'"),
         ({"query_offsets": [0, 1, 2]}, TypeError, "`query_offsets` must be a tensor, got list"),
         ({"sinks": [0.0] * 4}, TypeError, "`sinks` must be a tensor, got list"),
+        ({"spans": "causal"}, TypeError, "`spans` must be Spans, got str; leave it out for causal attention"),
+        ({"spans": Spans.causal(1, 8, device="meta")}, ValueError, "`spans` is on meta, `query` on cpu; use spans.to"),
+        (
+            {"query_offsets": torch.zeros(3, dtype=torch.int32, device="meta")},
+            ValueError,
+            "`query_offsets` is on meta, the cache on cpu; move it there",
+        ),
+        ({"max_query_len": 0}, ValueError, "`max_query_len` must be whole and at least 1, got 0; leave it out"),
+        ({"max_query_len": 1.5}, ValueError, "`max_query_len` must be whole and at least 1, got 1.5"),
+        ({"max_query_len": "1"}, ValueError, "`max_query_len` must be whole and at least 1, got '1'"),
+        ({"num_splits": torch.ones(2)}, TypeError, "`num_splits` must be a number, got tensor"),
         ({"spans": Spans.causal(1, 9)}, ValueError, "`spans` must be for 1 queries and the cache's 8 keys"),
         ({"spans": Spans(*torch.ones(2, 3, 1, dtype=torch.int32), 1, 8)}, ValueError, "of a batch of 2 or 1"),
     ],
@@ -521,8 +532,15 @@ def test_writing_what_does_not_fit():
         ValueError, match=r"`slots` must be int64 or int32 \[tokens\], got torch.float32 \[2\]; a slot is"
     ):
         write_cache(*torch.zeros(2, 2, 1, 8), cache, slots.float())
-    with pytest.raises(ValueError, match="`max_query_len` must be at least 1, got 0"):
-        paged_attention(torch.zeros(1, 1, 1, 8), cache, max_query_len=0)
+    for name, given in (("slots", [0, 1]), ("key", None), ("value", 1.0)):
+        arguments = {"key": torch.zeros(2, 1, 8), "value": torch.zeros(2, 1, 8), "slots": slots} | {name: given}
+        with pytest.raises(TypeError, match=f"write_cache: `{name}` must be a tensor, got {type(given).__name__}; see"):
+            write_cache(cache=cache, **arguments)
+    with pytest.raises(TypeError, match="write_cache: `cache` must be a PagedCache, got tuple; "):
+        write_cache(*torch.zeros(2, 2, 1, 8), (zeros, zeros), slots)
+    with pytest.raises(ValueError, match="write_cache: `slots` is on meta, the cache on cpu; move it there"):
+        write_cache(*torch.zeros(2, 2, 1, 8), cache, slots.to("meta"))
+    assert not zeros.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -224,6 +224,11 @@ def test_states_that_do_not_fit_are_refused():
         merge_states([output, output.half()], [lse, lse])
     with pytest.raises(TypeError, match="log-sum-exp"):
         merge_states([output], [lse.half()])
+    for nothing in (None, 3, torch.zeros(())):
+        with pytest.raises(TypeError, match=r"`outputs` must be a tensor or a sequence of tensors, got .*; wrap"):
+            merge_states(nothing, [lse])
+    with pytest.raises(TypeError, match=r"merge_states: `lses\[0\]` must be a tensor, got float; see"):
+        merge_states([output], [0.5])
 
 
 # ---------------------------------------------------------------------- cascade
@@ -302,6 +307,12 @@ def test_cascades_that_do_not_fit_are_refused():
         cascade_attention(query, prefix, prefix, own, own, sinks=torch.zeros(3, device=DEVICE))
     with pytest.raises(ValueError, match="`prefix_spans` is for batch 1 and 4 queries"):
         cascade_attention(query, prefix, prefix, own, own, prefix_spans=Spans.full(4, 5, device=DEVICE))
+    with pytest.raises(TypeError, match="cascade_attention: `prefix_key` must be a tensor, got NoneType"):
+        cascade_attention(query, None, None, own, own)
+    with pytest.raises(TypeError, match="cascade_attention: `prefix_spans` must be Spans, got str; leave it out"):
+        cascade_attention(query, prefix, prefix, own, own, prefix_spans="all")
+    with pytest.raises(TypeError, match="cascade_attention: `sinks` must be a tensor, got list"):
+        cascade_attention(query, prefix, prefix, own, own, sinks=[0.0, 0.0])
     holes = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     holes[0, 2] = False
     with pytest.raises(ValueError, match="same for the whole batch"):

@@ -166,8 +166,24 @@ def test_errors():
         attention_weights(query, key, lse.double())
     with pytest.raises(ValueError, match=r"must be a multiple .*got 4 and 3; pass what `attention` was given"):
         attention_weights(query, tensor(2, 3, 6, 8), lse)
-    with pytest.raises(ValueError, match=r"`spans` is for 5 queries and 6 keys, but the tensors have 6 and 6; pass"):
+    with pytest.raises(ValueError, match=r"`spans` is for batch 1, 5 queries and 6 keys, but .* 6 queries and 6 keys;"):
         attention_weights(query, key, lse, Spans.causal(5, 6, device=query.device))
+    three = Spans.padded(torch.arange(6, device=query.device) >= torch.arange(3, device=query.device)[:, None], 6)
+    with pytest.raises(ValueError, match=r"`spans` is for batch 3, .* but the tensors have batch 2,"):
+        attention_weights(query, key, lse, three)
+    with pytest.raises(TypeError, match=r"attention_weights: `spans` must be Spans, got Tensor; pass a dense mask"):
+        attention_weights(query, key, lse, torch.ones(6, 6, device=query.device))
+    for name in ("query", "key", "lse"):
+        arguments = {"query": query, "key": key, "lse": lse} | {name: None}
+        with pytest.raises(TypeError, match=f"attention_weights: `{name}` must be a tensor, got NoneType; see"):
+            attention_weights(**arguments)
+    for other in (torch.float64, torch.int32):
+        with pytest.raises(TypeError, match=f"share one floating-point dtype, got {query.dtype} and {other}; pass"):
+            attention_weights(query, key.to(other), lse)
+    with pytest.raises(TypeError, match=r"share one floating-point dtype, got torch.int32 and torch.int32; pass"):
+        attention_weights(query.int(), key.int(), lse)
+    with pytest.raises(ValueError, match=r"attention_weights: `dropout_p` must be 0 to 1, got 2"):
+        attention_weights(query, key, lse, dropout_p=2)
     with pytest.raises(ValueError, match=r"`dropout_p`=0\.1 needs the `dropout_seed` .*draw one for both"):
         attention_weights(query, key, lse, dropout_p=0.1)
     with pytest.raises(ValueError, match=r"must be \[batch, heads, tokens, head_dim\], got .* \[2, 2, 6, 9\]; pass"):
