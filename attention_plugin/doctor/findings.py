@@ -17,7 +17,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention_kernels import configs, operators
+from attention_kernels import config_tables, configs, hopper, operators
 
 from .. import NAME, attention_forward, span_mask, support
 from ..command import one_line
@@ -220,6 +220,11 @@ def _tiles(device: torch.device) -> Iterator[Finding]:
             shapes.append(f"{dim}: {config.block_m}x{config.block_n}, decoding {decode.block_m}x{decode.block_n}")
         words = "; ".join(shapes)
         yield Finding("kernels", f"tiles, {str(dtype).removeprefix('torch.')}", f"by head dim {words}")
+    if proven := [
+        str(dim) for dim in config_tables.GLUON_CONFIGS.get(name, ()) if hopper.is_measured(device, torch.bfloat16, dim)
+    ]:
+        words = f"serves prompts of head dim {', '.join(proven)}: `my-triton tune` found it right and faster here"
+        yield Finding("kernels", "Gluon kernel", words)
 
 
 # ---------------------------------------------------------------------- what is registered, and engines

@@ -21,9 +21,10 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
-from .ahead import chip_of, compiling_ahead
+from .ahead import Ahead, OutOfTime, chip_of, compiling_ahead
+from .gluon import GluonFails, measure_gluon
 from .measure import BuiltInFails, measure_row
-from .problems import PASSES, Sizes, rows_to_measure
+from .problems import PASSES, Problem, Sizes, rows_to_measure
 from .store import Measured, clear, files, rows_in, save
 
 __all__ = ["Measured", "Outcome", "add_arguments", "run", "tune"]
@@ -132,9 +133,12 @@ def tune(
     try:
         with (
             compiling_ahead(wanted, chip, dtype, sizes) as ahead,
-            _progress(sum(len(each.candidates) for each in wanted), quiet) as advance,
+            _progress(sum(max(1, len(each.candidates)) for each in wanted), quiet) as advance,
         ):
             for problem in wanted:
+                if problem.key[0] == "gluon":
+                    _prove(problem, name, device, dtype, sizes, ahead, deadline, advance, outcome)
+                    continue
                 try:
                     row = measure_row(problem, device, dtype, sizes, ahead, deadline, advance)
                 except BuiltInFails as error:
@@ -152,6 +156,27 @@ def tune(
         tuned.forget()
         prebound.forget()
     return outcome
+
+
+def _prove(
+    problem: Problem, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, ahead: Ahead, deadline: float,
+    advance: Callable[[str], None], outcome: Outcome,
+) -> None:  # fmt: skip
+    """Have the Gluon kernel serve a head dim from now on if it is right and faster here, and else no more."""
+    try:
+        if (reason := ahead.why_not(problem, problem.default, deadline)) is not None:
+            raise GluonFails(reason)
+        row, words = measure_gluon(problem, device, dtype, sizes, deadline)
+    except OutOfTime:  # what an earlier run has found is kept
+        outcome.complete = False
+        return
+    except GluonFails as error:
+        row, words = None, str(error)
+        outcome.failed.append(f"the Gluon kernel is not used for head dim {problem.key[2]}: {error}")
+    advance(f"{problem.key}: {words}")
+    rows = [] if row is None else [row]
+    save(name, rows, without=[problem.key])
+    outcome.measured += rows
 
 
 def show() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -139,11 +140,20 @@ def compile_shape(problem: Problem, config: tuned.Config, chip: Chip, dtype: tor
         tuned.using(NOWHERE, {problem.key: config}),
     ):
         try:
+            if problem.key[0] == "gluon":
+                _compile_trials(problem.key[2])
             for each in (CHECKED, sizes):
                 call(problem, NOWHERE, dtype, each)()
         except Exception as error:
             return f"does not compile: {type(error).__name__}"
     return None
+
+
+def _compile_trials(dim: int) -> None:
+    from .gluon import DTYPES, TRIALS, inputs_of, run_kernel
+
+    for dtype, trial in product(DTYPES, TRIALS):
+        run_kernel(trial, inputs_of(trial, NOWHERE, dtype, dim))
 
 
 def unfit(key: tuned.Key, config: tuned.Config, architecture: str) -> str | None:

@@ -80,13 +80,13 @@ def _check_and_time(
         try:
             if not is_right(problem, device, dtype):
                 return None, "wrong result"
-            seconds = _time(call(problem, device, dtype, sizes), device)
+            seconds = time_of(call(problem, device, dtype, sizes), device)
         except Exception as error:  # the compiler refuses some shapes, each line of Triton others
             return None, type(error).__name__
     return seconds, f"{seconds * 1e6:.0f} us"
 
 
-def _time(run: Callable[[], Any], device: torch.device) -> float:
+def time_of(run: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call."""
     if device.type == "cuda":
         return _time_on_gpu(run, device)

@@ -16,6 +16,7 @@ from attention_kernels import Spans, attention_reference, tuned
 from attention_kernels.config_tables import (
     CONFIGS,
     DECODE_CONFIGS,
+    GLUON_CONFIGS,
     BackwardConfig,
     DecodeConfig,
     ForwardConfig,
@@ -70,6 +71,9 @@ def rows_to_measure(
             default = _default(name, each, dtype, dim, kind)
             shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
             found.append(Problem((each, size, dim, kind), default, shapes))
+        gluon = GLUON_CONFIGS.get(name, {}).get(dim) if size == 2 else None
+        if each == "forward" and gluon is not None:
+            found.append(Problem(tuned.gluon_key(dtype, dim), gluon._replace(reason=""), ()))
     return found
 
 
@@ -114,6 +118,10 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
     given = query, key, value, spans.start, spans.end, None, None, None, None, None
     if part == "decode":
         return lambda: decode.decode(*given, scale=dim**-0.5)[:1]
+    if part == "gluon":
+        from attention_kernels.hopper import launching
+
+        return lambda: launching.forward(*given[:7], None, dim**-0.5, wants_rounding=False)[:1]
     if part == "forward":
         return lambda: forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=False)[:1]
     output, lse, rounding = forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=True)

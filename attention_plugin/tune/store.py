@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ class Measured:
         return {"key": list(self.key), "config": config, **times}
 
 
-def save(device: str, measured: Sequence[Measured]) -> Path:
+def save(device: str, measured: Sequence[Measured], without: Collection[tuned.Key] = ()) -> Path:
     """Add rows to a device's file, in place of older ones of the same keys; returns the file.
+
+    Older rows of the keys in `without` are left out.
 
     Several processes may do so at a time: each waits for the others, reads what they wrote and puts a whole new file in
     place of theirs. A damaged file is replaced.
@@ -53,7 +55,7 @@ def save(device: str, measured: Sequence[Measured]) -> Path:
     file = tuned.tuned_file(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
-        rows = {tuple(row["key"]): row for row in rows_in(file)}
+        rows = {key: row for row in rows_in(file) if (key := tuple(row["key"])) not in without}
         rows |= {each.key: each.as_json() for each in measured}
         text = json.dumps({"device": device, "rows": [rows[key] for key in sorted(rows)]}, indent=1)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=".tuned-")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, configs
+from attention_kernels.operators import launch_forward
 
 from ..explain import Report
 
@@ -87,6 +88,10 @@ def compiling_only(found: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]
     names = ("query_kernel", "key_value_kernel", "statistics_kernel", "exact_statistics_kernel", "row_bounds_kernel")
     kernels: list[Any] = [forward.forward_kernel, decode.decode_kernel, decode.merge_kernel]
     kernels += [getattr(backward_kernels, name) for name in (*names, "bias_kernel")]
+    with suppress(ImportError):  # Triton has no Gluon here, so nothing calls it
+        from attention_kernels.hopper import gluon_forward
+
+        kernels.append(gluon_forward.forward_kernel)
     note = {"for": ""}
     for kernel in kernels:
         kernel.run = _compiler(kernel, note, found)
@@ -149,14 +154,14 @@ def _given(kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, mas
 def _prompt(
     kind: Kind, dtype: torch.dtype, batch: int, length: int, masked: bool, device: torch.device, training: bool
 ) -> None:
-    from attention_kernels import backward, forward
+    from attention_kernels import backward
 
     given = _given(kind, dtype, batch, length, length, masked, device)
     scale = kind.head_dim**-0.5
     arguments: Any = (*given, None, scale, kind.softcap, 0.0)
-    forward.forward(*arguments, wants_rounding=False)
+    launch_forward(*arguments, False, None)
     if training:
-        output, lse, rounding = forward.forward(*arguments, wants_rounding=dtype.itemsize == 2)
+        output, lse, rounding = launch_forward(*arguments, True, None)
         results: Any = (output, lse, rounding, output, None, True, True, kind.has_bias)
         backward.backward(*results, *arguments)
 

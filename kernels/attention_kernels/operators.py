@@ -482,7 +482,7 @@ def _forward(*inputs, known_spans: prebound.KnownSpans | None = None) -> tuple[T
         return blockwise.forward(_problem(*arguments, trains=wants_gradient))
 
     def launch():
-        return _launch_forward(*inputs)
+        return launch_forward(*inputs)
 
     asked = _forward_asked(scale, softcap, dropout_p, wants_gradient, num_splits)
     known_spans = known_spans or prebound.describe_spans(*spans)
@@ -491,8 +491,8 @@ def _forward(*inputs, known_spans: prebound.KnownSpans | None = None) -> tuple[T
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
 
-def _launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_forward`, by one of the kernels."""
+def launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and rounding, by whichever of the kernels serves a call; `inputs` are the operator's."""
     *arguments, wants_gradient, num_splits = inputs
     # The kernels are not imported before they are needed: importing Triton takes time.
     *tensors, dropout_seed, scale, softcap, _ = arguments
@@ -502,7 +502,7 @@ def _launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
 
         return *decode(*tensors, scale=scale, softcap=softcap, num_splits=num_splits), query.new_empty(0)
     wants_rounding = _has_rounding(query, wants_gradient)
-    if hopper.enabled():
+    if hopper.enabled() or hopper.is_measured(query.device, query.dtype, query.shape[3]):
         from .hopper import launching as gluon
 
         _, key, value, start, end, key_mask, gap_count, mask, bias, sinks = tensors
@@ -511,7 +511,8 @@ def _launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
             return gluon.forward(
                 query, key, value, start, end, key_mask, gap_count, sinks, scale, wants_rounding=wants_rounding
             )
-        log_once(f"the Gluon kernel leaves calls to the Triton kernel: {reason}")
+        if hopper.enabled():
+            log_once(f"the Gluon kernel leaves calls to the Triton kernel: {reason}")
     from .forward import forward
 
     return forward(*arguments, wants_rounding=wants_rounding)

@@ -10,6 +10,7 @@ remembered.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,6 +72,8 @@ class Step(NamedTuple):
     """Places and numbers of what goes there as it is."""
     operands: list[tuple[int, int, type[tuple], tuple]]
     """Places and numbers of tensors that go there as operands; the kind of operand, and the rest of it."""
+    descriptors: list[tuple[int, int, Any]]
+    """Places and numbers of tensors whose tiles the hardware copies; descriptors of such, without a tensor."""
 
 
 class Tape:
@@ -124,12 +127,14 @@ class Tape:
 
     def _launch(self, given: list[Any]) -> None:
         new = tuple.__new__  # a named tuple's own takes twice as long
-        for run, template, whole, operands in self.steps:
+        for run, template, whole, operands, descriptors in self.steps:
             arguments = template.copy()
             for place, number in whole:
                 arguments[place] = given[number]
             for place, number, operand, rest in operands:
                 arguments[place] = new(operand, (given[number], *rest))
+            for place, number, like in descriptors:
+                arguments[place] = _of_tensor(like, given[number])
             run(*arguments)
 
 
@@ -170,9 +175,9 @@ class Numbers:
 def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: Numbers) -> tuple:
     """All but the first of a `Step`; the arguments have None where something differs each time."""
     template: list[Any] = []
-    whole, operands = [], []
+    whole, operands, descriptors = [], [], []
     for place, argument in enumerate(arguments):
-        fixed = argument is None or isinstance(argument, int | float | str)
+        fixed = all(each is None or isinstance(each, int | float | str) for each in _parts(argument))
         template.append(argument if fixed else None)
         if fixed:
             continue
@@ -183,9 +188,22 @@ def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: N
         elif isinstance(argument, tuple):
             tensor, *rest = argument
             operands.append((place, numbers.of(tensor), type(argument), tuple(rest)))
+        elif hasattr(argument, "block_shape"):
+            descriptors.append((place, numbers.of(argument.base), _of_tensor(argument, None)))
         else:
             raise LookupError(f"{type(argument)} may hold addresses")
-    return template, whole, operands
+    return template, whole, operands, descriptors
+
+
+def _parts(argument: Any) -> tuple:
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
+def _of_tensor(descriptor: Any, tensor: Tensor | None) -> Any:
+    """A descriptor like another, which has been checked, of a tensor of the same kind or of none."""
+    other = copy.copy(descriptor)
+    other.base = tensor
+    return other
 
 
 def kind_of(spans: KnownSpans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple | None:
@@ -254,7 +272,7 @@ def remember(
     try:
         tape = Tape(recorded, spans, inputs, results)
     except LookupError:
-        return  # a copy of sinks with gaps, descriptors of tiles
+        return  # a copy of sinks with gaps
     if len(_tapes) >= MOST_TAPES:
         _tapes.clear()
     _tapes[kind] = tape

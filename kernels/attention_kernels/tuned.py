@@ -24,6 +24,7 @@ from .config_tables import (
     BACKWARD_CONFIGS,
     CONFIGS,
     DECODE_CONFIGS,
+    GLUON_CONFIGS,
     MOST_ROWS,
     BackwardConfig,
     DecodeConfig,
@@ -31,17 +32,23 @@ from .config_tables import (
 )
 
 Key = tuple[str, int, int, str]
-"""Pass ("forward", "backward", "decode"), bytes per element, widest head, and the row's own name, as in the tables."""
+"""Pass ("forward", "backward", "decode"), bytes per element, widest head, and the row's own name, as in the tables.
+Where there is a row for "gluon", that kernel serves the forward pass, with its built-in shape."""
 
 Config = ForwardConfig | BackwardConfig | DecodeConfig
 
-CLASSES: dict[str, Any] = {"forward": ForwardConfig, "backward": BackwardConfig, "decode": DecodeConfig}
+CLASSES: dict[str, Any] = {
+    "forward": ForwardConfig,
+    "gluon": ForwardConfig,
+    "backward": BackwardConfig,
+    "decode": DecodeConfig,
+}
 KEYS = {
     (part, *key)
     for part, table in (("forward", CONFIGS), ("backward", BACKWARD_CONFIGS), ("decode", DECODE_CONFIGS))
     for key in table["interpreter"]
-}
-"""Of all rows: every architecture has the same."""
+} | {("gluon", 2, dim, "spans") for table in GLUON_CONFIGS.values() for dim in table}
+"""Of all rows: every architecture has the same, but for those of "gluon"."""
 
 NUMBERS = {
     "block_m": (16, MOST_ROWS),
@@ -55,11 +62,19 @@ NUMBERS = {
 be 0, which is all."""
 
 FLAGS = ("overlap", "descriptors")
-SOURCES = ("tiles", "forward", "backward", "backward_kernels", "decode", "launch", "config_tables")
+SOURCES = (
+    "tiles", "forward", "backward", "backward_kernels", "decode", "launch", "config_tables", "hopper/gluon_forward",
+    "hopper/launching",
+)  # fmt: skip
 """Modules whose change makes measured shapes worthless."""
 
 _rows: dict[torch.device, Mapping[Key, Config]] = {}
 _log = logging.getLogger(__name__)
+
+
+def gluon_key(dtype: torch.dtype, head_dim: int) -> Key:
+    """The row that says that the Gluon kernel serves the forward pass of a head dim."""
+    return "gluon", dtype.itemsize, head_dim, "spans"
 
 
 def tuned_rows(device: torch.device) -> Mapping[Key, Config]:

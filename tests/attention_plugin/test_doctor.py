@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention_kernels import config_tables, configs
+from attention_kernels import config_tables, configs, hopper
 from attention_kernels.operators import interpreting
 from attention_plugin import NAME, attention_forward
 from attention_plugin.__main__ import main
@@ -164,15 +164,18 @@ def test_a_supported_gpu_is_shown_its_tiles(monkeypatch):
     monkeypatch.setattr(findings, "devices", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     measured = {("decode", 4, 64, "few"): config_tables.DecodeConfig(32, 128, 4, 1, reason="measured")}
-    monkeypatch.setattr(configs, "tuned_rows", lambda device: measured)
+    measured["gluon", 2, 128, "spans"] = config_tables.GLUON_CONFIGS["sm_90"][128]
+    for module in (configs, hopper):
+        monkeypatch.setattr(module, "tuned_rows", lambda device: measured)
     found = findings.guarded("kernels", findings.kernels)
-    assert [finding.subject for finding in found] == ["cuda:0", "tiles, bfloat16", "tiles, float32"]
+    assert [finding.subject for finding in found] == ["cuda:0", "tiles, bfloat16", "tiles, float32", "Gluon kernel"]
     assert found[0].found == "Triton kernels with the tile shapes of sm_90, 227 KB of shared memory a program"
     tiles, decoding = config_tables.CONFIGS["sm_90"], config_tables.DECODE_CONFIGS["sm_90"]
     shapes = tiles[2, 64, "spans"], decoding[2, 64, "few"], tiles[4, 64, "spans"], measured["decode", 4, 64, "few"]
     own, own_decode, exact, exact_decode = (f"{shape.block_m}x{shape.block_n}" for shape in shapes)
     assert f"by head dim 64: {own}, decoding {own_decode}; 128: " in found[1].found
     assert f"by head dim 64: {exact}, decoding {exact_decode}; 128: " in found[2].found  # as `my-triton tune` found
+    assert found[3].found == "serves prompts of head dim 128: `my-triton tune` found it right and faster here"
 
 
 def test_what_comes_before_an_error_is_kept():

@@ -175,7 +175,7 @@ def test_kinds_of_loops_are_kept_and_nothing_else_is_read_for_them():
 def test_hardware_that_copies_tiles_is_asked_to():
     for chip in ("sm_80", "sm_90"):
         with assuming(chip):
-            (problem,) = rows_to_measure(CPU, ("forward",), (128,), torch.bfloat16)
+            problem = rows_to_measure(CPU, ("forward",), (128,), torch.bfloat16)[0]
         assert problem.default not in problem.candidates
         assert any(config.overlap for config in problem.candidates)
         assert any(config.descriptors for config in problem.candidates) == (chip == "sm_90")
@@ -325,8 +325,8 @@ def test_every_pass_of_a_head_dim_comes_before_the_next():
     """A cut leaves something of each."""
     with assuming("sm_90"):
         rows = rows_to_measure(CPU, PASSES, (64, 128, 256), torch.bfloat16)
-    assert [problem.key[2] for problem in rows] == [64] * 4 + [128] * 4 + [256] * 4
-    assert [problem.key[0] for problem in rows] == ["forward", "backward", "backward", "decode"] * 3
+    assert [problem.key[2] for problem in rows] == [64] * 5 + [128] * 5 + [256] * 5
+    assert [problem.key[0] for problem in rows] == ["forward", "gluon", "backward", "backward", "decode"] * 3
 
 
 @pytest.mark.parametrize(("took", "left"), [(2.0, [64, 128]), (5.0, [64])])
@@ -526,7 +526,7 @@ def test_measuring_again_compares_with_the_built_in_shape(monkeypatch):
     built_in, faster = DecodeConfig(16, 32, 1, 1), DecodeConfig(16, 64, 1, 1)
     monkeypatch.setattr(command, "rows_to_measure", lambda *given: [Problem(key, built_in, (faster,))])
     monkeypatch.setattr(
-        measure, "_time", lambda *given: 1.0 if tuned.tuned_rows(CPU).get(key, built_in)[:4] == faster[:4] else 2.0
+        measure, "time_of", lambda *given: 1.0 if tuned.tuned_rows(CPU).get(key, built_in)[:4] == faster[:4] else 2.0
     )
     for _ in range(3):
         (found,) = tune(CPU, dtype=torch.float32, sizes=Sizes(1, 2, 64, 1, 256), quiet=True).measured

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass for Hopper GPUs in Gluon, for those who ask for it: no GPU has run it yet.
+"""The forward pass for Hopper GPUs in Gluon: no GPU has run it yet, so it is off until the GPU at hand has proven it.
 
-`enable()` switches it on in this process, wherever the device and the call allow; other calls go on with the Triton
-kernel, and why is logged once. Tests run it in a simulation, and compiled, on a machine for PTX. It stays off until a
-GPU has compared it with the reference.
+`my-triton tune` compares it with float64 there, and where it is right and faster, calls that it serves run it from then
+on (`is_measured`). `enable()` switches it on unproven in this process, wherever the device and the call allow; other
+calls go on with the Triton kernel, and why is logged once. Tests run it in a simulation, and compiled, on a machine for
+PTX.
 """
 
 from __future__ import annotations
+
+import torch
+
+from ..tuned import gluon_key, tuned_rows
 
 _wanted = False
 
@@ -32,3 +37,8 @@ def enable(wanted: bool = True) -> None:
 def enabled() -> bool:
     """Whether it has been asked for."""
     return _wanted
+
+
+def is_measured(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `my-triton tune` found it right and faster on a GPU, for head dims and values of so many columns."""
+    return gluon_key(dtype, head_dim) in tuned_rows(device)

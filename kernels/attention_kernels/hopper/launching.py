@@ -13,7 +13,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..config_tables import GLUON_CONFIGS
 from ..configs import SHORT, architecture, processors
-from ..launch import COMPILER_OPTIONS, copied_by_hardware, launching_on, operand, span_operand, within_reach
+from ..launch import (
+    copied_by_hardware,
+    launch,
+    launching_on,
+    memory,
+    operand,
+    span_operand,
+    token_major_memory,
+    within_reach,
+)
 from ..tiles import SpanOperand
 from .gluon_forward import GROUP_ROWS, GROUPS, Work, forward_kernel
 
@@ -73,15 +82,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on a call that it serves; results are those of `attention_kernels.forward.forward`."""
     query, key, value = within_reach(query, key, value)
-    batch, num_heads, query_len, head_dim = query.shape
-    output = query.new_empty(batch, query_len, num_heads, head_dim).transpose(1, 2)
-    rounding = torch.empty_like(output) if wants_rounding else None
-    lse = query.new_empty(batch, num_heads, query_len, dtype=torch.float32)
+    output = token_major_memory(query)
+    rounding = token_major_memory(query) if wants_rounding else None
+    lse = memory(query, *query.shape[:3], dtype=torch.float32)
     spans = span_operand(start, end, key_mask, gap_count)
     arguments = kernel_arguments(query, key, value, output, rounding, lse, spans, sinks, scale)
     programs = min(processors(query.device), arguments["work"].num_tiles)
     with launching_on(query):
-        forward_kernel[(programs,)](**arguments, **COMPILER_OPTIONS)
+        launch(forward_kernel, (programs,), arguments)
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
 
