@@ -29,18 +29,11 @@ from attention_plugin.tune.store import Measured, save
 from attention_plugin.warmup import calls as calls_of_warmup
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 CPU = torch.device("cpu")
 KEY = ("forward", 2, 128, "spans")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.forget()
-    yield tmp_path
-    tuned.forget()
 
 
 def measured(dim=128, block_n=64):
@@ -191,7 +184,7 @@ def forward_keys(part):
     return sorted(key for key in tuned.KEYS if key[0] == "forward")[8 * part : 8 * part + 8]
 
 
-def test_processes_that_write_at_a_time_lose_nothing(cache):
+def test_processes_that_write_at_a_time_lose_nothing(user_cache):
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=write_rows, args=(part,)) for part in range(4)]
     for writer in writers:
@@ -201,7 +194,7 @@ def test_processes_that_write_at_a_time_lose_nothing(cache):
     assert [writer.exitcode for writer in writers] == [0] * 4
     written = tuned.read_rows(tuned.tuned_file("interpreter"))
     assert sorted(written) == [key for part in range(4) for key in forward_keys(part)] and len(written) == 32
-    assert not list(cache.rglob(".tuned-*")), "no halves are left"
+    assert not list(user_cache.rglob(".tuned-*")), "no halves are left"
 
 
 def test_a_failed_write_leaves_the_old_file(monkeypatch):

@@ -31,19 +31,15 @@ from ptx import Device
 
 from attention_kernels.hopper import launching
 
-pytestmark = pytest.mark.skipif(
-    interpreting() or DEVICE != "cpu", reason="the machine that runs compiled kernels takes CPU tensors, uninterpreted"
-)
+pytestmark = [
+    pytest.mark.usefixtures("user_cache"),
+    pytest.mark.skipif(
+        interpreting() or DEVICE != "cpu",
+        reason="the machine that runs compiled kernels takes CPU tensors, uninterpreted",
+    ),
+]
 CPU = torch.device("cpu")
 KEY = ("gluon", 2, 64, "spans")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.forget()
-    yield tmp_path
-    tuned.forget()
 
 
 def problem(dim=64):
