@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -105,11 +106,12 @@ def compiling_ahead(wanted: Sequence[Problem], chip: Chip | None, dtype: torch.d
     if chip is None or count < 1:
         yield Ahead(chip, {})
         return
-    others = multiprocessing.active_children()
     # Triton's compiler is a library with threads of its own: processes are started afresh.
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
     pool, futures = None, {}
     try:
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+        pool = ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(theirs,))
         for problem, config in shapes:
             futures[problem.key, config] = pool.submit(compile_shape, problem, config, chip, dtype, sizes)
     except (ImportError, NotImplementedError, OSError, BrokenExecutor) as error:  # some systems have no semaphores
@@ -120,9 +122,8 @@ def compiling_ahead(wanted: Sequence[Problem], chip: Chip | None, dtype: torch.d
     finally:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            if process not in others:  # what it still compiles is of no use any more
-                process.terminate()
+        ours.close()  # what they still compile is of no use any more
+        theirs.close()
 
 
 def compile_shape(problem: Problem, config: tuned.Config, chip: Chip, dtype: torch.dtype, sizes: Sizes) -> str | None:
@@ -179,16 +180,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent() -> None:
-    """What a process does first: it is to end on Ctrl-C, without a traceback, and where the one that measures does."""
+def _end_with(pipe: Connection) -> None:
+    """What a process does first: it is to end on Ctrl-C, without a traceback, and once a pipe's other end is closed.
+
+    That is so too when the process that holds it has died.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(pipe,), daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _wait_for_end(pipe: Connection) -> None:
+    with suppress(EOFError, OSError):
+        pipe.recv_bytes()
     os._exit(1)
 
 

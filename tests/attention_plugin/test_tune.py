@@ -422,8 +422,12 @@ def test_processes_compile_ahead_and_say_what_is_out(compiled, monkeypatch):
         assert count >= 2
         assert shapes.why_not(problem, broken, deadline).startswith("does not compile: ")
         (process,) = multiprocessing.active_children()
+        bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        bystander.start()
     process.join(30)
     assert not process.is_alive()
+    assert bystander.is_alive(), "it is someone else's"
+    bystander.kill()
     compile_to_measure(problem, built_in)
     assert compiled() == count
 
