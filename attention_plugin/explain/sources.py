@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,9 @@ def _from_file(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _from_hub(source: str, trust_remote_code: bool) -> Any:
+    # What is in the cache is what is loaded next, and without a network the hub is tried for half a minute.
+    with _without_retries(), suppress(Exception):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
     try:
         with _without_retries():
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -486,6 +487,28 @@ def test_a_hub_id_without_network_says_where_it_was_looked_for(tmp_path):
     assert run.stdout == ""
     assert "'someone/lama' was looked for as a folder, a file, one of" in run.stderr
     assert f"in the hub's cache (HF_HUB_OFFLINE is set), and not found; {INSTEAD}" in run.stderr
+
+
+def test_what_is_in_the_hubs_cache_is_read_without_asking_the_hub(tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--small" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    config_file(snapshot, "llama")
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        hub.settimeout(0)
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-m", "attention_plugin", "explain", "someone/small", "--json"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        assert "llama" in run.stdout
+        with pytest.raises(BlockingIOError):  # nobody has called
+            hub.accept()
 
 
 @pytest.mark.parametrize(
