@@ -398,7 +398,7 @@ SMALL = Sizes(batch=1, tokens=256, decode_keys=1024)
 def test_what_is_compiled_ahead_is_what_measuring_launches(kind, compiled):
     with assuming("sm_90"):
         rows = rows_to_measure(CPU, PASSES, (64,), torch.bfloat16)
-    (problem,) = (problem for problem in rows if problem.key[3] == kind)
+    (problem,) = (problem for problem in rows if problem.key[3] == kind and problem.candidates)  # Gluon's has none
     config = problem.candidates[-1]
     assert kind != "spans" or config.descriptors
     assert ahead.compile_shape(problem, config, CHIP, torch.bfloat16, Sizes()) is None
