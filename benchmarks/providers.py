@@ -119,12 +119,13 @@ def tutorial_attention(
 
 
 def gluon_attention(*arguments: Any, **keywords: Any) -> tuple[Tensor, Any]:
-    """Our function with the Gluon kernel for Hopper, which is off by default, switched on."""
+    """Our function with the Gluon kernel for Hopper, which is off until it is proven, switched on."""
+    before = hopper.wanted()
     hopper.enable()
     try:
         return attention_plugin.attention_forward(*arguments, **keywords)
     finally:
-        hopper.enable(False)
+        hopper.enable(before)
 
 
 def _no_gluon(problem: Problem) -> str | None:

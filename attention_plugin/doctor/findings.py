@@ -221,7 +221,7 @@ def _tiles(device: torch.device) -> Iterator[Finding]:
         words = "; ".join(shapes)
         yield Finding("kernels", f"tiles, {str(dtype).removeprefix('torch.')}", f"by head dim {words}")
     if proven := [
-        str(dim) for dim in config_tables.GLUON_CONFIGS.get(name, ()) if hopper.is_measured(device, torch.bfloat16, dim)
+        str(dim) for dim in config_tables.GLUON_CONFIGS.get(name, ()) if hopper.is_proven(device, torch.bfloat16, dim)
     ]:
         words = f"serves prompts of head dim {', '.join(proven)}: `my-triton tune` found it right and faster here"
         yield Finding("kernels", "Gluon kernel", words)

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..command import UsageError, one_line
 
+_log = logging.getLogger(__name__)
 INSTEAD = (
     "give a folder with a config.json, a config.json, a hub id that is in the cache, or a model type of transformers "
     "such as 'llama'"
@@ -88,9 +89,11 @@ def _from_file(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _from_hub(source: str, trust_remote_code: bool) -> Any:
-    # What is in the cache is what is loaded next, and without a network the hub is tried for half a minute.
+    # Without a network the hub is tried for half a minute.
     with _without_retries(), suppress(Exception):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        _log.warning("%r is shown as it lies in the hub's cache; a newer revision is not asked for", source)
+        return config
     try:
         with _without_retries():
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -21,8 +21,8 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
-from .ahead import Ahead, OutOfTime, chip_of, compiling_ahead
-from .gluon import GluonFails, measure_gluon
+from .ahead import OutOfTime, chip_of, compiling_ahead
+from .gluon import GluonFails, GluonHangs, GluonUntried, measure_gluon
 from .measure import BuiltInFails, measure_row
 from .problems import PASSES, Problem, Sizes, rows_to_measure
 from .store import Measured, clear, files, rows_in, save
@@ -135,10 +135,7 @@ def tune(
             compiling_ahead(wanted, chip, dtype, sizes) as ahead,
             _progress(sum(max(1, len(each.candidates)) for each in wanted), quiet) as advance,
         ):
-            for problem in wanted:
-                if problem.key[0] == "gluon":
-                    _prove(problem, name, device, dtype, sizes, ahead, deadline, advance, outcome)
-                    continue
+            for problem in (each for each in wanted if each.key[0] != "gluon"):
                 try:
                     row = measure_row(problem, device, dtype, sizes, ahead, deadline, advance)
                 except BuiltInFails as error:
@@ -152,30 +149,34 @@ def tune(
                 if row.complete or row.config != problem.default:
                     save(name, [row])
                     outcome.measured.append(row)
+            for problem in (each for each in wanted if each.key[0] == "gluon"):
+                try:
+                    if (reason := ahead.why_not(problem, problem.default, deadline)) is not None:
+                        raise GluonFails(reason)
+                    gluon_row, words = measure_gluon(problem, device, dtype, sizes, chip, deadline)
+                    _keep(name, problem, gluon_row, outcome)
+                except OutOfTime:
+                    outcome.complete = False
+                    break
+                except GluonUntried as error:  # what an earlier run has found is kept
+                    words = f"not tried: {error}"
+                except GluonFails as error:
+                    words = str(error)
+                    outcome.failed.append(f"the Gluon kernel is not used for head dim {problem.key[2]}: {error}")
+                    _keep(name, problem, None, outcome)
+                    if isinstance(error, GluonHangs):  # as it would for others
+                        break
+                advance(f"{problem.key}: {words}")
     finally:
         tuned.forget()
         prebound.forget()
     return outcome
 
 
-def _prove(
-    problem: Problem, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, ahead: Ahead, deadline: float,
-    advance: Callable[[str], None], outcome: Outcome,
-) -> None:  # fmt: skip
-    """Have the Gluon kernel serve a head dim from now on if it is right and faster here, and else no more."""
-    try:
-        if (reason := ahead.why_not(problem, problem.default, deadline)) is not None:
-            raise GluonFails(reason)
-        row, words = measure_gluon(problem, device, dtype, sizes, deadline)
-    except OutOfTime:  # what an earlier run has found is kept
-        outcome.complete = False
-        return
-    except GluonFails as error:
-        row, words = None, str(error)
-        outcome.failed.append(f"the Gluon kernel is not used for head dim {problem.key[2]}: {error}")
-    advance(f"{problem.key}: {words}")
+def _keep(device: str, problem: Problem, row: Measured | None, outcome: Outcome) -> None:
+    """Put a row in the place of an earlier run's, or nothing."""
     rows = [] if row is None else [row]
-    save(name, rows, without=[problem.key])
+    save(device, rows, without=[problem.key])
     outcome.measured += rows
 
 

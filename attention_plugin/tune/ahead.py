@@ -111,7 +111,7 @@ def compiling_ahead(wanted: Sequence[Problem], chip: Chip | None, dtype: torch.d
     theirs, ours = context.Pipe(duplex=False)
     pool, futures = None, {}
     try:
-        pool = ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(theirs,))
+        pool = ProcessPoolExecutor(count, context, initializer=end_with, initargs=(theirs,))
         for problem, config in shapes:
             futures[problem.key, config] = pool.submit(compile_shape, problem, config, chip, dtype, sizes)
     except (ImportError, NotImplementedError, OSError, BrokenExecutor) as error:  # some systems have no semaphores
@@ -180,7 +180,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with(pipe: Connection) -> None:
+def end_with(pipe: Connection) -> None:
     """What a process does first: it is to end on Ctrl-C, without a traceback, and once a pipe's other end is closed.
 
     That is so too when the process that holds it has died.

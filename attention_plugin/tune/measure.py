@@ -103,6 +103,11 @@ def _time_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
 
     It sleeps until the call is on its way: what Python takes to launch a small kernel is many times what that runs for.
     """
+    with torch.cuda.device(device):  # whose stream events are of
+        return _median_on_current(run, device)
+
+
+def _median_on_current(run: Callable[[], Any], device: torch.device) -> float:
     flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
     samples: list[float] = []
     began = time.perf_counter()

@@ -62,7 +62,10 @@ class Problem:
 def rows_to_measure(
     device: torch.device, passes: tuple[str, ...], dims: tuple[int, ...], dtype: torch.dtype
 ) -> list[Problem]:
-    """The rows to measure, in order: a head dim's passes before the next one's, so that a cut leaves some of each."""
+    """The rows to measure, in order: a head dim's passes before the next one's, so that a cut leaves some of each.
+
+    The Gluon kernel, which may hang, comes after all others.
+    """
     name, size = architecture(device), dtype.itemsize
     kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}
     found = []
@@ -71,10 +74,10 @@ def rows_to_measure(
             default = _default(name, each, dtype, dim, kind)
             shapes = tuple(shape for shape in _shapes(name, each, kind, default) if shape != default)
             found.append(Problem((each, size, dim, kind), default, shapes))
-        gluon = GLUON_CONFIGS.get(name, {}).get(dim) if size == 2 else None
-        if each == "forward" and gluon is not None:
-            found.append(Problem(tuned.gluon_key(dtype, dim), gluon._replace(reason=""), ()))
-    return found
+    gluon = GLUON_CONFIGS.get(name, {}) if size == 2 and "forward" in passes else {}
+    return found + [
+        Problem(tuned.gluon_key(dtype, dim), gluon[dim]._replace(reason=""), ()) for dim in dims if dim in gluon
+    ]
 
 
 def _default(name: str, part: str, dtype: torch.dtype, dim: int, kind: str) -> Any:

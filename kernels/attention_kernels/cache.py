@@ -7,7 +7,6 @@ are those of PagedAttention (Kwon et al., 2023).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -260,7 +259,7 @@ def _launch(
 
     in_place = out if out is not None and out.transpose(1, 2).is_contiguous() else None
     query, key, value = query.resolve_neg(), cache.key.transpose(1, 2), cache.value.transpose(1, 2)
-    max_query_len, num_splits = (None if each is None else operator.index(each) for each in (max_query_len, num_splits))
+    max_query_len, num_splits = (None if each is None else int(each) for each in (max_query_len, num_splits))
     key_scale = None if cache.key_scale is None else _by_head(cache.key_scale, cache.key)
     value_scale = None if cache.value_scale is None else _by_head(cache.value_scale, cache.value)
     table, seq_lens = cache.block_table, cache.seq_lens.contiguous()

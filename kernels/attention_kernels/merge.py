@@ -44,8 +44,8 @@ def merge_states(outputs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     for name, states in (("outputs", outputs), ("lses", lses)):
         if not isinstance(states, Iterable) or (isinstance(states, Tensor) and not states.ndim):
             raise TypeError(
-                f"merge_states: `{name}` must be a tensor or a sequence of tensors, got {type(states).__name__}; wrap "
-                "a single state in a list"
+                f"merge_states: `{name}` must be a sequence of states, or a tensor with one after the other, got "
+                f"{states!r}; wrap a single state in a list"
             )
     outputs, lses = tuple(outputs), tuple(lses)
     _check_states(outputs, lses)

@@ -158,6 +158,7 @@ def attention(
         bias = on_scores("attention", "bias", bias, query, key)
         check_sinks("attention", sinks, query)
         check_numbers("attention", scale, softcap, num_splits)
+        num_splits = None if num_splits is None else int(num_splits)
         check_dropout("attention", dropout_p)
         if spans_alone and not runs_triton(query):
             first = remembered.first(query, key, value, spans, sinks, scale)
@@ -184,7 +185,7 @@ def _forward_asked(
     scale: float, softcap: float | None, dropout_p: float, trains: bool, num_splits: int | None
 ) -> tuple:
     """All but tensors that decides what the forward pass launches."""
-    return "forward", scale, softcap, dropout_p, trains, num_splits, hopper.enabled()
+    return "forward", scale, softcap, dropout_p, trains, num_splits, hopper.wanted()
 
 
 def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
@@ -220,6 +221,7 @@ def _are_at_hand(
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and type(query) is type(key) is type(value) is Tensor
         and (sinks is mask is bias is None or _are_real(sinks, mask, bias))
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and query.ndim == 4
         and query.shape[3] > 0
         and not (query.is_neg() or key.is_neg() or value.is_neg() or query.is_meta)
@@ -336,10 +338,11 @@ def check_tensors(function: str, given: dict[str, Any]) -> None:
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise TypeError(f"{function}: `{name}` must be a tensor, got {type(each).__name__}; see torch.as_tensor")
-        if each.layout != torch.strided:
+        if each.layout != torch.strided or each.is_nested:
+            kind = "a nested one" if each.is_nested else f"one of layout {each.layout}"
             raise TypeError(
-                f"{function}: `{name}` must be a dense tensor, got one of layout {each.layout}; see Tensor.to_dense, "
-                "Tensor.to_padded_tensor for nested ones"
+                f"{function}: `{name}` must be a dense tensor, got {kind}; see Tensor.to_dense, and "
+                "torch.nested.to_padded_tensor"
             )
 
 
@@ -502,7 +505,8 @@ def launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
 
         return *decode(*tensors, scale=scale, softcap=softcap, num_splits=num_splits), query.new_empty(0)
     wants_rounding = _has_rounding(query, wants_gradient)
-    if hopper.enabled() or hopper.is_measured(query.device, query.dtype, query.shape[3]):
+    gluon_wanted = hopper.wanted()
+    if gluon_wanted or (gluon_wanted is None and hopper.is_proven(query.device, query.dtype, query.shape[3])):
         from .hopper import launching as gluon
 
         _, key, value, start, end, key_mask, gap_count, mask, bias, sinks = tensors
@@ -511,7 +515,7 @@ def launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
             return gluon.forward(
                 query, key, value, start, end, key_mask, gap_count, sinks, scale, wants_rounding=wants_rounding
             )
-        if hopper.enabled():
+        if gluon_wanted:
             log_once(f"the Gluon kernel leaves calls to the Triton kernel: {reason}")
     from .forward import forward
 

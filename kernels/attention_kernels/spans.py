@@ -11,9 +11,10 @@ the first query (the length of the cache).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,7 +232,11 @@ class Spans:
         Raises:
             ValueError: there are no lengths, or one is negative.
         """
-        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+        if not isinstance(lengths, Iterable) or (isinstance(lengths, Tensor) and not lengths.ndim):
+            raise TypeError(
+                f"Spans.packed_lengths: `lengths` must be a sequence, got {lengths!r}; put a single length in a list"
+            )
+        lengths = list(lengths)
         for index, length in enumerate(lengths):
             _check_whole("Spans.packed_lengths", f"lengths[{index}]", length)
         if not lengths or min(lengths) < 0:
@@ -576,11 +581,19 @@ def _check_whole(function: str, name: str, given: object, *, or_tensor: bool = F
     if type(given) is int or torch.compiler.is_compiling():
         return
     if isinstance(given, Tensor):
-        whole = not (given.is_floating_point() or given.is_complex()) and (or_tensor or given.numel() == 1)
-    else:
-        whole = isinstance(given, SupportsIndex) and not isinstance(given, bool)
+        if given.is_floating_point() or given.is_complex() or not (or_tensor or given.numel() == 1):
+            raise TypeError(
+                f"{function}: `{name}` must be {'integers' if or_tensor else 'a whole number'}, got {given.dtype} "
+                f"{list(given.shape)}; see Tensor.long"
+            )
+        return
+    try:
+        operator.index(given)  # type: ignore[arg-type]
+        whole = not isinstance(given, bool)
+    except TypeError:
+        whole = False
     if not whole:
-        raise TypeError(f"{function}: `{name}` must be a whole number, got {given!r}; round it")
+        raise TypeError(f"{function}: `{name}` must be a whole number, got {given!r}; see int")
 
 
 def _check_lengths(query_len: int, key_len: int) -> None:

@@ -35,6 +35,12 @@ def dies(*given: Any) -> Verdict:
     os._exit(7)
 
 
+def says_its_number(*given: Any) -> Verdict:
+    """As one that hangs, and says which process it is."""
+    print(os.getpid(), flush=True)
+    return hangs()
+
+
 def hangs(*given: Any) -> Verdict:
     """As warps that wait for one another."""
     time.sleep(600)

@@ -507,6 +507,7 @@ def test_what_is_in_the_hubs_cache_is_read_without_asking_the_hub(tmp_path):
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
         assert "llama" in run.stdout
+        assert "'someone/small' is shown as it lies in the hub's cache" in run.stderr
         with pytest.raises(BlockingIOError):  # nobody has called
             hub.accept()
 

@@ -436,6 +436,11 @@ OPERATOR_REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]
         TypeError,
         ("`query` must be a dense tensor, got one of layout torch.sparse_coo", "Tensor.to_dense"),
     ),
+    "nested query": (
+        lambda: {"query": torch.nested.nested_tensor([torch.zeros(4, 6, 8), torch.zeros(4, 5, 8)])},
+        TypeError,
+        ("`query` must be a dense tensor, got a nested one", "to_padded_tensor"),
+    ),
     "half a split": (lambda: {"num_splits": 1.5}, ValueError, ("`num_splits` must be whole", "got 1.5")),
     "numbers as text": (lambda: {"softcap": "30"}, TypeError, ("`softcap` must be a number, got '30'", "pass None")),
     "scale as text": (lambda: {"scale": "2"}, TypeError, ("`scale` must be a number, got '2'",)),
@@ -699,26 +704,37 @@ def test_spans(name: str):
 
 WHOLE = "must be a whole number"
 SPANS_OF_OTHER_TYPES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "half a token": (lambda: Spans.causal(2.5), ("`query_len`", WHOLE, "got 2.5", "round it")),
+    "half a token": (lambda: Spans.causal(2.5), ("`query_len`", WHOLE, "got 2.5", "see int")),
     "keys of NaN": (lambda: Spans.full(2, math.nan), ("`key_len`", WHOLE, "got nan")),
     "tokens as text": (lambda: Spans.chunked("2", chunk_size=1), ("`query_len`", WHOLE, "got '2'")),
-    "several lengths": (lambda: Spans.causal(torch.tensor([2, 3])), ("`query_len`", WHOLE, "tensor([2, 3])")),
+    "several lengths": (
+        lambda: Spans.causal(torch.tensor([2, 3])),
+        ("`query_len`", WHOLE, "got torch.int64 [2]; see Tensor.long"),
+    ),
     "length of padding": (lambda: Spans.padded(torch.ones(1, 3) > 0, 1.5), ("`query_len`", WHOLE, "got 1.5")),
-    "half an offset": (lambda: Spans.causal(2, 4, offset=torch.tensor(1.5)), ("`offset`", WHOLE, "tensor(1.5000)")),
+    "half an offset": (
+        lambda: Spans.causal(2, 4, offset=torch.tensor(1.5)),
+        ("`offset`", WHOLE, "got torch.float32 []; see Tensor.long"),
+    ),
     "an offset for each": (lambda: Spans.causal(2, 4, offset=torch.tensor([1, 2])), ("`offset`", WHOLE)),
     "half of a window": (lambda: Spans.sliding(3, left=1.5), (".sliding: `left`", WHOLE, "got 1.5")),
     "a window that is true": (lambda: Spans.sliding(3, left=True), (".sliding: `left`", WHOLE, "got True")),
+    "half of an array": (lambda: Spans.sliding(3, left=np.array(1.5)), (".sliding: `left`", WHOLE, "array(1.5)")),
     "right as text": (lambda: Spans.sliding(3, left=1, right="0"), (".sliding: `right`", WHOLE, "got '0'")),
     "half of a chunk": (lambda: Spans.chunked(3, chunk_size=1.5), (".chunked: `chunk_size`", WHOLE)),
     "chunks from a half": (
         lambda: Spans.chunked(3, chunk_size=2, first=torch.tensor([0.5])),
-        (".chunked: `first`", WHOLE, "tensor([0.5000])"),
+        (".chunked: `first` must be integers", "got torch.float32 [1]"),
     ),
     "half a document": (lambda: Spans.packed_lengths([2, 1.5]), (".packed_lengths: `lengths[1]`", "got 1.5")),
-    "no list of lengths": (lambda: Spans.packed_lengths(None), (".packed_lengths: `lengths[0]`", "got None")),
+    "no list of lengths": (
+        lambda: Spans.packed_lengths(None),
+        (".packed_lengths: `lengths` must be a sequence, got None", "put a single length in a list"),
+    ),
+    "one length": (lambda: Spans.packed_lengths(torch.tensor(3)), ("`lengths` must be a sequence, got tensor(3)",)),
     "offsets of halves": (
         lambda: Spans.packed_offsets(torch.tensor([0, 1.5]), int32(2), 3, 3),
-        (".packed_offsets: `query_offsets`", WHOLE),
+        (".packed_offsets: `query_offsets` must be integers", "got torch.float32 [2]; see Tensor.long"),
     ),
     "a list of offsets": (
         lambda: Spans.packed_offsets(int32(2), [0, 3], 3, 3),

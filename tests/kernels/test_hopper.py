@@ -198,11 +198,11 @@ def gluon():
     """Ask for the kernel while a test runs."""
     hopper.enable()
     yield
-    hopper.enable(False)
+    hopper.enable(None)
 
 
-def test_it_is_off_by_default():
-    assert not hopper.enabled()
+def test_nobody_asks_for_it_by_default():
+    assert hopper.wanted() is None
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="the torch path has no other kernel")
@@ -250,7 +250,7 @@ def test_without_gluon_the_error_says_what_to_do(monkeypatch):
         RuntimeError, match=r"enable: the kernel needs triton\.experimental\.gluon.*install triton 3\.6"
     ):
         hopper.enable()
-    assert not hopper.enabled()
+    assert hopper.wanted() is None
 
 
 # ---------------------------------------------------------------------- on a Hopper GPU

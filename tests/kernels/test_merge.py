@@ -225,7 +225,7 @@ def test_states_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="log-sum-exp"):
         merge_states([output], [lse.half()])
     for nothing in (None, 3, torch.zeros(())):
-        with pytest.raises(TypeError, match=r"`outputs` must be a tensor or a sequence of tensors, got .*; wrap"):
+        with pytest.raises(TypeError, match=r"`outputs` must be a sequence of states, or a tensor .*, got .*; wrap"):
             merge_states(nothing, [lse])
     with pytest.raises(TypeError, match=r"merge_states: `lses\[0\]` must be a tensor, got float; see"):
         merge_states([output], [0.5])

@@ -242,7 +242,7 @@ def test_a_change_of_kernels_is_noticed(kernels):
         attention(*prompts(), Spans.causal(40))
         assert not kernels[2].calls[-1][2]
     finally:
-        hopper.enable(False)
+        hopper.enable(None)
     assert remembered() == count + 1
     attention(*prompts(), Spans.causal(40))
     assert kernels[2].calls[-1][2]

@@ -2,9 +2,9 @@
 """The forward pass for Hopper GPUs in Gluon: no GPU has run it yet, so it is off until the GPU at hand has proven it.
 
 `my-triton tune` compares it with float64 there, and where it is right and faster, calls that it serves run it from then
-on (`is_measured`). `enable()` switches it on unproven in this process, wherever the device and the call allow; other
-calls go on with the Triton kernel, and why is logged once. Tests run it in a simulation, and compiled, on a machine for
-PTX.
+on. `enable()` switches it on unproven in this process, wherever the device and the call allow; other calls go on with
+the Triton kernel, and why is logged once. `enable(False)` switches it off, proven or not. Tests run it in a simulation,
+and compiled, on a machine for PTX.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from ..tuned import gluon_key, tuned_rows
 
-_wanted = False
+_wanted: bool | None = None
 
 
-def enable(wanted: bool = True) -> None:
-    """Run the forward pass in Gluon from now on, where it can be; `enable(False)` takes it back.
+def enable(wanted: bool | None = True) -> None:
+    """Run the forward pass in Gluon from now on, where it can be; False: never; None, as at first: where it is proven.
 
     Raises:
         RuntimeError: Triton has no Gluon here.
@@ -34,11 +34,11 @@ def enable(wanted: bool = True) -> None:
     _wanted = wanted
 
 
-def enabled() -> bool:
-    """Whether it has been asked for."""
+def wanted() -> bool | None:
+    """What was asked for."""
     return _wanted
 
 
-def is_measured(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `my-triton tune` found it right and faster on a GPU, for head dims and values of so many columns."""
+def is_proven(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `my-triton tune` found it right and faster on a GPU, for heads of so many columns."""
     return gluon_key(dtype, head_dim) in tuned_rows(device)
