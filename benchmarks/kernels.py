@@ -63,7 +63,7 @@ def time_masks(problem: Problem, mask_names: Sequence[str], effort: Effort) -> l
         except Exception as error:  # an implementation without a mask for this case
             result.status, result.reason = "unavailable", brief(error)
             continue
-        calls[name] = Call(lambda _, build=build: build(), repeatable=True)
+        calls[name] = Call(lambda _, build=build: build(), repeatable=True, bound_by_python=True)
     samples = interleaved(calls, problem.query.device, effort)
     for result in results:
         result.samples = samples.get(result.provider, [])

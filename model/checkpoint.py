@@ -175,5 +175,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(idle_cores())
+    torch.set_num_threads(min(idle_cores(), torch.get_num_threads()))  # OMP_NUM_THREADS allows fewer
     sys.exit(main())

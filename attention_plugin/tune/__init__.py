@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, show or delete; returns the exit status."""
+    require("platformdirs", "tune")
     if options.clear:
         try:
             deleted = clear()

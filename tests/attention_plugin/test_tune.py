@@ -68,6 +68,15 @@ def test_without_platformdirs_the_tables_serve(monkeypatch, caplog):
     tuned.forget()
 
 
+@pytest.mark.parametrize("options", [[], ["--show"], ["--clear"]])
+def test_without_platformdirs_the_command_says_what_it_needs(options, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert main(["tune", *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("my-triton tune: tune needs platformdirs, which cannot be imported (")
+    assert "pip install platformdirs" in error
+
+
 def test_showing_and_clearing_are_two_things(capsys):
     with pytest.raises(SystemExit) as error:
         main(["tune", "--show", "--clear"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -307,12 +308,14 @@ def test_nan_in_a_float8_cache_stays_one():
 @compiles
 def test_keys_of_compiled_kernels_do_not_depend_on_what_a_process_launches_first():
     """Or what was compiled ahead, by another process, would not be found."""
-    keys = []
+    keys, environment = [], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for first in ("decode.decode_kernel", "forward.forward_kernel"):
         code = (
             f"from attention_kernels import decode, forward; {first}.cache_key; print(decode.decode_kernel.cache_key)"
         )
-        keys.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        keys.append(run.stdout)
     assert keys[0] == keys[1] and len(keys[0]) > 32
 
 
