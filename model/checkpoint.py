@@ -10,6 +10,7 @@ that reads images instead: see `model.multimodal_checkpoint`.
 
 import argparse
 import ast
+import os
 import random
 import sys
 import sysconfig
@@ -175,5 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(idle_cores(), torch.get_num_threads()))  # OMP_NUM_THREADS allows fewer
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(idle_cores())
     sys.exit(main())

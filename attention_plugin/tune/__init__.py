@@ -21,7 +21,7 @@ from attention_kernels import prebound, tuned
 from attention_kernels.configs import unsupported_device
 
 from ..command import PROGRAM, UsageError, require
-from .ahead import OutOfTime, chip_of, compiling_ahead
+from .ahead import Ahead, Chip, OutOfTime, chip_of, compiling_ahead
 from .gluon import GluonFails, GluonHangs, GluonUntried, measure_gluon
 from .measure import BuiltInFails, measure_row
 from .problems import PASSES, Problem, Sizes, rows_to_measure
@@ -150,28 +150,37 @@ def tune(
                 if row.complete or row.config != problem.default:
                     save(name, [row])
                     outcome.measured.append(row)
-            for problem in (each for each in wanted if each.key[0] == "gluon"):
-                try:
-                    if (reason := ahead.why_not(problem, problem.default, deadline)) is not None:
-                        raise GluonFails(reason)
-                    gluon_row, words = measure_gluon(problem, device, dtype, sizes, chip, deadline)
-                    _keep(name, problem, gluon_row, outcome)
-                except OutOfTime:
-                    outcome.complete = False
-                    break
-                except GluonUntried as error:  # what an earlier run has found is kept
-                    words = f"not tried: {error}"
-                except GluonFails as error:
-                    words = str(error)
-                    outcome.failed.append(f"the Gluon kernel is not used for head dim {problem.key[2]}: {error}")
-                    _keep(name, problem, None, outcome)
-                    if isinstance(error, GluonHangs):  # as it would for others
-                        break
-                advance(f"{problem.key}: {words}")
+            gluon = [each for each in wanted if each.key[0] == "gluon"]
+            _prove(gluon, name, device, dtype, sizes, chip, ahead, deadline, advance, outcome)
     finally:
         tuned.forget()
         prebound.forget()
     return outcome
+
+
+def _prove(
+    wanted: list[Problem], name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, chip: Chip | None,
+    ahead: Ahead, deadline: float, advance: Callable[[str], None], outcome: Outcome,
+) -> None:  # fmt: skip
+    """Have the Gluon kernel serve each head dim that it is right and faster for here, and no other any more."""
+    for problem in wanted:
+        try:
+            if (reason := ahead.why_not(problem, problem.default, deadline)) is not None:
+                raise GluonFails(reason)
+            row, words = measure_gluon(problem, device, dtype, sizes, chip, deadline)
+            _keep(name, problem, row, outcome)
+        except OutOfTime:
+            outcome.complete = False
+            return
+        except GluonUntried as error:  # what an earlier run has found is kept
+            words = f"not tried: {error}"
+        except GluonFails as error:
+            words = str(error)
+            outcome.failed.append(f"the Gluon kernel is not used for head dim {problem.key[2]}: {error}")
+            _keep(name, problem, None, outcome)
+            if isinstance(error, GluonHangs):  # as it would for others
+                return
+        advance(f"{problem.key}: {words}")
 
 
 def _keep(device: str, problem: Problem, row: Measured | None, outcome: Outcome) -> None:

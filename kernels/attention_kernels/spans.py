@@ -423,6 +423,7 @@ class Spans:
         Of a whole sequence's mask it is what a device needs that holds those queries and those keys.
 
         Raises:
+            TypeError: what is given is no slice.
             ValueError: a slice has a step.
         """
         for name, part in (("rows", rows), ("keys", keys)):
@@ -485,7 +486,7 @@ class Spans:
         """Key ranges of tiles of `block_m` rows. Rows that see nothing do not widen them, but leave no body.
 
         Raises:
-            ValueError: `block_m` is less than 1.
+            TypeError, ValueError: `block_m` is no whole number of at least 1.
         """
         _check_whole("Spans.tile_bounds", "block_m", block_m)
         if block_m < 1:

@@ -35,13 +35,11 @@ from ptx import Device
 
 from attention_kernels.hopper import launching
 
-pytestmark = [
-    pytest.mark.usefixtures("user_cache"),
-    pytest.mark.skipif(
-        interpreting() or DEVICE != "cpu",
-        reason="the machine that runs compiled kernels takes CPU tensors, uninterpreted",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("user_cache")
+on_the_machine = pytest.mark.skipif(
+    interpreting() or DEVICE != "cpu", reason="the machine that runs compiled kernels takes CPU tensors, uninterpreted"
+)
+no_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU, which a process can have")
 CPU = torch.device("cpu")
 KEY = ("gluon", 2, 64, "spans")
 
@@ -104,6 +102,7 @@ def test_one_that_hangs_is_ended(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+@no_gpu
 def test_what_no_process_could_try_is_not_judged():
     with pytest.raises(GluonUntried, match=r"(?i)cuda|nvidia"):  # as on a GPU that is another process's alone
         measure_gluon(
@@ -197,6 +196,7 @@ def test_one_that_does_not_compile_is_not_asked(monkeypatch):
     assert outcome.failed == ["the Gluon kernel is not used for head dim 64: does not compile: CompilationError"]
 
 
+@on_the_machine
 def test_a_head_dim_with_a_row_runs_it_and_no_other_call_does(monkeypatch, caplog):
     """And what was launched once is launched again without a choice: descriptors are made of other tensors."""
     torch.manual_seed(0)
@@ -233,6 +233,7 @@ def test_a_head_dim_with_a_row_runs_it_and_no_other_call_does(monkeypatch, caplo
     assert len(calls) == 2
 
 
+@on_the_machine
 def test_what_is_compiled_ahead_is_what_is_run(monkeypatch):
     """All trials in both dtypes, and the calls that are timed."""
     run = []
@@ -265,11 +266,13 @@ SMALL = (
 )
 
 
+@on_the_machine
 def test_the_kernel_is_right_on_the_machine():
     with running_on(90, late=True):
         assert first_wrong(CPU, torch.bfloat16, 64, SMALL, repeats=2) is None
 
 
+@on_the_machine
 def test_a_right_kernel_is_judged_by_its_time(monkeypatch):
     monkeypatch.setattr(gluon, "TRIALS", SMALL[:1])
     monkeypatch.setattr(gluon.first_wrong, "__defaults__", (SMALL[:1], 1))
@@ -278,6 +281,7 @@ def test_a_right_kernel_is_judged_by_its_time(monkeypatch):
     assert verdict.wrong is None and verdict.seconds > 0 and verdict.triton_seconds > 0
 
 
+@on_the_machine
 @pytest.mark.parametrize(
     ("old", "new", "trial", "words"),
     [
@@ -302,6 +306,7 @@ def test_a_wrong_kernel_is_found(old, new, trial, words, monkeypatch):
     assert wrong is not None and wrong.startswith(f"{SMALL[trial].name}, bfloat16: ") and words in wrong
 
 
+@on_the_machine
 def test_bits_that_do_not_repeat_are_found(monkeypatch):
     real, runs = gluon.run_kernel, []
 
