@@ -13,7 +13,7 @@ from functools import partial
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention_kernels.operators import check_numbers
+from attention_kernels.checks import check_numbers
 
 from . import support
 from .attention import attention_forward

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
+from attention_kernels.checks import is_one_or
 from attention_kernels.shared_spans import window_spans
-from attention_kernels.spans import is_one_or, rise_within, values_at_hand
+from attention_kernels.spans import rise_within, values_at_hand
 
 from .masks import SpanMask
 from .selected_keys import selected_keys

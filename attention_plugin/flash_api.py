@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attention_kernels import PagedCache, Spans, attention, merge_states, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
-from attention_kernels.operators import check_tensors, is_number
+from attention_kernels.checks import check_numbers, check_tensors, is_number
 from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import rise_within, values_at_hand
 
@@ -305,6 +305,7 @@ def flash_attn_with_kvcache(
     )
     if k is not None and v is not None:
         _check_appended(name, {"k": k, "v": v}, {"k": k_cache, "v": v_cache})
+        _check_caches(name, q, k_cache, v_cache)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     before = _cache_lengths(name, cache_seqlens, q, capacity, 0 if k is None else k.shape[1])
     if k is not None and rotary_cos is not None and rotary_sin is not None:
@@ -318,7 +319,7 @@ def flash_attn_with_kvcache(
     options: dict[str, Any] = {
         "scale": _scale(name, softmax_scale),
         "softcap": _softcap(name, softcap),
-        "num_splits": num_splits or None,
+        "num_splits": _splits(name, num_splits),
     }
     rows = _cache_rows(q.shape[1], capacity, lengths, cache_leftpad)
     if block_table is not None:
@@ -327,8 +328,8 @@ def flash_attn_with_kvcache(
             write_cache(k.flatten(0, 1), v.flatten(0, 1), cache, _slots(cache, before, k.shape[1]))
         output, lse = paged_attention(query, cache, rows.window(window), return_lse=True, **options)
     else:
-        key, value = _appended(name, q, k_cache, v_cache, k, v, before, cache_batch_idx)
         alibi = _batch_alibi(name, alibi_slopes, q, rows)
+        key, value = _appended(name, q, k_cache, v_cache, k, v, before, cache_batch_idx)
         output, lse = _attend(query, key.transpose(1, 2), value.transpose(1, 2), rows, window, alibi, options)
     output = output.transpose(1, 2).contiguous()
     return (output, lse) if return_softmax_lse else output
@@ -444,6 +445,14 @@ def _softcap(name: str, softcap: float | None) -> float | None:
     if softcap is not None and (not is_number(softcap) or math.isnan(softcap)):
         raise ValueError(f"{name}: `softcap` must be a number, got {softcap!r}; pass 0 for no softcap")
     return softcap if softcap is not None and softcap > 0 else None
+
+
+def _splits(name: str, num_splits: int | None) -> int | None:
+    """As `attention` takes it: for flash-attn 0 is the default. Checked before the cache is written to."""
+    if is_number(num_splits) and num_splits == 0:
+        return None
+    check_numbers(name, None, None, num_splits)
+    return num_splits
 
 
 # ---------------------------------------------------------------------- attention, with or without ALiBi
@@ -649,6 +658,18 @@ def _check_appended(name: str, new: dict[str, Tensor], caches: dict[str, Tensor]
                 f"{list(cache.shape[2:])} {cache.dtype} on {cache.device}, got {list(tensor.shape[2:])} {tensor.dtype} "
                 f"on {tensor.device}; make the cache like it"
             )
+
+
+def _check_caches(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Refuse, before they are written to, caches that queries do not fit."""
+    heads, head_dim = k_cache.shape[2:]
+    whole = heads > 0 and q.shape[2] % heads == 0
+    if not whole or q.shape[3] != head_dim or k_cache.shape[:3] != v_cache.shape[:3] or q.device != k_cache.device:
+        raise ValueError(
+            f"{name}: `k_cache` and `v_cache` must have the head dim and device of `q`, {q.shape[3]} on {q.device}, a "
+            f"number of heads that divides its {q.shape[2]}, and one length, got {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)} on {k_cache.device}; make them like it"
+        )
 
 
 def _unpacked(name: str, argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 from attention_kernels import Spans
-from attention_kernels.spans import is_one_or, is_traced
+from attention_kernels.checks import is_one_or
+from attention_kernels.spans import is_traced
 
 from .reading import Frame, read_chunks, read_spans
 from .support import (

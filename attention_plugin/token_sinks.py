@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_kernels.spans import is_one_or
+from attention_kernels.checks import is_one_or
 
 
 def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:

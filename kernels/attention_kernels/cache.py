@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 
 from . import gathered, prebound
+from .checks import check_numbers, check_sinks, check_tensors, is_number, is_one_or
 from .configs import unsupported_dtype
-from .operators import (
-    MAX_HEAD_DIM,
-    check_are_spans,
-    check_numbers,
-    check_sinks,
-    check_tensors,
-    is_number,
-    runs_triton,
-)
+from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
-from .spans import Spans, is_one_or, rise_within, values_at_hand
+from .spans import Spans, check_are_spans, rise_within, values_at_hand
 
 MAX_PAGE_SIZE = 256
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator
-from .operators import attention, cast_for_autocast, check_are_spans, check_sinks, check_tensors
-from .spans import Spans, is_one_or
+from .checks import check_sinks, check_tensors, is_one_or
+from .operators import attention, cast_for_autocast
+from .spans import Spans, check_are_spans
 
 
 def merge_states(outputs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:

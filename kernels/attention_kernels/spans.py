@@ -11,13 +11,14 @@ the first query (the length of the cache).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check_tensors, check_whole, is_one_or
 
 Offset = int | Tensor
 Device = torch.device | str | None
@@ -58,7 +59,7 @@ class Spans:
     Raises:
         TypeError: a tensor or a length is something else. All constructors do so.
         ValueError: a tensor has another dtype or shape, a length is negative, or only one of `key_mask` and `gap_count`
-            is there.
+            is there, or the tensors are on several devices.
     """
 
     start: Tensor
@@ -69,8 +70,9 @@ class Spans:
     gap_count: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor in (("start", self.start), ("end", self.end)):
-            _check_tensor("Spans", name, tensor)
+        bounds = {"start": self.start, "end": self.end}
+        check_tensors("Spans", bounds)
+        for name, tensor in bounds.items():
             if tensor.ndim != 2 or not is_one_or(tensor.shape[1], self.query_len) or tensor.dtype != torch.int32:
                 raise ValueError(
                     f"Spans: `{name}` must be int32 of shape [batch or 1, {self.query_len} or 1], got "
@@ -83,16 +85,30 @@ class Spans:
 
     def _check_sizes(self) -> None:
         _check_lengths(self.query_len, self.key_len)
-        if self.key_mask is not None and self.key_mask.shape[1:] != (self.key_len,):
-            raise ValueError(
-                f"Spans: `key_mask` must be [batch or 1, key_len] with {self.key_len} keys, got "
-                f"{list(self.key_mask.shape)}; build it with Spans.padded"
-            )
-        sizes = [tensor.shape[0] for tensor in (self.start, self.end, self.key_mask) if tensor is not None]
+        given = {"start": self.start, "end": self.end}
+        if self.key_mask is not None and self.gap_count is not None:
+            self._check_padding(self.key_mask, self.gap_count)
+            given |= {"key_mask": self.key_mask, "gap_count": self.gap_count}
+        sizes = [tensor.shape[0] for tensor in given.values()]
         if not all(is_one_or(size, max(sizes)) for size in sizes):
             raise ValueError(
-                f"Spans: `start`, `end` and `key_mask` must have one batch or a batch of 1, got {sizes}; slice or "
-                "expand them"
+                f"Spans: {_listed(given)} must have one batch or a batch of 1, got {sizes}; slice or expand them"
+            )
+        devices = [str(tensor.device) for tensor in given.values()]
+        if len(set(devices)) > 1:
+            raise ValueError(f"Spans: {_listed(given)} must be on one device, got {devices}; see Tensor.to")
+
+    def _check_padding(self, key_mask: Tensor, gap_count: Tensor) -> None:
+        check_tensors("Spans", {"key_mask": key_mask, "gap_count": gap_count})
+        if key_mask.dtype != torch.bool or key_mask.ndim != 2 or key_mask.shape[1] != self.key_len:
+            raise ValueError(
+                f"Spans: `key_mask` must be bool [batch or 1, key_len] with {self.key_len} keys, got {key_mask.dtype} "
+                f"{list(key_mask.shape)}; build it with Spans.padded"
+            )
+        if gap_count.dtype != torch.int32 or gap_count.ndim != 1:
+            raise ValueError(
+                f"Spans: `gap_count` must be int32 [batch or 1], got {gap_count.dtype} {list(gap_count.shape)}; build "
+                "it with Spans.padded"
             )
 
     # ------------------------------------------------------------------ constructors
@@ -138,7 +154,7 @@ class Spans:
         for name, size in (("left", left), ("right", right)):
             if size is None:
                 continue
-            _check_whole("Spans.sliding", name, size)
+            check_whole("Spans.sliding", name, size)
             if size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}; None is no limit")
         key_len = query_len if key_len is None else key_len
@@ -173,14 +189,14 @@ class Spans:
         Raises:
             ValueError: a length is negative, or `chunk_size` is less than 1.
         """
-        _check_whole("Spans.chunked", "chunk_size", chunk_size)
+        check_whole("Spans.chunked", "chunk_size", chunk_size)
         if chunk_size < 1:
             raise ValueError(f"Spans.chunked: `chunk_size` must be at least 1, got {chunk_size}; see Spans.causal")
         key_len = query_len if key_len is None else key_len
         _check_lengths(query_len, key_len)
         chunk_size = min(chunk_size, FARTHEST)
         position = _positions(query_len, key_len, offset, device)
-        _check_whole("Spans.chunked", "first", first, or_tensor=True)
+        check_whole("Spans.chunked", "first", first, or_tensor=True)
         if isinstance(first, Tensor):
             first = first.to(position.device, torch.int32).reshape(-1, 1)
         start = first + torch.div(position - first, chunk_size, rounding_mode="floor") * chunk_size
@@ -238,7 +254,7 @@ class Spans:
             )
         lengths = list(lengths)
         for index, length in enumerate(lengths):
-            _check_whole("Spans.packed_lengths", f"lengths[{index}]", length)
+            check_whole("Spans.packed_lengths", f"lengths[{index}]", length)
         if not lengths or min(lengths) < 0:
             raise ValueError(
                 f"Spans.packed_lengths: `lengths` must hold numbers of at least 0, got {lengths}; they are the "
@@ -259,10 +275,10 @@ class Spans:
         Raises:
             ValueError: the offsets have not one dimension, one length and at least 2 numbers.
         """
-        for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
-            _check_whole(
-                "Spans.packed_offsets", name, _check_tensor("Spans.packed_offsets", name, offsets), or_tensor=True
-            )
+        given = {"query_offsets": query_offsets, "key_offsets": key_offsets}
+        check_tensors("Spans.packed_offsets", given)
+        for name, offsets in given.items():
+            check_whole("Spans.packed_offsets", name, offsets, or_tensor=True)
         if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.numel() < 2:
             raise ValueError(
                 "Spans.packed_offsets: `query_offsets` and `key_offsets` must have one dimension and one length of "
@@ -290,7 +306,7 @@ class Spans:
         Raises:
             ValueError: `key_mask` is not bool or has not two dimensions.
         """
-        _check_tensor("Spans.padded", "key_mask", key_mask)
+        check_tensors("Spans.padded", {"key_mask": key_mask})
         if key_mask.dtype != torch.bool or key_mask.ndim != 2:
             raise ValueError(
                 f"Spans.padded: `key_mask` must be bool [batch, key_len], got {key_mask.dtype} {list(key_mask.shape)}; "
@@ -337,7 +353,7 @@ class Spans:
         Raises:
             ValueError: `mask` is not bool or has not three dimensions.
         """
-        _check_tensor("Spans.from_dense", "mask", mask)
+        check_tensors("Spans.from_dense", {"mask": mask})
         if mask.dtype != torch.bool or mask.ndim != 3:
             raise ValueError(
                 f"Spans.from_dense: `mask` must be bool [batch, query_len, key_len], got {mask.dtype} "
@@ -488,7 +504,7 @@ class Spans:
         Raises:
             TypeError, ValueError: `block_m` is no whole number of at least 1.
         """
-        _check_whole("Spans.tile_bounds", "block_m", block_m)
+        check_whole("Spans.tile_bounds", "block_m", block_m)
         if block_m < 1:
             raise ValueError(f"Spans.tile_bounds: `block_m` must be at least 1, got {block_m}; a tile has a row")
         tiles = -(-self.query_len // block_m)
@@ -543,14 +559,6 @@ class Spans:
         return dense if self.key_mask is None else dense & self.key_mask[:1][:, keys]
 
 
-def is_one_or(size: int, full: int) -> bool:
-    """Whether a dimension can be expanded to `full`.
-
-    Not as `size in (1, full)`: torch.compile takes a number for no member of a tuple that holds a symbolic size.
-    """
-    return size == 1 or size == full
-
-
 def is_traced(tensor: Tensor) -> bool:
     """Whether a compiler or exporter traces what is done with a tensor, for any values that it may have."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -571,37 +579,23 @@ def _constant(value: int, device: Device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int32, device=device)
 
 
-def _check_tensor(function: str, name: str, given: object) -> Tensor:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{function}: `{name}` must be a tensor, got {type(given).__name__}; see torch.as_tensor")
-    return given
+def check_are_spans(function: str, name: str, spans: object, instead: str) -> None:
+    """Refuse an argument that is no `Spans`, in the name of the function that was called."""
+    if not isinstance(spans, Spans):
+        raise TypeError(f"{function}: `{name}` must be Spans, got {type(spans).__name__}; {instead}")
 
 
-def _check_whole(function: str, name: str, given: object, *, or_tensor: bool = False) -> None:
-    """Refuse what is no whole number; with `or_tensor` a tensor may hold several. What is traced is not looked at."""
-    if type(given) is int or torch.compiler.is_compiling():
-        return
-    if isinstance(given, Tensor):
-        if given.is_floating_point() or given.is_complex() or not (or_tensor or given.numel() == 1):
-            raise TypeError(
-                f"{function}: `{name}` must be {'integers' if or_tensor else 'a whole number'}, got {given.dtype} "
-                f"{list(given.shape)}; see Tensor.long"
-            )
-        return
-    try:
-        operator.index(given)  # type: ignore[arg-type]
-        whole = not isinstance(given, bool)
-    except TypeError:
-        whole = False
-    if not whole:
-        raise TypeError(f"{function}: `{name}` must be a whole number, got {given!r}; see int")
+def _listed(given: Iterable[str]) -> str:
+    """Names of arguments, as an error lists them."""
+    *others, last = (f"`{name}`" for name in given)
+    return f"{', '.join(others)} and {last}"
 
 
 def _check_lengths(query_len: int, key_len: int) -> None:
     if torch.compiler.is_compiling():
         return
     for name, given in (("query_len", query_len), ("key_len", key_len)):
-        _check_whole("Spans", name, given)
+        check_whole("Spans", name, given)
     if min(query_len, key_len) < 0:
         raise ValueError(
             f"Spans: `query_len` and `key_len` must be at least 0, got {query_len} and {key_len}; pass the numbers of "
@@ -612,7 +606,7 @@ def _check_lengths(query_len: int, key_len: int) -> None:
 def _positions(query_len: int, key_len: int, offset: Offset | None, device: Device) -> Tensor:
     """Key index of each row, int32 `[1, query_len]`. A tensor `offset` (a static cache's length) is never read back."""
     offset = key_len - query_len if offset is None else offset
-    _check_whole("Spans", "offset", offset)
+    check_whole("Spans", "offset", offset)
     if isinstance(offset, Tensor):
         offset = offset.to(device or offset.device, torch.int32)
         device = offset.device

@@ -642,12 +642,35 @@ def test_bad_calls_of_varlen(change, words):
         ({"block_table": TABLE, "alibi_slopes": INDEX.float()}, "`alibi_slopes` with `block_table` is refused"),
         ({"block_table": TABLE.long()}, "`block_table` must be int32"),
         ({"num_splits": -1}, "`num_splits` must be whole and at least 1, got -1"),
+        *(
+            ({"k": Q + 1, "v": Q + 1, "cache_seqlens": 1} | late, words)
+            for late, words in (  # found before the new keys are written
+                ({"num_splits": -1}, "flash_attn_with_kvcache: `num_splits` must be whole and at least 1, got -1"),
+                ({"num_splits": -1, "block_table": TABLE}, "flash_attn_with_kvcache: `num_splits` must be whole"),
+                ({"alibi_slopes": torch.zeros(3, device=DEVICE)}, "`alibi_slopes` must be"),
+                (
+                    {"q": torch.ones(2, 3, 3, 8, device=DEVICE)},
+                    r"must have the head dim .*, a number of heads that divides its 3, .* \[4, 4, 2, 8\]",
+                ),
+                ({"q": torch.ones(2, 3, 2, 4, device=DEVICE)}, "must have the head dim and device of `q`, 4 on "),
+                ({"v_cache": PAGES[:, :3]}, r"and one length, got \[4, 4, 2, 8\] and \[4, 3, 2, 8\] on .*; make"),
+            )
+        ),
         ({"softcap": float("nan")}, "`softcap` must be a number, got nan; pass 0"),
     ],
 )
 def test_bad_calls_of_kvcache(change, words):
+    before = PAGES.clone()
     with pytest.raises(ValueError, match=words):
         flash_attn_with_kvcache(**{"q": Q, "k_cache": PAGES, "v_cache": PAGES} | change)
+    assert torch.equal(PAGES, before), "a call that was refused wrote to the cache"
+
+
+def test_several_numbers_of_splits():
+    with pytest.raises(
+        TypeError, match=r"flash_attn_with_kvcache: `num_splits` must be a number, got tensor\(\[1, 2\]"
+    ):
+        flash_attn_with_kvcache(Q, PAGES, PAGES, num_splits=torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(

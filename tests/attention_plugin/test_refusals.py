@@ -5,12 +5,14 @@ import ast
 import copy
 import importlib
 import inspect
+import linecache
 import logging
 import math
 import re
 import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from attention_kernels import Spans, attention, configs, operators
+from attention_kernels import Spans, attention, checks, configs, operators, spans
 from attention_plugin import SpanMask, attention_forward, sources, span_mask, support
 from attention_plugin.weights import AbsentWeights
 
@@ -283,16 +285,18 @@ def messages_of(module: Any) -> set[tuple[str, int]]:
     }
 
 
+def raised_at(refused: Callable[[], Any], error: type[Exception]) -> tuple[str, int]:
+    """File and first line of the `raise` that a call reaches."""
+    with pytest.raises(error) as caught:
+        refused()
+    last = caught.traceback[-1]
+    return str(last.path), last.lineno + 1
+
+
 def test_every_error_of_the_plugin_has_a_test():
     """Each `raise` is reached by one of the cases above, which read its words."""
     messages = set().union(*map(messages_of, PLUGIN_FILES))
-    reached = set()
-    for refused, error, _ in PLUGIN_REFUSALS.values():
-        with pytest.raises(error) as caught:
-            refused()
-        last = caught.traceback[-1]
-        reached.add((str(last.path), last.lineno + 1))
-    assert reached == messages
+    assert {raised_at(refused, error) for refused, error, _ in PLUGIN_REFUSALS.values()} == messages
 
 
 def test_every_reason_for_refusing_a_keyword_is_read():
@@ -541,18 +545,6 @@ def test_operator_errors_reach_through_the_attention_function():
         call(softcap=-2.0)
 
 
-def test_every_error_of_the_operator_has_a_test():
-    """Each `raise` of validation is reached by one of the cases above: their number is the number of messages."""
-    source = inspect.getsource(operators)
-    messages = len(re.findall(r"raise (?:ValueError|TypeError)\(", source))
-    reached = set()
-    for changes, error, _ in OPERATOR_REFUSALS.values():
-        with pytest.raises(error) as caught:
-            operator(**changes())
-        reached.add(caught.traceback[-1].lineno)
-    assert len(reached) == messages
-
-
 @pytest.fixture
 def no_architecture_cached():
     configs._architecture.cache_clear()
@@ -619,11 +611,27 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     "key mask of another length": (
         lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, torch.ones(1, 4, dtype=torch.bool), int32(1)),
-        ("`key_mask` must be [batch or 1, key_len] with 3 keys", "got [1, 4]", "Spans.padded"),
+        ("`key_mask` must be bool [batch or 1, key_len] with 3 keys", "got torch.bool [1, 4]", "Spans.padded"),
+    ),
+    "key mask of another dtype": (
+        lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, int32(1, 3), int32(1)),
+        ("`key_mask` must be bool", "got torch.int32 [1, 3]", "Spans.padded"),
+    ),
+    "gaps in a column": (
+        lambda: Spans(int32(1, 3), int32(1, 3), 3, 3, torch.ones(1, 3, dtype=torch.bool), int32(1, 1)),
+        ("`gap_count` must be int32 [batch or 1]", "got torch.int32 [1, 1]", "Spans.padded"),
     ),
     "batches": (
         lambda: Spans(int32(2, 3), int32(3, 3), 3, 3),
-        ("`start`, `end` and `key_mask` must have one batch", "got [2, 3]", "slice or expand"),
+        ("`start` and `end` must have one batch", "got [2, 3]", "slice or expand"),
+    ),
+    "batches of padding": (
+        lambda: Spans(int32(2, 3), int32(1, 3), 3, 3, torch.ones(2, 3, dtype=torch.bool), int32(3)),
+        ("`start`, `end`, `key_mask` and `gap_count` must have one batch", "got [2, 1, 2, 3]", "slice or expand"),
+    ),
+    "devices": (
+        lambda: Spans(int32(1, 3), int32(1, 3).to("meta"), 3, 3),
+        ("`start` and `end` must be on one device", "got ['cpu', 'meta']", "Tensor.to"),
     ),
     "fewer tokens than none": (
         lambda: Spans.full(-1),
@@ -690,6 +698,14 @@ SPANS_REFUSALS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "documents for fewer queries than none": (
         lambda: Spans.packed_offsets(int32(2), int32(2), -1, 3),
         ("`query_len` and `key_len` must be at least 0", "got -1 and 3"),
+    ),
+    "spans of other samples": (
+        lambda: Spans(int32(2, 3), int32(2, 3), 3, 3) & Spans(int32(3, 3), int32(3, 3), 3, 3),
+        ("cannot combine spans of 2 samples with those of 3", "same batch"),
+    ),
+    "every second row": (
+        lambda: Spans.causal(3).cut(slice(None, None, 2), slice(None)),
+        (".cut: `rows` and `keys` must be slices of step 1", "slice(None, None, 2)", "one by one"),
     ),
     "tiles of no rows": (lambda: Spans.causal(3).tile_bounds(0), ("`block_m` must be at least 1", "got 0")),
 }
@@ -766,6 +782,20 @@ def test_spans_of_what_is_something_else(name: str):
     with raises(TypeError, "Spans", *words) as caught:
         make()
     assert "; " in str(caught.value), "no alternative is named"
+
+
+def test_every_error_of_arguments_has_a_test():
+    """Each `raise` about what the operator and spans are given is reached by one of the cases above."""
+    messages = set().union(*map(messages_of, (checks, operators, spans)))
+    reached = {raised_at(partial(operator, **changes()), error) for changes, error, _ in OPERATOR_REFUSALS.values()}
+    reached |= {raised_at(make, ValueError) for make, _ in SPANS_REFUSALS.values()}
+    reached |= {raised_at(make, TypeError) for make, _ in SPANS_OF_OTHER_TYPES.values()}
+    assert reached == {place for place in messages if not raises_at_run_time(*place)}
+
+
+def raises_at_run_time(file: str, line: int) -> bool:
+    """Whether that refuses what is no argument: a device, a transform of torch's, gradients of gradients."""
+    return "raise RuntimeError(" in linecache.getline(file, line)
 
 
 @pytest.mark.parametrize("lengths", [torch.tensor([2, 1]), np.array([2, 1]), (2, np.int64(1)), iter([2, 1])])
