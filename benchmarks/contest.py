@@ -66,23 +66,31 @@ def admit(
             run = bind(provider, problem, masks.get(name))
             if judge(run, result):
                 runs[provider.name] = run
-        except Exception as error:  # whatever a peer raises is the reason why it has no figures
-            result.status = "failed" if provider.name in OWN else "unavailable"
-            result.reason = brief(error)
+        except Exception as error:
+            note_error(result, error)
     return runs
 
 
 def take_turns(
-    runs: dict[str, Run],
+    runs: dict[str, Any],
     results: Sequence[Result],
     device: torch.device,
     effort: Effort,
-    say: Callable[[str], None],
-    to_call: Callable[[Run], Call] = lambda run: Call(lambda _: run()),
+    say: Callable[[str], None] = lambda text: None,
+    to_call: Callable[[Any], Call] = lambda run: Call(lambda _: run()),
 ) -> None:
-    """Time what was admitted; the samples go into the results."""
+    """Time what was admitted; the samples go into the results, and so does what is raised meanwhile."""
     calls = {name: to_call(run) for name, run in runs.items()}
     where = f"{results[0].case} {results[0].dtype}" if results else ""
-    samples = interleaved(calls, device, effort, lambda text: say(f"{where}: {text}"))
+    errors: dict[str, Exception] = {}
+    samples = interleaved(calls, device, effort, lambda text: say(f"{where}: {text}"), errors)
     for result in results:
         result.samples = samples.get(result.provider, [])
+        if (error := errors.get(result.provider)) is not None:
+            note_error(result, error, "while it was timed: ")
+
+
+def note_error(result: Result, error: Exception, when: str = "") -> None:
+    """Whatever a peer raises is the reason why it has no figures; what this project raises is a failure."""
+    result.status = "failed" if result.provider in OWN else "unavailable"
+    result.reason = f"{when}{brief(error)}"

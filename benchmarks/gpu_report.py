@@ -122,16 +122,25 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
             console.print(f"{part.name}: {seconds:.0f} s of the {left:.0f} s that are left")
             outcomes[part.name] = run_part(part, seconds, min(left, seconds + GRACE), folder, options.device)
         console.print(f"{part.name}: {outcomes[part.name]}")
+        write_archive(folder, options.archive)  # each time: the command may be ended from outside
     if training is not None:
         end(training)
     try:
         if any(folder.glob("*.json")):
             page.write_pages(folder, console)
     finally:  # what was measured is not lost with its pictures
-        if options.archive is not None:
-            with tarfile.open(options.archive, "w:gz") as archive:
-                archive.add(folder, arcname=folder.name)
+        write_archive(folder, options.archive)
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+
+
+def write_archive(folder: Path, path: Path | None) -> None:
+    """All files of a folder in one, which is never there in halves."""
+    if path is None:
+        return
+    unfinished = path.with_name(f"{path.name}.part")
+    with tarfile.open(unfinished, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    unfinished.replace(path)
 
 
 def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str) -> str:

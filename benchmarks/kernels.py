@@ -13,7 +13,7 @@ from attention_plugin import SpanMask
 
 from . import contest
 from .cases import Case, Sizes
-from .measure import Call, Effort, Result, brief, build_reference, check, interleaved
+from .measure import Call, Effort, Result, brief, build_reference, check
 from .problem import Problem, build_problem
 from .providers import Provider
 from .work import work_of
@@ -64,9 +64,7 @@ def time_masks(problem: Problem, mask_names: Sequence[str], effort: Effort) -> l
             result.status, result.reason = "unavailable", brief(error)
             continue
         calls[name] = Call(lambda _, build=build: build(), repeatable=True, bound_by_python=True)
-    samples = interleaved(calls, problem.query.device, effort)
-    for result in results:
-        result.samples = samples.get(result.provider, [])
+    contest.take_turns(calls, results, problem.query.device, effort, to_call=lambda call: call)
     return results
 
 

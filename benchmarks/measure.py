@@ -7,7 +7,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -257,21 +258,36 @@ def interleaved(
     device: torch.device,
     effort: Effort,
     on_round: Callable[[str], None] = lambda text: None,
+    errors: dict[str, Exception] | None = None,
 ) -> dict[str, list[float]]:
     """Samples in seconds of several calls that take turns, so that noise of the machine meets all of them alike.
 
     Each call must have run before, when it was checked. It runs once more to warm up; where that takes longer than the
     call's share of the time it already is a sample. The order is shuffled in every round. A call leaves the rounds when
     it has used its share and has enough samples, or thrice its share, so that slow calls do not starve fast ones.
+
+    Where `errors` is given, what a call raises is put there, and the others go on without it.
     """
     share = effort.seconds / max(1, len(calls))
     samples: dict[str, list[float]] = {}
     repeats = {}
+
+    @contextmanager
+    def leaving_the_rounds(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[name] = error
+            samples.pop(name, None)
+
     for name, call in calls.items():
-        seconds = timed(call, device)
-        samples[name] = [seconds] if seconds > share else []
-        several = call.repeatable and device.type == "cpu"
-        repeats[name] = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6))) if several else 1
+        with leaving_the_rounds(name):
+            seconds = timed(call, device)
+            samples[name] = [seconds] if seconds > share else []
+            several = call.repeatable and device.type == "cpu"
+            repeats[name] = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6))) if several else 1
     shuffler = random.Random(0)
     for round_number in range(effort.most):
         playing = [name for name, taken in samples.items() if _plays_on(taken, share, effort)]
@@ -279,7 +295,8 @@ def interleaved(
             break
         on_round(f"round {round_number + 1}")
         for name in shuffler.sample(playing, len(playing)):
-            samples[name].append(timed(calls[name], device, repeats[name]))
+            with leaving_the_rounds(name):
+                samples[name].append(timed(calls[name], device, repeats[name]))
     return samples
 
 

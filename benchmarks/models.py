@@ -32,7 +32,8 @@ from model.checkpoint import docstrings
 from model.modeling_reference import CACHE, ReferenceForCausalLM
 from model.training import is_checkpoint
 
-from .measure import Call, Effort, Result, brief, dtype_name, interleaved
+from .contest import note_error, take_turns
+from .measure import Call, Effort, Result, dtype_name
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 
 IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)
@@ -252,9 +253,9 @@ def run_reference_model(
             model = load_reference(folder, name, dtype, device)
             hidden = model.model(**inputs, use_cache=False).last_hidden_state[real]
             tokens, _ = decode(model, prefill(model, inputs), sizes.new_tokens)
-        except Exception as error:  # reported as this implementation's result
+        except Exception as error:
             for result in mine:
-                result.status, result.reason = "failed" if name == OURS else "unavailable", brief(error)
+                note_error(result, error)
             continue
         compare(mine[0], hidden.float(), truth.hidden, truth.bound)
         compare_tokens(mine[1], tokens, truth)
@@ -266,10 +267,8 @@ def run_reference_model(
                 lambda model=model: prefill(model, inputs),
             )
     for case, implementations in calls.items():
-        samples = interleaved(implementations, device, effort, lambda text, case=case: say(f"{case}: {text}"))
-        for result in results:
-            if result.case == case:
-                result.samples = samples.get(result.provider, [])
+        mine = [result for result in results if result.case == case]
+        take_turns(implementations, mine, device, effort, say, to_call=lambda call: call)
     return results
 
 
@@ -361,12 +360,10 @@ def run_embeddings(
         try:
             model = load(result.provider, dtype)
             compare(result, embed(model, inputs).float(), truth, bound)
-        except Exception as error:  # reported as this implementation's result
-            result.status, result.reason = "failed" if result.provider == OURS else "unavailable", brief(error)
+        except Exception as error:
+            note_error(result, error)
             continue
         if result.status == "ok":
             calls[result.provider] = Call(lambda _, model=model: embed(model, inputs))
-    samples = interleaved(calls, device, effort, lambda text: say(f"sentence embeddings: {text}"))
-    for result in results:
-        result.samples = samples.get(result.provider, [])
+    take_turns(calls, results, device, effort, say, to_call=lambda call: call)
     return results

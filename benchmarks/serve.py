@@ -25,7 +25,8 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerFas
 
 import attention_plugin
 
-from .measure import Result, brief, dtype_name
+from .contest import note_error
+from .measure import Result, dtype_name
 from .models import TRUTH, decode, load_reference, near_tie, padded_prompts, prefill, tokens_agree
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 from .rows import ABSENT, TIMES, baseline_of, results_of, speed
@@ -185,9 +186,8 @@ def run_transformers(
                 break
             if sample:  # the first was warm-up
                 note_times(result, answers)
-    except Exception as error:  # whatever a peer raises is the reason why it has no figures
-        result.status = "failed" if name == OURS else "unavailable"
-        result.reason = brief(error)
+    except Exception as error:
+        note_error(result, error)
     return result
 
 

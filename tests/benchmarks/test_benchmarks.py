@@ -184,6 +184,30 @@ def test_a_gradient_that_is_not_finite_where_it_is_timed_fails() -> None:
     assert result.status == "failed" and result.reason.endswith("the gradient of key")
 
 
+@pytest.mark.parametrize("last", [2, 4])
+def test_what_raises_while_it_is_timed_leaves_the_others_their_turns(last: int) -> None:
+    """In the warm-up, after one call that was checked, or in a later round."""
+    ours = providers.PROVIDERS[0]
+    runs = {"peer": 0}
+
+    def tires(*arguments, **keywords):
+        runs["peer"] += 1
+        if runs["peer"] == last:
+            raise RuntimeError("out of memory\nand a long trace")
+        return ours.forward(*arguments, **keywords)
+
+    contestants = [ours, replace(ours, name="peer", forward=tires)]
+    effort = measure.Effort(seconds=1e3, most=5)
+    right, tired = kernels.run_case(cases.case_named("causal"), SMALL, torch.float32, CPU, contestants, effort)
+    assert len(right.samples) == 5 and runs["peer"] == last
+    assert (tired.status, tired.samples) == ("unavailable", [])
+    assert tired.reason == "while it was timed: RuntimeError: out of memory"
+    contestants[1] = replace(contestants[1], name=providers.GLUON)
+    runs["peer"] = 0
+    _, own = kernels.run_case(cases.case_named("causal"), SMALL, torch.float32, CPU, contestants, effort)
+    assert own.status == "failed", "what this project raises is no reason, but a failure"
+
+
 def test_slow_calls_get_fewer_turns() -> None:
     order: list[str] = []
     calls = {

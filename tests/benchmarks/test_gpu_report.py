@@ -94,6 +94,25 @@ def test_all_files_in_one(tmp_path: Path) -> None:
         assert {f"run/{path.name}" for path in folder.iterdir()} <= set(packed.getnames())
 
 
+def test_the_files_in_one_hold_what_was_done_before_the_command_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str) -> str:
+        if part.name == "later":
+            raise KeyboardInterrupt
+        (folder / "first.txt").write_text("measured")
+        return "done"
+
+    monkeypatch.setattr(gpu_report, "PARTS", (Part("first", ("a",), 1), Part("later", ("b",), 1)))
+    monkeypatch.setattr(gpu_report, "run_part", run_part)
+    archive, folder = tmp_path / "all.tar.gz", tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        runner.main(["gpu-report", "--device", "cpu", "--folder", str(folder), "--archive", str(archive)])
+    with tarfile.open(archive) as packed:
+        assert packed.getnames() == ["run", "run/first.txt"]
+    assert list(tmp_path.glob("*.part")) == []
+
+
 def test_parts_without_time_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(tmp_path), "--seconds", "3"]
     assert runner.main(arguments) == 0
