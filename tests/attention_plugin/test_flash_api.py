@@ -22,6 +22,7 @@ from attention_plugin.flash_api import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    positions,
 )
 
 from helpers import DEVICE, DTYPES, SLOW_IN_INTERPRETER, assert_within_bound
@@ -354,11 +355,11 @@ def test_kvcache_with_rotary_embedding(window, interleaved, in_pages):
 def test_spans_of_lengths_are_shared_and_those_of_alibi(lengths):
     device = torch.device(DEVICE)
     for left, right in itertools.product((None, 0, 3, 1 << 40), (None, 0, 2, 1 << 40)):
-        window = flash_api.Window(left, right)
-        spans = flash_api._aligned_spans(window, *lengths, device)
-        expected = flash_api._aligned_rows(*lengths, device).window(window)
+        window = positions.Window(left, right)
+        spans = positions.aligned_spans(window, *lengths, device)
+        expected = positions.aligned_rows(*lengths, device).window(window)
         assert torch.equal(spans.to_dense(), expected.to_dense())
-        assert flash_api._aligned_spans(window, *lengths, device) is spans
+        assert positions.aligned_spans(window, *lengths, device) is spans
 
 
 def test_kvcache_does_not_track_gradients():

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches as flash-attn keeps them: new tokens appended, rotated, or found in pages."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from attention_kernels import PagedCache
+from attention_kernels.cache import MAX_PAGE_SIZE
+from attention_kernels.spans import values_at_hand
+
+
+def paged_cache(name: str, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> PagedCache:
+    """The cache, pages that are too large for the kernels being seen as several."""
+    page_size = k.shape[1]
+    if page_size > MAX_PAGE_SIZE:
+        piece = max(size for size in range(1, MAX_PAGE_SIZE + 1) if page_size % size == 0)
+        pieces = page_size // piece
+        if any(tensor.stride(0) != tensor.stride(1) * page_size for tensor in (k, v)):
+            raise ValueError(
+                f"{name}: pages of more than {MAX_PAGE_SIZE} tokens must lie one after the other, got {page_size} "
+                f"tokens with strides {k.stride()} and {v.stride()}; use pages of at most {MAX_PAGE_SIZE} tokens"
+            )
+        k, v = (tensor.view(-1, piece, *tensor.shape[2:]) for tensor in (k, v))
+        part = torch.arange(pieces, dtype=block_table.dtype, device=block_table.device)
+        block_table = (block_table[:, :, None] * pieces + part).flatten(1)
+    return PagedCache(k, v, block_table, lengths)
+
+
+def slots(cache: PagedCache, before: Tensor, new: int) -> Tensor:
+    """Where the tokens that follow `before` others go in their pages, int64 `[batch * new]`."""
+    position = following(before, new)
+    page = cache.block_table.gather(1, position // cache.page_size).long()
+    return (page * cache.page_size + position % cache.page_size).flatten()
+
+
+def appended(
+    name: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    before: Tensor,
+    cache_batch_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of each sequence, `[batch, capacity, num_kv_heads, dim]`, the new ones written to the cache."""
+    batch = q.shape[0]
+    if cache_batch_idx is None and k_cache.shape[0] < batch:
+        raise ValueError(
+            f"{name}: `k_cache` must have a row for each of the {batch} sequences, got {k_cache.shape[0]}; pass "
+            "`cache_batch_idx` for sequences that share rows"
+        )
+    row = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+    if values_at_hand(row) and ((row < 0) | (row >= k_cache.shape[0])).any():
+        raise ValueError(
+            f"{name}: `cache_batch_idx` must be 0 to {k_cache.shape[0] - 1}, rows of the cache, got {row.tolist()}; "
+            "make the cache larger"
+        )
+    if k is not None and v is not None:
+        place = (row[:, None], following(before, k.shape[1]))
+        k_cache[place], v_cache[place] = k, v
+    if cache_batch_idx is None:
+        return k_cache[:batch], v_cache[:batch]
+    return k_cache[row], v_cache[row]
+
+
+def cache_lengths(name: str, seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
+    """Tokens of each sequence before this call, int32 `[batch]`."""
+    if not isinstance(seqlens, Tensor):
+        known = capacity if seqlens is None else seqlens
+        if not isinstance(known, Integral):
+            raise TypeError(
+                f"{name}: `cache_seqlens` must be a number, a tensor of integers or None, got {type(known).__name__}; "
+                "torch.as_tensor makes a tensor of numbers"
+            )
+        lengths = torch.full((q.shape[0],), known, dtype=torch.int32, device=q.device)
+        least = most = known
+    else:
+        if seqlens.shape != q.shape[:1] or seqlens.is_floating_point() or seqlens.device != q.device:
+            raise ValueError(
+                f"{name}: `cache_seqlens` must be a number or integers of shape [batch] = [{q.shape[0]}] on "
+                f"{q.device}, got {seqlens.dtype} {list(seqlens.shape)} on {seqlens.device}; count the tokens that are "
+                "in the cache before the call"
+            )
+        lengths = seqlens.to(torch.int32)
+        if not values_at_hand(seqlens) or not seqlens.numel():
+            return lengths
+        least, most = int(seqlens.min()), int(seqlens.max())
+    if least < 0 or most + new > capacity:
+        raise ValueError(
+            f"{name}: `cache_seqlens` must be 0 to {capacity} (what the cache has room for) less {new} new tokens, got "
+            f"{least} to {most}; make the cache, or the block table, larger"
+        )
+    return lengths
+
+
+def following(before: Tensor, new: int) -> Tensor:
+    """Positions of the tokens after `before` others, int64 `[batch, new]`."""
+    return before[:, None].long() + torch.arange(new, device=before.device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, before: Tensor, interleaved: bool, moving: bool = True) -> Tensor:
+    """Rotary embedding of `[batch, tokens, heads, dim]` from position `before` on, or all at it unless `moving`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    place = following(before, x.shape[1] if moving else 1)
+    cos, sin = (table[place][:, :, None].to(wide) for table in (cos, sin))
+    columns = 2 * cos.shape[-1]
+    turned = x[..., :columns].to(wide)
+    if interleaved:
+        real, imaginary = turned[..., ::2], turned[..., 1::2]
+    else:
+        real, imaginary = turned.chunk(2, -1)
+    pair = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([turned.to(x.dtype), x[..., columns:]], -1)
