@@ -56,7 +56,7 @@ test-exhaustive: test-chips test-engines
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'interpreter and exhaustive'
 	$(BIN)/python -m pytest -n 2 -q -m 'engines and exhaustive' tests/engines
 
-# All tests of kernels with the kernels as compiled for a GPU that is not there, on the machine in tests/kernels/ptx; with
+# Tests of kernels with the kernels as compiled for a GPU that is not there, on the machine in tests/kernels/ptx; with
 # SEED=1 in a random order, and with what runs beside the threads as late as it may.
 CAPABILITY ?= 90
 test-ptx: $(STAMP)

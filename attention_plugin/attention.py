@@ -150,6 +150,8 @@ def resolve_mask(
     packed = position_ids if is_causal and query_len == key_len > 1 else None
     if packed is not None and packed.shape[1:] != (query_len,):
         packed = None  # of several dimensions (multimodal rotary embeddings), or of other tokens
+    if isinstance(attention_mask, SpanMask) and attention_mask.rewritten is not None:
+        attention_mask = attention_mask.rewritten  # no longer what the spans say
     if isinstance(attention_mask, SpanMask) and attention_mask.attended is None:
         # Without a 2D mask transformers has looked for packing itself; its mask holds, as it does under eager.
         packed = None

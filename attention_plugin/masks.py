@@ -32,6 +32,7 @@ from .support import (
     refuse_foreign_use,
     refuse_model,
     refuse_padding_mask,
+    refuse_writing,
 )
 from .symbolic import recognise
 
@@ -49,8 +50,8 @@ class SpanMask:
         holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The
             kernels apply it on top of `spans`.
         batch_size: of the scores it is for, or None where only the spans tell. They have one row if all samples agree.
-        everything: whether it hides nothing, where other implementations are given no mask at all. It then holds for
-            any number of keys: some models attend to more of them than they said.
+        everything: whether it hides nothing but padding, where other implementations are given no mask at all unless
+            there is some. Without padding it holds for any number of keys: some models attend to more than they said.
         dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
             mask, or None where that is refused. See `computed_with`.
         chunks: size of the chunks that `spans` are cut into, and the spans as they were before; None without chunks,
@@ -65,6 +66,7 @@ class SpanMask:
     dense_dtype: torch.dtype | None = None
     chunks: tuple[int, Spans] | None = None
     _dense: Tensor | None = field(default=None, repr=False)
+    _dense_version: int = 0
     _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
 
     @property
@@ -90,12 +92,14 @@ class SpanMask:
         """The shape, or one number of it."""
         return self.shape if dim is None else self.shape[dim]
 
-    def contiguous(self) -> SpanMask:
+    def contiguous(self) -> SpanMask | Tensor:
         """The mask itself: `generate` asks for this with a static cache."""
-        return self
+        return self if self.rewritten is None else self.rewritten.contiguous()
 
-    def to(self, *args: Any, **kwargs: Any) -> SpanMask:
+    def to(self, *args: Any, **kwargs: Any) -> SpanMask | Tensor:
         """On another device. A change of dtype has no meaning for spans and is ignored."""
+        if self.rewritten is not None:
+            return self.rewritten.to(*args, **kwargs)
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is None or device == self.device:
             return self
@@ -121,7 +125,7 @@ class SpanMask:
         one key. A mask that hides nothing fits any scores.
         """
         own = self.spans
-        if self.everything and (own.query_len != query_len or own.key_len != key_len):
+        if self.everything and (own.query_len != query_len or own.key_len != key_len) and not self._has_padding():
             return SpanMask(Spans.full(query_len, key_len, device=self.device))
         repeats_row, repeats_column = own.query_len == 1 != query_len, own.key_len == 1 != key_len
         if not repeats_row and not repeats_column:
@@ -133,6 +137,10 @@ class SpanMask:
         end = torch.where(shown, key_len, 0).to(torch.int32)
         spans = Spans(torch.zeros_like(end), end, query_len, key_len)
         return replace(self, spans=spans, attended=None, _dense=None, _packed=None)
+
+    def _has_padding(self) -> bool:
+        """Whether the 2D mask hides a token, or may. It looks: transformers does where it may leave a mask out."""
+        return self.attended is not None and (is_traced(self.attended) or not bool(self.attended.all()))
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
@@ -159,15 +167,43 @@ class SpanMask:
         if self.dense_dtype is None:
             refuse_foreign_use(operation, error)
         log_once(f"a model applied {operation} to its attention mask: it is given a dense one, a number for each score")
-        if self._dense is not None:
-            return self._dense
+        if self._dense is None:
+            dense = self._as_eager_has_it()
+            if torch.compiler.is_compiling():  # as for `spans_within_documents`
+                return dense
+            self._dense, self._dense_version = dense, _version(dense)
+        return self._dense
+
+    def _as_eager_has_it(self) -> Tensor:
         dense = self.to_dense()
-        if self.dense_dtype != torch.bool:
+        if self.dense_dtype is not None and self.dense_dtype != torch.bool:
             dense = additive(dense, self.dense_dtype)
-        dense = dense.expand(self.shape)
-        if not torch.compiler.is_compiling():  # as for `spans_within_documents`
-            self._dense = dense
-        return dense
+        return dense.expand(self.shape)
+
+    @property
+    def rewritten(self) -> Tensor | None:
+        """What a model has made of the dense mask by writing to it, which holds from then on; None where none has."""
+        dense = self._dense
+        if dense is None:
+            return None
+        if not dense.is_inference():
+            return dense if dense._version != self._dense_version else None
+        # What is written to tensors made in inference mode torch does not count.
+        as_built = is_traced(dense) or torch.equal(dense, self._as_eager_has_it())
+        return None if as_built else dense
+
+    def _prepare_writing(self, operation: str) -> None:
+        """Give the dense mask memory of its own for each sample, as eager attention's has, before it is written to.
+
+        Raises:
+            TypeError: under torch.compile, where what is written would be lost.
+        """
+        if torch.compiler.is_compiling():
+            refuse_writing(operation)
+        dense = self.computed_with(operation)
+        if self.rewritten is None:
+            self._dense = dense.contiguous()
+            self._dense_version = _version(self._dense)
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,6 +211,9 @@ class SpanMask:
         if name == "tag_activation_checkpoint":  # torch.compile's checkpointing: carries the mask, computes nothing
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        written = (kwargs or {}).get("out", args[0] if args and _writes(name) else None)
+        if isinstance(written, cls):
+            written._prepare_writing(name)
         args, kwargs = tree_map(
             lambda part: part.computed_with(name) if isinstance(part, cls) else part, (args, kwargs)
         )
@@ -182,6 +221,8 @@ class SpanMask:
 
     def _computed(name: str) -> Callable:  # type: ignore[misc]
         def method(self: SpanMask, *args: Any) -> Any:
+            if name == "__setitem__":
+                self._prepare_writing(name)
             return getattr(self.computed_with("an operator"), name)(*args)
 
         return method
@@ -198,7 +239,21 @@ class SpanMask:
             raise AttributeError(name)
         if name == "dtype" and self.dense_dtype is not None:
             return self.dense_dtype
-        return getattr(self.computed_with(f"`.{name}`", error=AttributeError), name)
+        dense = self.computed_with(f"`.{name}`", error=AttributeError)
+        if not _writes(name):
+            return getattr(dense, name)
+        self._prepare_writing(f"`.{name}`")
+        return getattr(self._dense, name)
+
+
+def _writes(name: str) -> bool:
+    """Whether a tensor's method of this name changes the tensor in place, by torch's convention."""
+    return name.endswith("_") and not name.startswith("_")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; torch does not count it for those made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -256,11 +311,11 @@ def span_mask(
     mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
     # A window that is wider than there are keys hides none of them.
     shows_all = mask_function is masking_utils.bidirectional_mask_function or kv_length < (local_size or 0)
-    everything = allow_is_bidirectional_skip and attention_mask is None and shows_all
+    everything = allow_is_bidirectional_skip and shows_all
     mask.batch_size, mask.everything = batch_size, everything
     if config is None or not may_compute_with_masks(config):
         return mask
-    if everything and measures_masks(config):
+    if everything and attention_mask is None and measures_masks(config):
         return None
     mask.dense_dtype = torch.bool if negates_masks(config) else dtype
     if not needs_tensor(config):

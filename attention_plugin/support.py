@@ -198,6 +198,18 @@ def refuse_foreign_use(operation: str, error: type[Exception] = TypeError) -> No
     )
 
 
+def refuse_writing(operation: str) -> NoReturn:
+    """Refuse that a model writes to its mask where what it writes would be lost.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(
+        f"my_triton attention: a model applied {operation} to its attention mask under torch.compile, which is "
+        "refused, as attention would not see what is written; make a new mask, as `mask.masked_fill` does"
+    )
+
+
 # ---------------------------------------------------------------------- models
 
 

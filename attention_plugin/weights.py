@@ -19,7 +19,7 @@ except ImportError:  # a release that collects outputs in another way: arguments
 class AbsentWeights:
     """Stands in place of weights where a model may have been asked for them without saying so here.
 
-    Any use of it is an error that says what to do, where None would look like an answer.
+    Computing with it is an error that says what to do, where None would look like an answer.
     """
 
     @classmethod
@@ -30,7 +30,8 @@ class AbsentWeights:
         refuse_absent_weights()
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __truediv__ = _refuse
-    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __array__ = _refuse
+    __rtruediv__ = __pow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __getitem__ = __iter__ = __len__ = __bool__ = __int__ = __float__ = __array__ = _refuse
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):

@@ -66,7 +66,7 @@ TESTS = ("pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", *WORKERS)
 GPU_TESTED = "prebound wide_output cache operators shared_spans merge dropout overlap gradients weights spans"
 GPU_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in GPU_TESTED.split())
 """The others in their folder are of the torch path, or compile for GPUs that are not there. First what no interpreter
-has run: kernels launched again, halves of outputs, pages."""
+has run: kernels launched again, parts of outputs, pages."""
 
 EACH_COMPILED = ("-k", "not random_problems and not random_pages")
 """Left to `python -m pytest tests/kernels`: problems that nearly all take kernels of their own, which takes minutes."""
@@ -134,7 +134,7 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
 
 
 def write_archive(folder: Path, path: Path | None) -> None:
-    """All files of a folder in one, which is never there in halves."""
+    """All files of a folder in one, which is never there in part."""
     if path is None:
         return
     unfinished = path.with_name(f"{path.name}.part")

@@ -190,7 +190,7 @@ def kernels() -> Iterator[Finding]:
     interpreted = operators.interpreting()
     for device in devices():
         if device.type == "cpu" and not interpreted:
-            words = "torch: pieces of fused CPU attention; with softcap a softmax written out"
+            words = "torch: pieces of fused CPU attention; with a softcap or dropout, a softmax written out"
             yield Finding("kernels", "cpu", words, "ok", "TRITON_INTERPRET=1 tries the Triton kernels, slowly")
             continue
         if device.type == "cpu":

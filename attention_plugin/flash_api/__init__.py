@@ -170,7 +170,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: integer `[sequences + 1]`, where each sequence begins and the last one ends. Queries
             beyond the last sequence give 0. Numbers that fall or lie beyond the tokens are an error where looking is
             free (on the CPU), undefined elsewhere.
-        max_seqlen_q: at least the most queries of a sequence. Used with `block_table` only.
+        max_seqlen_q: at least the most queries of a sequence. Used with `block_table` only; one that is too small is an
+            error where looking is free, undefined elsewhere.
         max_seqlen_k: accepted; the lengths themselves are in `cu_seqlens_k`.
         alibi_slopes: float32 `[num_heads]` or `[sequences, num_heads]`, as for `flash_attn_func`.
         block_table: int32 `[sequences, pages of the longest]`, where keys lie in pages; forward only, without dropout
@@ -203,7 +204,7 @@ def flash_attn_varlen_func(
         alibi = packed_alibi(name, alibi_slopes, cu_seqlens_q, cu_seqlens_k, q, k.shape[0])
         output, lse = attend(query, key, value, rows, window, alibi, {**options, "dropout_p": dropout_p})
     else:
-        check_paged(name, q, k, v, dropout_p, alibi_slopes)
+        check_paged(name, q, k, v, cu_seqlens_q, max_seqlen_q, dropout_p, alibi_slopes)
         lengths = cu_seqlens_k.diff().to(torch.int32)
         cache = paged_cache(name, k, v, block_table, lengths)
         rows = paged_rows(cu_seqlens_q, lengths, q.shape[0], cache.key_len)

@@ -113,9 +113,9 @@ def check_offsets(name: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seql
         wrong = offsets.dtype not in (torch.int32, torch.int64) or offsets.device != q.device
         if wrong or offsets.ndim != 1 or offsets.numel() < 2 or offsets.shape != cu_seqlens_q.shape:
             raise ValueError(
-                f"{name}: `{argument}` must be int32 of shape [sequences + 1] on {q.device}, the same for queries and "
-                f"keys, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; it is 0 and the running sum of "
-                "the lengths"
+                f"{name}: `{argument}` must be int32 or int64 of shape [sequences + 1] on {q.device}, the same for "
+                f"queries and keys, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}; it is 0 and the "
+                "running sum of the lengths"
             )
     for argument, offsets, tokens in (
         ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
@@ -129,8 +129,22 @@ def check_offsets(name: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seql
             )
 
 
-def check_paged(name: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    """Refuse what attention to pages has not: dropout, ALiBi and gradients."""
+def check_paged(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    dropout_p: float,
+    alibi_slopes: Tensor | None,
+) -> None:
+    """Refuse what attention to pages has not: dropout, ALiBi and gradients; and a length that cuts queries off."""
+    if values_at_hand(cu_seqlens_q) and (longest := int(cu_seqlens_q.diff().max())) > max_seqlen_q:
+        raise ValueError(
+            f"{name}: `max_seqlen_q` must be at least {longest}, the most queries of a sequence, got {max_seqlen_q}; "
+            "it may be larger"
+        )
     if dropout_p:
         raise ValueError(
             f"{name}: `dropout_p`={dropout_p} with `block_table` is refused: attention to pages is for inference; pass "

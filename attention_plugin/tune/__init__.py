@@ -2,7 +2,8 @@
 """Measures tile shapes on this machine's GPU and keeps the fastest in the user's cache directory.
 
 Each is checked against float64 before it is timed. Later processes read the file once and use it. Exit status: 0 where
-everything was measured, 1 where there is no GPU, time ran out or a built-in shape fails, 2 for what cannot be done.
+everything was measured, 1 where there is no GPU, time ran out, it was interrupted, or a built-in shape or
+the Gluon kernel fails, 2 for what cannot be done.
 """
 
 from __future__ import annotations

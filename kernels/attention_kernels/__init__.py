@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused attention over spans. Imports torch, and triton once a kernel runs."""
+"""Fused attention over spans. Imports torch and NumPy, and triton once a kernel runs."""
 
 from .cache import PagedCache, paged_attention, write_cache
 from .dropout import draw_seed

@@ -186,7 +186,8 @@ def paged_attention(
         spans: which keys of its own sequence each row sees, `key_len` being that of the cache; the default is causal.
             Of what they say beyond the sequence's keys nothing is seen.
         query_offsets: int32 `[batch + 1]`; sequence `b` has the queries `[query_offsets[b], query_offsets[b + 1])`.
-        max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens.
+        max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens. One that is
+            too small is an error where looking is free (on the CPU) or asked for (`check`), undefined elsewhere.
         sinks: floating point `[num_heads]`, as for `attention`.
         scale, softcap: as for `attention`.
         num_splits: in how many parts the keys are computed at a time; a fixed number makes bits independent of the
@@ -215,7 +216,7 @@ def paged_attention(
     if check:
         cache.check()
     if query_offsets is not None and (check or values_at_hand(query_offsets)):
-        _check_offsets(query_offsets, query.shape[2])
+        _check_offsets(query_offsets, query.shape[2], max_query_len)
     query_offsets = None if query_offsets is None else query_offsets.contiguous()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if spans is not None:
@@ -434,9 +435,14 @@ def _check_query(
         )
 
 
-def _check_offsets(query_offsets: Tensor, tokens: int) -> None:
+def _check_offsets(query_offsets: Tensor, tokens: int, max_query_len: int | None) -> None:
     if not rise_within(query_offsets, tokens):
         raise ValueError(
             f"paged_attention: `query_offsets` must never fall, from 0 to the {tokens} tokens there are, got "
             f"{query_offsets.tolist()}; it is 0 and the running sum of the queries of each sequence"
+        )
+    if max_query_len is not None and (longest := int(query_offsets.diff().max())) > max_query_len:
+        raise ValueError(
+            f"paged_attention: `max_query_len` must be at least {longest}, the most queries of a sequence, got "
+            f"{max_query_len}; leave it out if not known"
         )

@@ -120,7 +120,7 @@ OVERLAPPED = "8 warps for 128 rows; one program fits, so its products run beside
 TWO_PROGRAMS = "at 64 columns exponentials take as long as products: 127 registers let two programs take turns"
 GROUPS_TILES = "128 rows for two warp groups; two stages leave room for tiles of a mask and of a bias in float32"
 GROUPS_EXTRAS = "128 rows for two warp groups; 32 keys leave registers for dropout beside everything else"
-GROUPS_WIDE = "128 rows read each key half as often as 64; the output is written in halves, for want of registers"
+GROUPS_WIDE = "128 rows read each key half as often as 64; the output is written in parts, for want of registers"
 ONE_GROUP_WIDE = "128 rows of 256 columns would leave no registers for dropout"
 BLACKWELL_WIDE = "128 rows spill here: their products' results pass through the registers"
 THROUGH_REGISTERS = "operands pass through registers on their way to the matrix units: 64 keys; 163 KB hold 3 stages"
@@ -215,7 +215,7 @@ _BLACKWELL: dict[tuple[int, int, Work], ForwardConfig] = {
 
 _AMPERE: dict[tuple[int, int, Work], ForwardConfig] = {
     **_EXACT,
-    # Operands pass through registers on their way to the matrix units, so tiles are narrower than on Hopper.
+    # Operands pass through registers on their way to the matrix units: tiles of wide heads are narrower than Hopper's.
     (2, 64, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),
     (2, 64, "tiles"): ForwardConfig(128, 64, 8, 2, reason=AMPERE_TILES),
     (2, 128, "spans"): ForwardConfig(128, 64, 8, 3, reason=THROUGH_REGISTERS),

@@ -526,7 +526,7 @@ class Spans:
         return TileBounds(first, body_first, torch.where(hidden, body_first, body_last), last)
 
     def __repr__(self) -> str:
-        gaps = "" if self.key_mask is None else ", with padding in the middle"
+        gaps = "" if self.key_mask is None else ", with a key mask"
         return f"Spans(batch={self.batch}, query_len={self.query_len}, key_len={self.key_len}{gaps})"
 
     def __str__(self) -> str:
@@ -561,7 +561,7 @@ class Spans:
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a compiler or exporter traces what is done with a tensor, for any values that it may have."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return traced or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 

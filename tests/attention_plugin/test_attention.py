@@ -391,14 +391,17 @@ def test_sequence_to_sequence(name: str):
             assert torch.equal(*tokens) and tokens[0].shape[1] == 9
 
 
-def test_sequence_to_sequence_prefilled_in_pieces():
-    """transformers then asks for a mask of the encoder's tokens that has one key."""
+@pytest.mark.parametrize("prompt", [0, 3])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_sequence_to_sequence_prefilled_in_pieces(name: str, prompt: int):
+    """transformers then asks for a mask of the encoder's tokens that has as many keys as the decoder's prompt."""
     inputs = {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long), "prefill_chunk_size": 4}
+    inputs |= {"decoder_input_ids": ids(2, prompt), "prefill_chunk_size": prompt} if prompt else {}
     tokens = [
         model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        for model in pair(*SEQUENCE_TO_SEQUENCE["bart"]())
+        for model in pair(*SEQUENCE_TO_SEQUENCE[name]())
     ]
-    assert torch.equal(*tokens) and tokens[0].shape[1] == 9
+    assert torch.equal(*tokens) and tokens[0].shape[1] == prompt + 9  # with the token that the decoder starts with
 
 
 def test_whisper():

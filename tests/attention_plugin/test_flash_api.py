@@ -570,8 +570,8 @@ def test_bad_calls_of_func(change, words):
         ({"q": Q}, r"`q` must be \[total, heads, head_dim\]"),
         ({"k": Q}, r"`k` must be \[total, heads, head_dim\]"),
         ({"softcap": "30"}, "`softcap` must be a number, got '30'"),
-        ({"cu_seqlens_q": LENS.float()}, r"`cu_seqlens_q` must be int32 of shape \[sequences \+ 1\]"),
-        ({"cu_seqlens_k": LENS[:2]}, "`cu_seqlens_k` must be int32 .* the same for queries and keys"),
+        ({"cu_seqlens_q": LENS.float()}, r"`cu_seqlens_q` must be int32 or int64 of shape \[sequences \+ 1\]"),
+        ({"cu_seqlens_k": LENS[:2]}, "`cu_seqlens_k` must be int32 or int64 .* the same for queries and keys"),
         ({"alibi_slopes": torch.zeros(1, 2, device=DEVICE)}, r"`alibi_slopes` must be .* = \[2, 2\]"),
         ({"return_attn_probs": True, "dropout_p": 0.1}, "`return_attn_probs` with `dropout_p`=0.1 is refused"),
         ({"block_table": TABLE}, r"`k` must be \[pages, page_size, heads, head_dim\]"),
@@ -710,6 +710,12 @@ def test_offsets_that_fall_or_lie_beyond_the_tokens_are_found_on_the_cpu(name, w
     offsets = {"cu_seqlens_q": LENS, "cu_seqlens_k": LENS} | {name: torch.tensor(wrong, dtype=torch.int32)}
     with pytest.raises(ValueError, match=f"`{name}` must never fall, from 0 to the 3 tokens .*, got .*{wrong[1]}"):
         flash_attn_varlen_func(Q[0], Q[0], Q[0], **offsets, max_seqlen_q=3, max_seqlen_k=3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")
+def test_queries_that_a_length_would_cut_off_are_found_on_the_cpu():
+    with pytest.raises(ValueError, match="`max_seqlen_q` must be at least 2, the most queries of a sequence, got 1"):
+        flash_attn_varlen_func(Q[0], PAGES, PAGES, LENS, LENS, 1, 2, block_table=TABLE)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")

@@ -149,6 +149,11 @@ OFFSETS = torch.tensor([0, 6])
 PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "keyword": (lambda: call(unheard_of=1), ValueError, ("`unheard_of`=1 is refused: it is not known", EAGER)),
     "dropout": (lambda: call(dropout=0.1), ValueError, ("`dropout`=0.1 with a module in eval mode", "pass 0.0 unless")),
+    "a mask written to under torch.compile": (
+        lambda: support.refuse_writing("`.masked_fill_`"),
+        TypeError,
+        ("applied `.masked_fill_` to its attention mask under torch.compile", "make a new mask", "`mask.masked_fill`"),
+    ),
     "absent weights": (
         lambda: AbsentWeights().shape,
         ValueError,
@@ -543,6 +548,20 @@ def test_operator_errors_reach_through_the_attention_function():
         call(position_bias=torch.zeros(2, 4, 6, 5))
     with raises(ValueError, "`softcap`", "-2"):
         call(softcap=-2.0)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_transforms_of_torch_func_are_refused_beside_padding(transform: Any):
+    """Building the mask does not fail first, in words of torch's own."""
+    query, key, value = tensors()
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * TOKENS])
+
+    def loss(query: Tensor) -> Tensor:
+        mask = span_mask(BATCH, TOKENS, TOKENS, attention_mask=padding)
+        return attention_forward(torch.nn.Module().eval(), query, key, value, mask)[0].sum()
+
+    with raises(RuntimeError, "transforms of torch.func", "are not served", EAGER):
+        transform(loss)(query[None] if transform is torch.func.vmap else query)
 
 
 @pytest.fixture

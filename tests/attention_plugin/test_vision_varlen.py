@@ -138,7 +138,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_the_gated_classes_are_found():
     """None found would test nothing: the gate has moved, and `enable_continuous_batching` should be looked at."""
-    assert len(gated_classes()) > 25
+    assert len(gated_classes()) >= 36  # docs/engines.md names the number
     assert {"VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention", *WHOLE} <= set(gated_classes())
 
 

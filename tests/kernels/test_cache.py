@@ -439,6 +439,19 @@ def test_offsets_out_of_range_are_found(wrong, check):
         paged_attention(torch.zeros(1, 4, 3, 16, device=DEVICE), cache, query_offsets=offsets, check=check)
 
 
+@pytest.mark.parametrize("check", [True] if DEVICE != "cpu" else [True, False])
+def test_queries_that_a_length_would_cut_off_are_found(check):
+    key = torch.zeros(4, 4, 2, 16, device=DEVICE)
+    cache = PagedCache(key, key, *(torch.ones(shape, dtype=torch.int32, device=DEVICE) for shape in ((2, 2), (2,))))
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE)
+    query = torch.zeros(1, 4, 3, 16, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"`max_query_len` must be at least 2, the most queries .*, got 1; leave it out"
+    ):
+        paged_attention(query, cache, query_offsets=offsets, max_query_len=1, check=check)
+    assert paged_attention(query, cache, query_offsets=offsets, max_query_len=2, check=check).shape == query.shape
+
+
 @pytest.mark.parametrize("wanted", ["query", "key"])
 def test_gradients_are_refused(wanted):
     key = torch.zeros(4, 4, 2, 16, requires_grad=wanted == "key")

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention_kernels import Spans, attention, attention_reference
@@ -289,6 +290,17 @@ def test_transforms_of_torch_func_are_refused(transform):
             torch.func.vmap(loss)(query[None])
         else:
             torch.func.grad(loss)(query)
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_forward_differentiation_is_refused(query_len):
+    """Kernels would drop the tangents in silence."""
+    query, key = tensor(1, 1, query_len, 8), tensor(1, 1, 4, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="forward differentiation are not served; use torch"):
+            attention(dual, key, key)
+        assert attention(query, key, key).shape == query.shape, "a call without tangents loses none"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=SLOW_IN_INTERPRETER)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An output that fills the registers is written in halves: on Hopper where heads have 256 columns."""
+"""An output that fills the registers is written in parts: on Hopper where heads have 256 columns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wide_tiles():
 
 
 @pytest.mark.parametrize("value_dim", [129, 192, 200, 256])
-def test_both_halves_of_the_output_are_written(value_dim):
+def test_all_parts_of_the_output_are_written(value_dim):
     torch.manual_seed(value_dim)
     query, key = tensor(2, 2, 131, 160, dtype=torch.float16), tensor(2, 1, 131, 160, dtype=torch.float16)
     value = tensor(2, 1, 131, value_dim, dtype=torch.float16)
@@ -56,6 +56,6 @@ def test_what_rounding_took_is_written_beside_them(value_dim):
         assert all((half != 0).any() for half in (rounding[..., :128], rounding[..., 128:]))
         return output.float() + rounding.float()
 
-    halves = exact()
+    in_parts = exact()
     with forward_rows(block_m=64):
-        torch.testing.assert_close(halves, exact(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(in_parts, exact(), rtol=0, atol=2e-6)
