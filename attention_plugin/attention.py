@@ -14,7 +14,7 @@ from attention_kernels.checks import is_one_or
 from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import rise_within, values_at_hand
 
-from .masks import SpanMask
+from .masks import SpanMask, document_ids
 from .selected_keys import selected_keys
 from .support import (
     check_dropout,
@@ -98,7 +98,8 @@ def attention_forward(
     (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
     scores = (batch if batch > key_batch else key_batch, num_heads, query_len, key_len)
     has_lengths, chunk_size = cu_seq_lens_q is not None or cu_seq_lens_k is not None, None
-    if has_lengths and isinstance(attention_mask, SpanMask) and attention_mask.chunks is not None:
+    if has_lengths and isinstance(attention_mask, SpanMask) and attention_mask.counts_chunks:
+        assert attention_mask.chunks is not None
         chunk_size, attention_mask = attention_mask.chunks[0], attention_mask.without_chunks()
     spans, mask, bias = resolve_mask(attention_mask, scores, is_causal, sliding_window, position_ids, query.device)
     if has_lengths:
@@ -150,11 +151,12 @@ def resolve_mask(
     packed = position_ids if is_causal and query_len == key_len > 1 else None
     if packed is not None and packed.shape[1:] != (query_len,):
         packed = None  # of several dimensions (multimodal rotary embeddings), or of other tokens
-    if isinstance(attention_mask, SpanMask) and attention_mask.rewritten is not None:
-        attention_mask = attention_mask.rewritten  # no longer what the spans say
-    if isinstance(attention_mask, SpanMask) and attention_mask.attended is None:
+    attended = attention_mask.attended if isinstance(attention_mask, SpanMask) else None
+    if isinstance(attention_mask, SpanMask) and attended is None:
         # Without a 2D mask transformers has looked for packing itself; its mask holds, as it does under eager.
         packed = None
+    if isinstance(attention_mask, SpanMask) and (rewritten := attention_mask.rewritten) is not None:
+        attention_mask = rewritten  # no longer what the spans say
     if attention_mask is None:
         attention_mask = SpanMask(_spans_without_mask(query_len, key_len, is_causal, sliding_window, device))
     if isinstance(attention_mask, SpanMask):
@@ -167,7 +169,10 @@ def resolve_mask(
     fits = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
     if not fits or not all(map(is_one_or, attention_mask.shape, scores)):
         refuse_mask(attention_mask, scores)
-    spans = Spans.full(query_len, key_len, device=device)
+    if packed is not None and attended is not None:  # beside what was rewritten
+        spans = Spans.packed(document_ids(packed, attended))
+    else:
+        spans = Spans.full(query_len, key_len, device=device)
     if attention_mask.dtype == torch.bool:
         return spans, attention_mask, None
     if attention_mask.is_floating_point():

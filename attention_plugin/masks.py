@@ -36,6 +36,9 @@ from .support import (
 )
 from .symbolic import recognise
 
+WRITING = [f"__{name}__" for name in "setitem iadd isub imul itruediv ifloordiv ipow iand ior ixor".split()]
+"""Operators that change a tensor in place."""
+
 CHUNK_ELEMENTS = 1 << 22
 """Elements of an unknown mask function that are evaluated at once."""
 
@@ -66,7 +69,7 @@ class SpanMask:
     dense_dtype: torch.dtype | None = None
     chunks: tuple[int, Spans] | None = None
     _dense: Tensor | None = field(default=None, repr=False)
-    _dense_version: int = 0
+    _dense_version: int = field(default=0, repr=False)
     _packed: tuple[Tensor, Spans] | None = field(default=None, repr=False)
 
     @property
@@ -113,6 +116,11 @@ class SpanMask:
         dense = self.spans.to_dense()[:, None]
         return dense if self.holes is None else dense & self.holes
 
+    @property
+    def counts_chunks(self) -> bool:
+        """Whether its chunks can be counted anew, from the first token of each document. What a model wrote stays."""
+        return self.chunks is not None and self.rewritten is None
+
     def without_chunks(self) -> SpanMask:
         """The mask as it was before its spans were cut into chunks; for masks that have some."""
         assert self.chunks is not None
@@ -125,8 +133,10 @@ class SpanMask:
         one key. A mask that hides nothing fits any scores.
         """
         own = self.spans
-        if self.everything and (own.query_len != query_len or own.key_len != key_len) and not self._has_padding():
-            return SpanMask(Spans.full(query_len, key_len, device=self.device))
+        if self.everything and (own.query_len, own.key_len) != (query_len, key_len):
+            repeats = is_one_or(own.query_len, query_len) and is_one_or(own.key_len, key_len)
+            if self.attended is None or (not repeats and self._shows_all_tokens(key_len)):
+                return SpanMask(Spans.full(query_len, key_len, device=self.device))
         repeats_row, repeats_column = own.query_len == 1 != query_len, own.key_len == 1 != key_len
         if not repeats_row and not repeats_column:
             return self
@@ -138,9 +148,16 @@ class SpanMask:
         spans = Spans(torch.zeros_like(end), end, query_len, key_len)
         return replace(self, spans=spans, attended=None, _dense=None, _packed=None)
 
-    def _has_padding(self) -> bool:
-        """Whether the 2D mask hides a token, or may. It looks: transformers does where it may leave a mask out."""
-        return self.attended is not None and (is_traced(self.attended) or not bool(self.attended.all()))
+    def _shows_all_tokens(self, key_len: int) -> bool:
+        """Whether the 2D mask hides no token. It looks: transformers does, too, where it may leave a mask out."""
+        assert self.attended is not None
+        if is_traced(self.attended) or self.attended.is_meta or not bool(self.attended.all()):
+            return False
+        log_once(
+            f"a 2D mask that hides none of {self.attended.shape[1]} tokens is taken to hide none of the {key_len} keys "
+            "of a layer, as under eager attention; what is padding beyond them cannot be told"
+        )
+        return True
 
     def spans_within_documents(self, position_ids: Tensor) -> Spans:
         """The spans, cut at the boundaries of packed documents that `position_ids` `[batch or 1, query_len]` show.
@@ -158,20 +175,30 @@ class SpanMask:
     # A model that computes with its mask. One that leaves attention to transformers' interface is given what eager
     # attention would have been given, and goes on with the tensor that it makes of it. Any other computes attention
     # itself: it must not go on with an object that it misunderstands, and Python's TypeError would help nobody.
-    def computed_with(self, operation: str, error: type[Exception] = TypeError) -> Tensor:
+    def computed_with(self, operation: str, error: type[Exception] = TypeError, *, writes: bool = False) -> Tensor:
         """The additive mask of eager attention, `[batch, 1, query_len, key_len]`, for a model to compute with.
 
+        Args:
+            operation: that is applied, in words.
+            error: that is raised where the model is not known to leave attention to transformers' interface.
+            writes: whether the operation changes the mask in place. The next one finds what it has written.
+
         Raises:
-            `error`: the model is not known to leave attention to transformers' interface.
+            `error`: as said.
+            RuntimeError: it would write in compiled code, where that would be lost. Unless it was asked for the whole
+                graph, torch.compile then leaves the operation to Python.
         """
         if self.dense_dtype is None:
             refuse_foreign_use(operation, error)
         log_once(f"a model applied {operation} to its attention mask: it is given a dense one, a number for each score")
+        if torch.compiler.is_compiling():  # as for `spans_within_documents`
+            if writes:
+                refuse_writing(operation)
+            return self._as_eager_has_it() if self._dense is None else self._dense
         if self._dense is None:
-            dense = self._as_eager_has_it()
-            if torch.compiler.is_compiling():  # as for `spans_within_documents`
-                return dense
-            self._dense, self._dense_version = dense, _version(dense)
+            with torch.inference_mode(False):  # in which torch would not count what is written to it
+                self._dense = self._as_eager_has_it().contiguous()
+            self._dense_version = self._dense._version
         return self._dense
 
     def _as_eager_has_it(self) -> Tensor:
@@ -182,28 +209,17 @@ class SpanMask:
 
     @property
     def rewritten(self) -> Tensor | None:
-        """What a model has made of the dense mask by writing to it, which holds from then on; None where none has."""
-        dense = self._dense
-        if dense is None:
-            return None
-        if not dense.is_inference():
-            return dense if dense._version != self._dense_version else None
-        # What is written to tensors made in inference mode torch does not count.
-        as_built = is_traced(dense) or torch.equal(dense, self._as_eager_has_it())
-        return None if as_built else dense
+        """What a model has made of the dense mask by writing to it, which holds from then on; None where none has.
 
-    def _prepare_writing(self, operation: str) -> None:
-        """Give the dense mask memory of its own for each sample, as eager attention's has, before it is written to.
-
-        Raises:
-            TypeError: under torch.compile, where what is written would be lost.
+        In code that is compiled nobody can tell, so there it is what the model was given before, if it was.
         """
-        if torch.compiler.is_compiling():
-            refuse_writing(operation)
-        dense = self.computed_with(operation)
-        if self.rewritten is None:
-            self._dense = dense.contiguous()
-            self._dense_version = _version(self._dense)
+        if self._dense is None or torch.compiler.is_compiling():
+            return self._dense
+        return None if self._dense._version == self._dense_version else self._dense
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the dense mask, unless a model has written to it: the version of a copy would say that one has."""
+        return self.__dict__ | ({"_dense": None} if self.rewritten is None else {})
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,9 +227,6 @@ class SpanMask:
         if name == "tag_activation_checkpoint":  # torch.compile's checkpointing: carries the mask, computes nothing
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        written = (kwargs or {}).get("out", args[0] if args and _writes(name) else None)
-        if isinstance(written, cls):
-            written._prepare_writing(name)
         args, kwargs = tree_map(
             lambda part: part.computed_with(name) if isinstance(part, cls) else part, (args, kwargs)
         )
@@ -221,17 +234,17 @@ class SpanMask:
 
     def _computed(name: str) -> Callable:  # type: ignore[misc]
         def method(self: SpanMask, *args: Any) -> Any:
-            if name == "__setitem__":
-                self._prepare_writing(name)
-            return getattr(self.computed_with("an operator"), name)(*args)
+            return getattr(self.computed_with("an operator", writes=name in WRITING), name)(*args)
 
         return method
 
     for _name in """
         add radd sub rsub mul rmul matmul rmatmul truediv rtruediv floordiv rfloordiv pow rpow neg abs and rand or ror
-        xor rxor invert eq ne lt le gt ge bool float int getitem setitem contains iter len
+        xor rxor invert eq ne lt le gt ge bool float int getitem contains iter len
     """.split():
         locals()[f"__{_name}__"] = _computed(f"__{_name}__")
+    for _name in WRITING:
+        locals()[_name] = _computed(_name)
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
@@ -239,21 +252,8 @@ class SpanMask:
             raise AttributeError(name)
         if name == "dtype" and self.dense_dtype is not None:
             return self.dense_dtype
-        dense = self.computed_with(f"`.{name}`", error=AttributeError)
-        if not _writes(name):
-            return getattr(dense, name)
-        self._prepare_writing(f"`.{name}`")
-        return getattr(self._dense, name)
-
-
-def _writes(name: str) -> bool:
-    """Whether a tensor's method of this name changes the tensor in place, by torch's convention."""
-    return name.endswith("_") and not name.startswith("_")
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; torch does not count it for those made in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
+        writes = name.endswith("_")  # by torch's convention
+        return getattr(self.computed_with(f"`.{name}`", error=AttributeError, writes=writes), name)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

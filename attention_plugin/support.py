@@ -202,9 +202,9 @@ def refuse_writing(operation: str) -> NoReturn:
     """Refuse that a model writes to its mask where what it writes would be lost.
 
     Raises:
-        TypeError: always.
+        RuntimeError: always.
     """
-    raise TypeError(
+    raise RuntimeError(
         f"my_triton attention: a model applied {operation} to its attention mask under torch.compile, which is "
         "refused, as attention would not see what is written; make a new mask, as `mask.masked_fill` does"
     )

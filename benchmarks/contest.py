@@ -67,7 +67,7 @@ def admit(
             if judge(run, result):
                 runs[provider.name] = run
         except Exception as error:
-            note_error(result, error)
+            note_reason(result, brief(error))
     return runs
 
 
@@ -82,15 +82,14 @@ def take_turns(
     """Time what was admitted; the samples go into the results, and so does what is raised meanwhile."""
     calls = {name: to_call(run) for name, run in runs.items()}
     where = f"{results[0].case} {results[0].dtype}" if results else ""
-    errors: dict[str, Exception] = {}
+    errors: dict[str, str] = {}
     samples = interleaved(calls, device, effort, lambda text: say(f"{where}: {text}"), errors)
     for result in results:
         result.samples = samples.get(result.provider, [])
-        if (error := errors.get(result.provider)) is not None:
-            note_error(result, error, "while it was timed: ")
+        if result.provider in errors:
+            note_reason(result, f"while it was timed: {errors[result.provider]}")
 
 
-def note_error(result: Result, error: Exception, when: str = "") -> None:
+def note_reason(result: Result, reason: str) -> None:
     """Whatever a peer raises is the reason why it has no figures; what this project raises is a failure."""
-    result.status = "failed" if result.provider in OWN else "unavailable"
-    result.reason = f"{when}{brief(error)}"
+    result.status, result.reason = "failed" if result.provider in OWN else "unavailable", reason

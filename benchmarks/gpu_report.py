@@ -103,6 +103,8 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; `make bench` measures on the CPU, --device cpu rehearses this command")
+    if options.archive is not None and not options.archive.resolve().parent.is_dir():
+        parser.error(f"--archive: there is no folder {options.archive.resolve().parent}; make it, or choose another")
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
     folder = (options.folder or FOLDER / "results" / device_slug(options.device)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,8 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
             console.print(f"{part.name}: {seconds:.0f} s of the {left:.0f} s that are left")
             outcomes[part.name] = run_part(part, seconds, min(left, seconds + GRACE), folder, options.device)
         console.print(f"{part.name}: {outcomes[part.name]}")
-        write_archive(folder, options.archive)  # each time: the command may be ended from outside
+        with contextlib.suppress(OSError):  # a disk that is full ends no measurement; the last one says so
+            write_archive(folder, options.archive)  # each time: the command may be ended from outside
     if training is not None:
         end(training)
     try:
@@ -137,9 +140,9 @@ def write_archive(folder: Path, path: Path | None) -> None:
     """All files of a folder in one, which is never there in part."""
     if path is None:
         return
-    unfinished = path.with_name(f"{path.name}.part")
+    unfinished, own = path.with_name(f"{path.name}.part"), {path.name, f"{path.name}.part"}
     with tarfile.open(unfinished, "w:gz") as archive:
-        archive.add(folder, arcname=folder.name)
+        archive.add(folder, folder.name, filter=lambda each: None if Path(each.name).name in own else each)
     unfinished.replace(path)
 
 

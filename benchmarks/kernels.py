@@ -60,8 +60,8 @@ def time_masks(problem: Problem, mask_names: Sequence[str], effort: Effort) -> l
         build = problem.mask_builder(name)
         try:
             result.details["bytes"] = mask_bytes(build())
-        except Exception as error:  # an implementation without a mask for this case
-            result.status, result.reason = "unavailable", brief(error)
+        except Exception as error:  # a peer without a mask for this case
+            contest.note_reason(result, brief(error))
             continue
         calls[name] = Call(lambda _, build=build: build(), repeatable=True, bound_by_python=True)
     contest.take_turns(calls, results, problem.query.device, effort, to_call=lambda call: call)

@@ -258,7 +258,7 @@ def interleaved(
     device: torch.device,
     effort: Effort,
     on_round: Callable[[str], None] = lambda text: None,
-    errors: dict[str, Exception] | None = None,
+    errors: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Samples in seconds of several calls that take turns, so that noise of the machine meets all of them alike.
 
@@ -266,7 +266,7 @@ def interleaved(
     call's share of the time it already is a sample. The order is shuffled in every round. A call leaves the rounds when
     it has used its share and has enough samples, or thrice its share, so that slow calls do not starve fast ones.
 
-    Where `errors` is given, what a call raises is put there, and the others go on without it.
+    Where `errors` is given, what a call raises is put there in words, and the others go on without it.
     """
     share = effort.seconds / max(1, len(calls))
     samples: dict[str, list[float]] = {}
@@ -279,7 +279,7 @@ def interleaved(
         except Exception as error:
             if errors is None:
                 raise
-            errors[name] = error
+            errors[name] = brief(error)  # the error itself would keep what the call had in memory
             samples.pop(name, None)
 
     for name, call in calls.items():

@@ -32,8 +32,8 @@ from model.checkpoint import docstrings
 from model.modeling_reference import CACHE, ReferenceForCausalLM
 from model.training import is_checkpoint
 
-from .contest import note_error, take_turns
-from .measure import Call, Effort, Result, dtype_name
+from .contest import note_reason, take_turns
+from .measure import Call, Effort, Result, brief, dtype_name
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 
 IMPLEMENTATIONS = (OURS, BASELINE, FALLBACK_BASELINE)
@@ -255,7 +255,7 @@ def run_reference_model(
             tokens, _ = decode(model, prefill(model, inputs), sizes.new_tokens)
         except Exception as error:
             for result in mine:
-                note_error(result, error)
+                note_reason(result, brief(error))
             continue
         compare(mine[0], hidden.float(), truth.hidden, truth.bound)
         compare_tokens(mine[1], tokens, truth)
@@ -361,7 +361,7 @@ def run_embeddings(
             model = load(result.provider, dtype)
             compare(result, embed(model, inputs).float(), truth, bound)
         except Exception as error:
-            note_error(result, error)
+            note_reason(result, brief(error))
             continue
         if result.status == "ok":
             calls[result.provider] = Call(lambda _, model=model: embed(model, inputs))

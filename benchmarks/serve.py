@@ -25,8 +25,8 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerFas
 
 import attention_plugin
 
-from .contest import note_error
-from .measure import Result, dtype_name
+from .contest import note_reason
+from .measure import Result, brief, dtype_name
 from .models import TRUTH, decode, load_reference, near_tie, padded_prompts, prefill, tokens_agree
 from .providers import BASELINE, FALLBACK_BASELINE, OURS
 from .rows import ABSENT, TIMES, baseline_of, results_of, speed
@@ -187,7 +187,7 @@ def run_transformers(
             if sample:  # the first was warm-up
                 note_times(result, answers)
     except Exception as error:
-        note_error(result, error)
+        note_reason(result, brief(error))
     return result
 
 

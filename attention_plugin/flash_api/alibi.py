@@ -68,7 +68,7 @@ def packed_alibi(
     slopes = checked_slopes(name, slopes, sequences, q).expand(sequences, -1)
     _, of_row, _ = documents(query_offsets, q.shape[0])
     _, of_key, _ = documents(key_offsets, key_len)
-    row_slopes, key_slopes = (slopes[documents].T[None] for documents in (of_row, of_key))
+    row_slopes, key_slopes = (slopes[own].T[None] for own in (of_row, of_key))
     return Alibi(row_slopes, key_slopes, key_offsets[of_key][None], key_offsets[of_key + 1][None])
 
 

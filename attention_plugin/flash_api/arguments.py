@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels.checks import check_numbers, check_tensors, is_number
+from attention_kernels.operators import DTYPES, MAX_HEAD_DIM, MAX_VALUE_DIM
 from attention_kernels.spans import rise_within, values_at_hand
 
 from .positions import Window
@@ -31,6 +32,7 @@ def as_window(name: str, window_size: WindowSize, causal: bool, query_len: int |
 
 def as_scale(name: str, softmax_scale: float | None) -> float | None:
     """As `attention` takes it, which has a shorter name for it."""
+    _check_is_constant(name, "softmax_scale", softmax_scale)
     finite = softmax_scale is None or (is_number(softmax_scale) and -math.inf < float(softmax_scale) < math.inf)
     if not finite:
         raise ValueError(
@@ -41,9 +43,18 @@ def as_scale(name: str, softmax_scale: float | None) -> float | None:
 
 def as_softcap(name: str, softcap: float | None) -> float | None:
     """As `attention` takes it: for flash-attn only positive numbers are one."""
-    if softcap is not None and (not is_number(softcap) or math.isnan(softcap)):
-        raise ValueError(f"{name}: `softcap` must be a number, got {softcap!r}; pass 0 for no softcap")
+    _check_is_constant(name, "softcap", softcap)
+    if softcap is not None and not (is_number(softcap) and softcap < math.inf):
+        raise ValueError(f"{name}: `softcap` must be a finite number, got {softcap!r}; pass 0 for no softcap")
     return softcap if softcap is not None and softcap > 0 else None
+
+
+def _check_is_constant(name: str, argument: str, given: object) -> None:
+    if isinstance(given, Tensor) and given.requires_grad:
+        raise ValueError(
+            f"{name}: `{argument}` must be a number, got a tensor that wants a gradient; detach it, or multiply the "
+            "queries by a scale and pass 1.0"
+        )
 
 
 def as_num_splits(name: str, num_splits: int | None) -> int | None:
@@ -78,6 +89,12 @@ def check_caches(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None
     """Refuse, before they are written to, caches that queries do not fit."""
     heads, head_dim = k_cache.shape[2:]
     whole = heads > 0 and q.shape[2] % heads == 0
+    if head_dim > MAX_HEAD_DIM or v_cache.shape[3] > MAX_VALUE_DIM or q.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: keys must have at most {MAX_HEAD_DIM} columns and values {MAX_VALUE_DIM}, in one of the dtypes "
+            f"{[str(dtype) for dtype in DTYPES]}, got {head_dim}, {v_cache.shape[3]} and {q.dtype}; cast them, or "
+            'leave wide heads to attn_implementation="eager"'
+        )
     if not whole or q.shape[3] != head_dim or k_cache.shape[:3] != v_cache.shape[:3] or q.device != k_cache.device:
         raise ValueError(
             f"{name}: `k_cache` and `v_cache` must have the head dim and device of `q`, {q.shape[3]} on {q.device}, a "
@@ -140,10 +157,11 @@ def check_paged(
     alibi_slopes: Tensor | None,
 ) -> None:
     """Refuse what attention to pages has not: dropout, ALiBi and gradients; and a length that cuts queries off."""
-    if values_at_hand(cu_seqlens_q) and (longest := int(cu_seqlens_q.diff().max())) > max_seqlen_q:
+    longest = int(cu_seqlens_q.diff().max()) if values_at_hand(cu_seqlens_q) else 0
+    if not is_number(max_seqlen_q) or longest > max_seqlen_q:
         raise ValueError(
-            f"{name}: `max_seqlen_q` must be at least {longest}, the most queries of a sequence, got {max_seqlen_q}; "
-            "it may be larger"
+            f"{name}: `max_seqlen_q` must be a number of at least {longest}, the most queries of a sequence, got "
+            f"{max_seqlen_q!r}; it may be larger"
         )
     if dropout_p:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gathered, prebound
-from .checks import check_numbers, check_sinks, check_tensors, is_number, is_one_or
+from .checks import check_no_transform, check_numbers, check_sinks, check_tensors, is_number, is_one_or
 from .configs import unsupported_dtype
 from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
@@ -204,9 +204,12 @@ def paged_attention(
 
     Raises:
         ValueError, TypeError: an argument breaks a rule above, or wants a gradient: there is none.
+        RuntimeError: as for `attention`.
         IndexError: `check` found a wrong entry.
     """
     check_tensors("paged_attention", {"query": query})
+    _check_is_cache("paged_attention", cache)
+    check_no_transform("paged_attention", query, cache.key, cache.value, sinks, scale)
     _check_query(query, cache, query_offsets, max_query_len)
     check_sinks("paged_attention", sinks, query)
     check_numbers("paged_attention", scale, softcap, num_splits)
@@ -393,7 +396,6 @@ def _check_query(
     query_offsets: Tensor | None,
     max_query_len: int | None,
 ) -> None:
-    _check_is_cache("paged_attention", cache)
     if torch.is_grad_enabled() and (query.requires_grad or cache.key.requires_grad or cache.value.requires_grad):
         raise ValueError(
             "paged_attention: tensors that require gradients are refused, got one while gradients are enabled: "
@@ -441,7 +443,8 @@ def _check_offsets(query_offsets: Tensor, tokens: int, max_query_len: int | None
             f"paged_attention: `query_offsets` must never fall, from 0 to the {tokens} tokens there are, got "
             f"{query_offsets.tolist()}; it is 0 and the running sum of the queries of each sequence"
         )
-    if max_query_len is not None and (longest := int(query_offsets.diff().max())) > max_query_len:
+    longest = int(query_offsets.diff().max()) if query_offsets.numel() > 1 else 0
+    if max_query_len is not None and longest > max_query_len:
         raise ValueError(
             f"paged_attention: `max_query_len` must be at least {longest}, the most queries of a sequence, got "
             f"{max_query_len}; leave it out if not known"

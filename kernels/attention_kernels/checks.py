@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_one_or(size: int, full: int) -> bool:
@@ -31,6 +32,25 @@ def check_tensors(function: str, given: dict[str, Any]) -> None:
                 f"{function}: `{name}` must be a dense tensor, got {kind}; see Tensor.to_dense, and "
                 "torch.nested.to_padded_tensor"
             )
+
+
+def check_no_transform(function: str, *given: object) -> None:
+    """Refuse what no kernel would carry through: transforms of `torch.func`, and tangents of forward differentiation.
+
+    Raises:
+        RuntimeError: one is active; compiled code does not tell for which of its tensors.
+    """
+    carries = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0:
+        # Not in a function of its own: a compiler would take that for one that knows no tangents.
+        carries = carries or torch.compiler.is_compiling()
+        for each in given:
+            carries = carries or (isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None)
+    if carries:
+        raise RuntimeError(
+            f"{function}: transforms of torch.func (vmap, grad, jvp, ...) and forward differentiation are not served; "
+            'use torch.autograd, and a dimension of the batch in place of vmap, or attn_implementation="eager"'
+        )
 
 
 def is_number(given: object) -> bool:

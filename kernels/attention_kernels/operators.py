@@ -11,12 +11,11 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import blockwise, hopper, prebound
 from .blockwise import remembered
-from .checks import check_dropout, check_numbers, check_sinks, check_tensors, is_one_or, on_scores
+from .checks import check_dropout, check_no_transform, check_numbers, check_sinks, check_tensors, is_one_or, on_scores
 from .configs import SHORT, unsupported_device
 from .dropout import draw_seed
 from .shared_spans import window_spans
@@ -119,11 +118,7 @@ def attention(
         RuntimeError: the GPU is one that the kernels do not support; a transform of `torch.func` is active, or forward
             differentiation (`torch.autograd.forward_ad`).
     """
-    if torch._C._are_functorch_transforms_active() or _have_tangents(query, key, value, bias, sinks):
-        raise RuntimeError(
-            "attention: transforms of torch.func (vmap, grad, jvp, ...) and forward differentiation are not served; "
-            'use torch.autograd, and a dimension of the batch in place of vmap, or attn_implementation="eager"'
-        )
+    check_no_transform("attention", query, key, value, bias, sinks, scale)
     if spans is not None:
         check_are_spans("attention", "spans", spans, "pass a dense mask as `mask`")
     if not isinstance(query, Tensor):
@@ -203,13 +198,6 @@ def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
             f"{seed.device}; leave it out to have one drawn"
         )
     return seed
-
-
-def _have_tangents(*tensors: Tensor | None) -> bool:
-    """Whether forward differentiation is to carry tangents through, which no kernel would."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

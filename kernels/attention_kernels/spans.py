@@ -58,8 +58,8 @@ class Spans:
 
     Raises:
         TypeError: a tensor or a length is something else. All constructors do so.
-        ValueError: a tensor has another dtype or shape, a length is negative, or only one of `key_mask` and `gap_count`
-            is there, or the tensors are on several devices.
+        ValueError: a tensor has another dtype or shape, a length is negative, only one of `key_mask` and `gap_count` is
+            there, or the tensors are on several devices.
     """
 
     start: Tensor
@@ -94,8 +94,8 @@ class Spans:
             raise ValueError(
                 f"Spans: {_listed(given)} must have one batch or a batch of 1, got {sizes}; slice or expand them"
             )
-        devices = [str(tensor.device) for tensor in given.values()]
-        if len(set(devices)) > 1:
+        if any(tensor.device != self.start.device for tensor in given.values()):
+            devices = [str(tensor.device) for tensor in given.values()]
             raise ValueError(f"Spans: {_listed(given)} must be on one device, got {devices}; see Tensor.to")
 
     def _check_padding(self, key_mask: Tensor, gap_count: Tensor) -> None:

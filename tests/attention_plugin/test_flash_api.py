@@ -569,7 +569,7 @@ def test_bad_calls_of_func(change, words):
     [
         ({"q": Q}, r"`q` must be \[total, heads, head_dim\]"),
         ({"k": Q}, r"`k` must be \[total, heads, head_dim\]"),
-        ({"softcap": "30"}, "`softcap` must be a number, got '30'"),
+        ({"softcap": "30"}, "`softcap` must be a finite number, got '30'"),
         ({"cu_seqlens_q": LENS.float()}, r"`cu_seqlens_q` must be int32 or int64 of shape \[sequences \+ 1\]"),
         ({"cu_seqlens_k": LENS[:2]}, "`cu_seqlens_k` must be int32 or int64 .* the same for queries and keys"),
         ({"alibi_slopes": torch.zeros(1, 2, device=DEVICE)}, r"`alibi_slopes` must be .* = \[2, 2\]"),
@@ -654,10 +654,15 @@ def test_bad_calls_of_varlen(change, words):
                     r"must have the head dim .*, a number of heads that divides its 3, .* \[4, 4, 2, 8\]",
                 ),
                 ({"q": torch.ones(2, 3, 2, 4, device=DEVICE)}, "must have the head dim and device of `q`, 4 on "),
+                ({"softcap": float("inf")}, "`softcap` must be a finite number, got inf"),
+                (
+                    {"softmax_scale": torch.tensor(1.0, requires_grad=True)},
+                    "`softmax_scale` must be a number, got a tensor",
+                ),
                 ({"v_cache": PAGES[:, :3]}, r"and one length, got \[4, 4, 2, 8\] and \[4, 3, 2, 8\] on .*; make"),
             )
         ),
-        ({"softcap": float("nan")}, "`softcap` must be a number, got nan; pass 0"),
+        ({"softcap": float("nan")}, "`softcap` must be a finite number, got nan; pass 0"),
     ],
 )
 def test_bad_calls_of_kvcache(change, words):
@@ -714,8 +719,25 @@ def test_offsets_that_fall_or_lie_beyond_the_tokens_are_found_on_the_cpu(name, w
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")
 def test_queries_that_a_length_would_cut_off_are_found_on_the_cpu():
-    with pytest.raises(ValueError, match="`max_seqlen_q` must be at least 2, the most queries of a sequence, got 1"):
+    with pytest.raises(
+        ValueError, match=r"`max_seqlen_q` must be a number of at least 2, the most queries of a sequence, got 1"
+    ):
         flash_attn_varlen_func(Q[0], PAGES, PAGES, LENS, LENS, 1, 2, block_table=TABLE)
+    with pytest.raises(ValueError, match=r"`max_seqlen_q` must be a number of at least 2, .* got None"):
+        flash_attn_varlen_func(Q[0], PAGES, PAGES, LENS, LENS, None, 2, block_table=TABLE)
+
+
+def test_caches_that_are_too_wide_stay_as_they_are():
+    wide = torch.zeros(4, 4, 2, 577, device=DEVICE)
+    new = torch.ones(2, 1, 2, 577, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"keys must have at most 576 columns and values 512, .* got 577, 577 and torch"
+    ):
+        flash_attn_with_kvcache(new, wide, wide, new, new, cache_seqlens=0)
+    whole = torch.zeros(4, 4, 2, 8, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"in one of the dtypes .* got 8, 8 and torch.int32; cast them"):
+        flash_attn_with_kvcache(whole[:2, :1], whole, whole, whole[:2, :1] + 1, whole[:2, :1] + 1, cache_seqlens=0)
+    assert not wide.any() and not whole.any()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would be a synchronisation")

@@ -151,7 +151,7 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
     "dropout": (lambda: call(dropout=0.1), ValueError, ("`dropout`=0.1 with a module in eval mode", "pass 0.0 unless")),
     "a mask written to under torch.compile": (
         lambda: support.refuse_writing("`.masked_fill_`"),
-        TypeError,
+        RuntimeError,
         ("applied `.masked_fill_` to its attention mask under torch.compile", "make a new mask", "`mask.masked_fill`"),
     ),
     "absent weights": (

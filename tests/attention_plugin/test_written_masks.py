@@ -2,6 +2,7 @@
 """Models whose own code writes to the attention mask: what eager attention sees of it, attention sees."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
-from attention_plugin import span_mask
+from attention_kernels import attention_reference
+from attention_plugin import attention_forward, span_mask
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -26,7 +29,29 @@ class WritesToMasks(modeling_llama.LlamaAttention):
         return super().forward(hidden_states, attention_mask=attention_mask, **arguments)
 
 
+def write_to_view_of_one_sample(mask: Any) -> None:
+    mask[1][..., 1].fill_(LEAST)
+
+
+def write_between_views(mask: Any) -> None:
+    view = mask[0]
+    mask.masked_fill_(torch.arange(8) == 1, LEAST)
+    view[..., 2].fill_(LEAST)
+
+
+def add_in_place(mask: Any) -> None:
+    mask += torch.where(torch.arange(8) == 1, LEAST, 0.0)
+
+
+def add_to_items(mask: Any) -> None:
+    mask[..., 1] += LEAST / 2
+
+
 WRITINGS: dict[str, Callable[[Any], Any]] = {
+    "a view of one sample": write_to_view_of_one_sample,
+    "a view from before": write_between_views,
+    "an operator": add_in_place,
+    "an operator on items": add_to_items,
     "an item": lambda mask: mask.__setitem__((slice(None), 0, slice(None), 1), LEAST),
     "one sample's": lambda mask: mask.__setitem__((1, 0, slice(None), 1), LEAST),
     "a method": lambda mask: mask.masked_fill_(torch.arange(8) == 1, LEAST),
@@ -65,6 +90,67 @@ def test_what_a_model_writes_to_its_mask_holds(name: str, padded: bool, mode: An
         )
     assert (output - expected).norm() < 1e-5 * expected.norm()
     assert (unwritten - expected).norm() > 1e-2 * expected.norm(), "what is written changes nothing"
+
+
+@pytest.mark.parametrize("name", ["an item", "a method", "an operator on items"])
+def test_what_a_compiled_model_writes_to_its_mask_holds(name: str):
+    """The compiler leaves it to Python."""
+    torch._dynamo.reset()
+    inputs = {"input_ids": torch.randint(1, 41, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with torch.no_grad():
+        expected = llama("eager", WRITINGS[name])(**inputs).logits
+        output = torch.compile(llama("my_triton", WRITINGS[name]), backend="eager")(**inputs).logits
+    assert (output - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_written_mask_keeps_documents_apart():
+    """Positions that start anew beside a 2D mask are honoured, whatever else a model hides."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    query, key, value = torch.randn(3, 1, 4, 8, 16)
+    mask = span_mask(1, 8, 8, attention_mask=torch.ones(1, 8), config=CONFIG, dtype=torch.float32)
+    mask[..., 5] = LEAST
+    module = torch.nn.Module().eval()
+    module.is_causal = True
+    output, _ = attention_forward(module, query, key, value, mask, position_ids=positions)
+    seen = torch.ones(8, 8).tril().bool() & (torch.arange(8)[:, None] // 4 == torch.arange(8) // 4)
+    seen[:, 5] = False
+    expected, _ = attention_reference(query, key, value, mask=seen)
+    torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_written_mask_keeps_its_chunks_beside_lengths():
+    """Documents are cut apart; chunks are where the model has them."""
+    config = transformers.Llama4TextConfig(attention_chunk_size=3)
+    pattern = masking_utils.and_masks(
+        masking_utils.causal_mask_function, masking_utils.chunked_overlay(3, torch.zeros(1, dtype=torch.long))
+    )
+    mask = span_mask(1, 8, 8, mask_function=pattern, config=config, dtype=torch.float32)
+    assert mask.chunks is not None
+    mask.dense_dtype = torch.float32
+    mask[..., 5] = LEAST
+    seen = mask.to_dense()[0, 0] & (torch.arange(8)[:, None] // 4 == torch.arange(8) // 4)
+    seen[:, 5] = False
+    query, key, value = torch.randn(3, 1, 4, 8, 16)
+    lengths = torch.tensor([0, 4, 8], dtype=torch.int32)
+    output, _ = attention_forward(
+        torch.nn.Module().eval(), query, key, value, mask, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths
+    )
+    expected, _ = attention_reference(query, key, value, mask=seen)
+    blind = ~seen.any(1)
+    torch.testing.assert_close(
+        output.transpose(1, 2).double()[:, :, ~blind], expected[:, :, ~blind], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_copies_know_whether_they_were_written_to(written: bool):
+    mask = span_mask(2, 8, 8, config=CONFIG, dtype=torch.float32)
+    assert mask[0, 0, 0, 0] == 0
+    if written:
+        mask[..., 1] = LEAST
+    for copied in (copy.deepcopy(mask), copy.copy(mask), pickle.loads(pickle.dumps(mask))):
+        assert (copied.rewritten is not None) == written
+        assert not written or torch.equal(copied.rewritten, mask.rewritten)
 
 
 def hide_second_key(mask: Any, values: Tensor) -> Tensor:

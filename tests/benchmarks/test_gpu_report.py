@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import tarfile
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +60,20 @@ def test_what_a_stopped_part_has_found_and_started(tmp_path: Path, monkeypatch: 
         f"def test_fails():\n    {STARTS_ANOTHER_AND_WAITS.strip().replace(chr(10), '; ')}; assert child.pid == 0\n"
         "def test_waits():\n    import time; time.sleep(300)\n"
     )
+    begin, limit = gpu_report.start, 25.0
+
+    def start_and_wait_for_the_first(*arguments: Any) -> subprocess.Popen:
+        """However long a busy machine takes until then: a time limit may be over sooner."""
+        run = begin(*arguments)
+        while run.poll() is None and "F" not in (tmp_path / "tests.txt").read_text(encoding="utf-8"):
+            time.sleep(0.1)
+        wait = run.wait
+        run.wait = lambda seconds=None: wait(0.1 if seconds == limit else seconds)
+        return run
+
+    monkeypatch.setattr(gpu_report, "start", start_and_wait_for_the_first)
     part = Part("tests", ("pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)), 1)
-    outcome = gpu_report.run_part(part, 25.0, 60.0, tmp_path, "cpu")
+    outcome = gpu_report.run_part(part, limit, 60.0, tmp_path, "cpu")
     assert outcome == "failed: 1 failed in 25 s; its words are in tests.txt"
     said = (tmp_path / "tests.txt").read_text(encoding="utf-8")
     assert "assert child.pid == 0" in said

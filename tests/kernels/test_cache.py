@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from attention_kernels import PagedCache, Spans, attention, attention_reference, gathered, paged_attention, write_cache
 from attention_kernels.cache import MAX_PAGE_SIZE
@@ -450,6 +451,23 @@ def test_queries_that_a_length_would_cut_off_are_found(check):
     ):
         paged_attention(query, cache, query_offsets=offsets, max_query_len=1, check=check)
     assert paged_attention(query, cache, query_offsets=offsets, max_query_len=2, check=check).shape == query.shape
+
+
+def test_no_sequences_have_no_longest_one():
+    key = torch.zeros(4, 4, 2, 16, device=DEVICE)
+    cache = PagedCache(key, key, *(torch.ones(shape, dtype=torch.int32, device=DEVICE) for shape in ((0, 2), (0,))))
+    offsets = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    output = paged_attention(key.new_zeros(1, 4, 0, 16), cache, query_offsets=offsets, max_query_len=5, check=True)
+    assert output.shape == (1, 4, 0, 16)
+
+
+def test_forward_differentiation_is_refused():
+    key = torch.zeros(4, 4, 2, 16, device=DEVICE)
+    cache = PagedCache(key, key, *(torch.ones(shape, dtype=torch.int32, device=DEVICE) for shape in ((2, 2), (2,))))
+    with forward_ad.dual_level():
+        query = forward_ad.make_dual(torch.zeros(2, 4, 1, 16, device=DEVICE), torch.ones(2, 4, 1, 16, device=DEVICE))
+        with pytest.raises(RuntimeError, match=r"paged_attention: .* forward differentiation are not served; use"):
+            paged_attention(query, cache)
 
 
 @pytest.mark.parametrize("wanted", ["query", "key"])

@@ -298,8 +298,12 @@ def test_forward_differentiation_is_refused(query_len):
     query, key = tensor(1, 1, query_len, 8), tensor(1, 1, 4, 8)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, torch.ones_like(query))
+        for each in (attention, torch.compile(attention, backend="eager")):
+            with pytest.raises(RuntimeError, match="forward differentiation are not served; use torch"):
+                each(dual, key, key)
+        scale = forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
         with pytest.raises(RuntimeError, match="forward differentiation are not served; use torch"):
-            attention(dual, key, key)
+            attention(query, key, key, scale=scale)
         assert attention(query, key, key).shape == query.shape, "a call without tangents loses none"
 
 
