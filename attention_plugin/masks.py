@@ -218,8 +218,8 @@ class SpanMask:
         return None if self._dense._version == self._dense_version else self._dense
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the dense mask, unless a model has written to it: the version of a copy would say that one has."""
-        return self.__dict__ | ({"_dense": None} if self.rewritten is None else {})
+        """Without the dense mask, unless a model has written to it: the version of a copy tells nothing."""
+        return self.__dict__ | ({"_dense": None} if self.rewritten is None else {"_dense_version": -1})
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
