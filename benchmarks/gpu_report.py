@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -176,10 +176,24 @@ def run_part(part: Part, seconds: float, limit: float, folder: Path, device: str
 def start(module_and_arguments: Sequence[str], output: int | IO[str], **variables: str) -> subprocess.Popen:
     """A module in a session of its own, which `end` ends as a whole: parts start processes, too."""
     command = [sys.executable, "-m", *module_and_arguments]
-    return subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, cwd=FOLDER.parent, start_new_session=True,
-        env=os.environ | variables,
-    )  # fmt: skip
+    with hearing_interrupts():
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=FOLDER.parent, start_new_session=True,
+            env=os.environ | variables,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores interrupts, and so would what is started here: `end` sends one."""
+    ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignores:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignores:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end(run: subprocess.Popen) -> None:

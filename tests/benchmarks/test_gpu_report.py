@@ -3,9 +3,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,16 @@ print(child.pid, flush=True)
 """
 
 
-def test_what_a_stopped_part_has_found_and_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its failures are shown and count, and the processes that it started end with it."""
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_a_stopped_part_has_found_and_started(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Its failures are shown and count, and the processes that it started end with it.
+
+    In the background a shell has its processes ignore interrupts.
+    """
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
     monkeypatch.setattr(gpu_report, "WORDS", 60.0)  # a busy machine may need more than a GPU's, which is paid for
     (tmp_path / "test_slow.py").write_text(
         f"def test_fails():\n    {STARTS_ANOTHER_AND_WAITS.strip().replace(chr(10), '; ')}; assert child.pid == 0\n"
