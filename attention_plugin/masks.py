@@ -96,11 +96,11 @@ class SpanMask:
         return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self) -> SpanMask | Tensor:
-        """The mask itself: `generate` asks for this with a static cache."""
+        """The mask itself, or what a model has made of it: `generate` asks for this with a static cache."""
         return self if self.rewritten is None else self.rewritten.contiguous()
 
     def to(self, *args: Any, **kwargs: Any) -> SpanMask | Tensor:
-        """On another device. A change of dtype has no meaning for spans and is ignored."""
+        """On another device. A change of dtype has no meaning for spans and is ignored; what was rewritten has one."""
         if self.rewritten is not None:
             return self.rewritten.to(*args, **kwargs)
         device = torch._C._nn._parse_to(*args, **kwargs)[0]

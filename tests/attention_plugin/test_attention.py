@@ -392,10 +392,15 @@ def test_sequence_to_sequence(name: str):
 
 
 @pytest.mark.parametrize("prompt", [0, 3])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_sequence_to_sequence_prefilled_in_pieces(name: str, prompt: int):
-    """transformers then asks for a mask of the encoder's tokens that has as many keys as the decoder's prompt."""
-    inputs = {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long), "prefill_chunk_size": 4}
+def test_sequence_to_sequence_prefilled_in_pieces(name: str, padded: bool, prompt: int):
+    """transformers then asks for a mask of the encoder's tokens that has as many keys as the decoder's prompt.
+
+    It cuts the encoder's padding to that, so that eager attention sees what is padded beyond it, and so do we.
+    """
+    attention_mask = padding(2, 9) if padded else torch.ones(2, 9, dtype=torch.long)
+    inputs = {"input_ids": ids(2, 9), "attention_mask": attention_mask, "prefill_chunk_size": 4}
     inputs |= {"decoder_input_ids": ids(2, prompt), "prefill_chunk_size": prompt} if prompt else {}
     tokens = [
         model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)

@@ -663,6 +663,10 @@ def test_bad_calls_of_varlen(change, words):
             )
         ),
         ({"softcap": float("nan")}, "`softcap` must be a finite number, got nan; pass 0"),
+        (
+            {"window_size": None, "rotary_cos": ANGLES, "rotary_sin": ANGLES, "k": Q, "v": Q, "cache_seqlens": 0},
+            r"`window_size` must be two whole numbers \(left, right\), got None",
+        ),
     ],
 )
 def test_bad_calls_of_kvcache(change, words):

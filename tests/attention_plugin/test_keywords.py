@@ -153,6 +153,17 @@ def test_a_mask_of_one_row_serves_all_queries():
     torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
+def test_a_mask_of_one_row_is_repeated_without_a_look_at_padding(monkeypatch):
+    """On a GPU each layer would wait for it."""
+    bidirectional = support.sys.modules["transformers.masking_utils"].bidirectional_mask_function
+    options = {"mask_function": bidirectional, "allow_is_bidirectional_skip": True, "config": BertConfig()}
+    one = span_mask(BATCH, 1, TOKENS, attention_mask=torch.ones(BATCH, TOKENS), **options)
+    assert one.everything
+    monkeypatch.setattr(SpanMask, "_shows_all_tokens", lambda *arguments: pytest.fail("it looked"))
+    assert one.fitted(TOKENS, TOKENS).spans.query_len == TOKENS
+    assert one.fitted(1, TOKENS) is one
+
+
 def test_a_model_that_computes_with_its_mask_is_given_eagers(caplog):
     """If its file calls the interface; others are refused, as test_refusals says."""
     support.log_once.cache_clear()

@@ -103,6 +103,21 @@ def test_what_a_compiled_model_writes_to_its_mask_holds(name: str):
     assert (output - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_a_mask_that_was_looked_at_before_serves_a_compiled_graph():
+    """There nobody can tell whether it was written to: what the model was given holds."""
+    torch._dynamo.reset()
+    query, key, value = torch.randn(3, 2, 4, 8, 16)
+    mask = span_mask(2, 8, 8, config=CONFIG, dtype=torch.float32)
+    module = torch.nn.Module().eval()
+    compiled = torch.compile(attention_forward, backend="eager", fullgraph=True)
+    assert mask[0, 0, 0, 1] == LEAST
+    for visible in (torch.ones(8), torch.arange(8) != 1):
+        mask.masked_fill_(visible == 0, LEAST)
+        output, _ = compiled(module, query, key, value, mask)
+        expected, _ = attention_reference(query, key, value, mask=torch.ones(8, 8).tril().bool() & visible.bool())
+        torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_written_mask_keeps_documents_apart():
     """Positions that start anew beside a 2D mask are honoured, whatever else a model hides."""
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])

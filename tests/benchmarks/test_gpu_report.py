@@ -137,6 +137,32 @@ def test_the_files_in_one_hold_what_was_done_before_the_command_is_ended(
     assert list(tmp_path.glob("*.part")) == []
 
 
+def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        runner.main(["gpu-report", "--device", "cpu", "--archive", str(tmp_path / "nowhere" / "all.tar.gz")])
+    assert error.value.code == 2
+    shown = "".join(capsys.readouterr().err.split())
+    assert f"--archive:thereisnofolder{tmp_path / 'nowhere'};makeit,orchooseanother" in shown
+
+
+def test_a_disk_that_is_full_ends_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could be archived at the end is; what could not is an error then."""
+    written: list[Path] = []
+
+    def write_archive(folder: Path, path: Path | None) -> None:
+        written.append(folder)
+        if len(written) < 3:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(gpu_report, "PARTS", (Part("first", ("a",), 1), Part("later", ("b",), 1)))
+    monkeypatch.setattr(gpu_report, "run_part", lambda *arguments: "done")
+    monkeypatch.setattr(gpu_report, "write_archive", write_archive)
+    assert runner.main(["gpu-report", "--device", "cpu", "--folder", str(tmp_path / "run")]) == 0
+    assert len(written) == 3
+
+
 def test_parts_without_time_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gpu-report", "--device", "cpu", "--only", "host", "--folder", str(tmp_path), "--seconds", "3"]
     assert runner.main(arguments) == 0

@@ -303,6 +303,8 @@ def test_cascades_that_do_not_fit_are_refused():
     query, own, prefix = tensor(2, 2, 3, 8), tensor(2, 2, 4, 8), tensor(1, 2, 5, 8)
     with pytest.raises(ValueError, match="one prefix for the whole batch"):
         cascade_attention(query, own, own, own, own)
+    with pytest.raises(ValueError, match=r"cascade_attention: `query` must be .* got \[2, 3, 8\]; unsqueeze"):
+        cascade_attention(query[0], prefix, prefix, own, own)
     with pytest.raises(ValueError, match="`sinks` must be"):
         cascade_attention(query, prefix, prefix, own, own, sinks=torch.zeros(3, device=DEVICE))
     with pytest.raises(ValueError, match="`prefix_spans` is for batch 1 and 4 queries"):
