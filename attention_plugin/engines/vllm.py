@@ -29,7 +29,6 @@ from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from attention_kernels import PagedCache, Spans, attention, write_cache
-from attention_kernels.cache import MAX_PAGE_SIZE
 from attention_kernels.configs import unsupported_device
 from attention_kernels.operators import MAX_VALUE_DIM
 
@@ -104,17 +103,12 @@ class MyTritonBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Sizes of pages. vLLM splits another block, as hybrid models have, into several of these.
+        """Pages of any size.
 
-        Powers of two alone, of which its size has one greatest divisor: vLLM aligns caches by another rule than it
-        chooses a size by, and the two agree there.
+        A list of sizes would have vLLM note an alignment in each layer's specification of its cache. Layers of a draft
+        model, which vLLM gives a backend of their own, would not have it, and so not share a group with ours.
         """
-        return [1 << bit for bit in range(MAX_PAGE_SIZE.bit_length())]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """vLLM's own choice, if it is a size of pages."""
-        return min(default_block_size, MAX_PAGE_SIZE)
+        return [MultipleOf(1)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import attention, paged_attention, write_cache
+from attention_kernels import PagedCache, attention, paged_attention, write_cache
 from attention_kernels.checks import check_tensors
 
 from .alibi import attend, batch_alibi, packed_alibi
@@ -34,7 +34,7 @@ from .arguments import (
     check_rotary,
     unpacked,
 )
-from .caches import appended, cache_lengths, paged_cache, rotate, slots
+from .caches import appended, cache_lengths, rotate, slots
 from .positions import aligned_rows, aligned_spans, cache_rows, packed_rows, paged_rows
 
 __all__ = [
@@ -206,7 +206,7 @@ def flash_attn_varlen_func(
     else:
         check_paged(name, q, k, v, cu_seqlens_q, max_seqlen_q, dropout_p, alibi_slopes)
         lengths = cu_seqlens_k.diff().to(torch.int32)
-        cache = paged_cache(name, k, v, block_table, lengths)
+        cache = PagedCache(k, v, block_table, lengths)
         rows = paged_rows(cu_seqlens_q, lengths, q.shape[0], cache.key_len)
         offsets, longest = cu_seqlens_q.to(torch.int32), max(1, int(max_seqlen_q))
         output, lse = paged_attention(
@@ -335,7 +335,7 @@ def flash_attn_with_kvcache(
     }
     rows = cache_rows(q.shape[1], capacity, lengths, cache_leftpad)
     if block_table is not None:
-        cache = paged_cache(name, k_cache, v_cache, block_table, lengths)
+        cache = PagedCache(k_cache, v_cache, block_table, lengths)
         if k is not None and v is not None:
             write_cache(k.flatten(0, 1), v.flatten(0, 1), cache, slots(cache, before, k.shape[1]))
         output, lse = paged_attention(query, cache, rows.window(window), return_lse=True, **options)

@@ -9,25 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import PagedCache
-from attention_kernels.cache import MAX_PAGE_SIZE
 from attention_kernels.spans import values_at_hand
-
-
-def paged_cache(name: str, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> PagedCache:
-    """The cache, pages that are too large for the kernels being seen as several."""
-    page_size = k.shape[1]
-    if page_size > MAX_PAGE_SIZE:
-        piece = max(size for size in range(1, MAX_PAGE_SIZE + 1) if page_size % size == 0)
-        pieces = page_size // piece
-        if any(tensor.stride(0) != tensor.stride(1) * page_size for tensor in (k, v)):
-            raise ValueError(
-                f"{name}: pages of more than {MAX_PAGE_SIZE} tokens must lie one after the other, got {page_size} "
-                f"tokens with strides {k.stride()} and {v.stride()}; use pages of at most {MAX_PAGE_SIZE} tokens"
-            )
-        k, v = (tensor.view(-1, piece, *tensor.shape[2:]) for tensor in (k, v))
-        part = torch.arange(pieces, dtype=block_table.dtype, device=block_table.device)
-        block_table = (block_table[:, :, None] * pieces + part).flatten(1)
-    return PagedCache(k, v, block_table, lengths)
 
 
 def slots(cache: PagedCache, before: Tensor, new: int) -> Tensor:

@@ -21,8 +21,6 @@ from .operators import MAX_HEAD_DIM, runs_triton
 from .quantised import QUANTISED, quantise
 from .spans import Spans, check_are_spans, rise_within, values_at_hand
 
-MAX_PAGE_SIZE = 256
-
 
 @dataclass(frozen=True, eq=False)
 class PagedCache:
@@ -58,11 +56,8 @@ class PagedCache:
                 f"sizes, got {list(self.key.shape)} and {list(self.value.shape)}; take both from one allocation"
             )
         pages, page_size, num_kv_heads = self.key.shape[:3]
-        if not 1 <= page_size <= MAX_PAGE_SIZE:
-            raise ValueError(
-                f"PagedCache: a page must hold 1 to {MAX_PAGE_SIZE} tokens, got {page_size}; view `key` and `value` as "
-                "more pages"
-            )
+        if not page_size:
+            raise ValueError("PagedCache: a page must hold at least one token, got 0; see page_size")
         if not num_kv_heads:
             raise ValueError("PagedCache: `key` and `value` must have at least one head, got 0; see num_kv_heads")
         if self.key.dtype != self.value.dtype:

@@ -227,7 +227,7 @@ def test_varlen_over_pages(first_seed):
         lens_q = [draw.choice([0, 1, 5, 33]) for _ in range(sequences)]
         q = normal(sum(lens_q), num_heads, dim, dtype=dtype)
         keys, values = ([normal(n, num_kv_heads, dim, dtype=dtype) for n in lens_k] for _ in range(2))
-        order, page_size, options = draw.random(), draw.choice([4, 16, 256, 512]), Options.draw(draw)
+        order, page_size, options = draw.random(), draw.choice([4, 16, 300, 512]), Options.draw(draw)
         (k, table), (v, _) = (paged(rows, page_size, random.Random(order)) for rows in (keys, values))
         ends = offsets(lens_q)
         output, lse, _ = flash_attn_varlen_func(
@@ -583,10 +583,6 @@ def test_bad_calls_of_func(change, words):
         (
             {"block_table": TABLE, "k": PAGES, "v": PAGES, "q": Q[0].clone().requires_grad_()},
             "`block_table` with tensors that require gradients is refused: .*no_grad",
-        ),
-        (
-            {"block_table": TABLE, "k": PAGES.new_zeros(8, 300, 2, 8)[::2], "v": PAGES.new_zeros(4, 300, 2, 8)},
-            "pages of more than 256 tokens must lie one after the other, got 300",
         ),
     ],
 )

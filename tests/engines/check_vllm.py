@@ -11,8 +11,10 @@ import torch
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.utils import clear_layer_kv_caches, customize_attention_spec, select_common_block_size
 
 load_general_plugins()
@@ -44,6 +46,7 @@ class Capability:
         {"kv_cache_dtype": "fp8_e5m2", "device_capability": Capability(8, 6)},
         {"kv_cache_dtype": "bfloat16"},
         {"block_size": 256},
+        {"block_size": 528},
         {"use_non_causal": True},
         {"attn_type": AttentionType.ENCODER_ONLY},
     ],
@@ -143,14 +146,25 @@ def test_windows_of_what_is_not_causal_have_two_sides(causal):
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 24, 256, 272, 528, 784, 1056])
-def test_pages_of_the_size_that_vllm_aligns_caches_for(block_size):
-    """It cuts a block into pages by the largest divisor that is served, and aligns by a common one."""
+def test_a_block_of_any_size_is_a_page(block_size):
+    """Hybrid models have blocks as large as the state of another layer; cut up, they would need an alignment."""
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    spec = customize_attention_spec(MyTritonBackend, spec)
-    page = select_common_block_size(block_size, [MyTritonBackend], [spec])
-    assert page <= 256 and block_size % page == 0
-    if page < block_size:
-        assert spec.get_block_stride_alignment() % (spec.page_size_bytes // block_size * page) == 0
+    assert customize_attention_spec(MyTritonBackend, spec) == spec
+    assert select_common_block_size(block_size, [MyTritonBackend], [spec]) == block_size
+    assert MyTritonBackend.get_preferred_block_size(block_size) == block_size
+
+
+def test_layers_of_a_draft_share_a_group_of_the_cache():
+    """vLLM chooses the backend of a draft by itself; groups have as many layers as the smallest kind of them."""
+    full, windowed = (
+        kind(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, **more)
+        for kind, more in ((FullAttentionSpec, {}), (SlidingWindowSpec, {"sliding_window": 128}))
+    )
+    ours = [customize_attention_spec(MyTritonBackend, each) for each in (full, windowed)]
+    draft = customize_attention_spec(TritonAttentionBackend, full)
+    layers = {f"layers.{index}": ours[index % 2] for index in range(12)} | {"draft.0": draft}
+    groups = _get_kv_cache_groups_uniform_page_size(layers)
+    assert sorted(len(group.layer_names) for group in groups) == [6, 7]
 
 
 class Layer:
