@@ -186,6 +186,14 @@ class MyTritonMetadataBuilder(AttentionMetadataBuilder[Batch]):
         if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             self.held = HeldSpans(vllm_config.scheduler_config.max_num_batched_tokens, device)
 
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> int:
+        """Rows of a request in a captured batch of unequal ones, as adaptive verification has: any number.
+
+        A graph has programs for the most rows that it was captured for, which read each request's own off the device.
+        """
+        return vllm_config.scheduler_config.max_num_batched_tokens
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Batch:

@@ -127,6 +127,27 @@ def test_a_captured_graph_finds_the_next_batch_at_the_same_addresses():
     assert moved.block_table.data_ptr() != table.data_ptr() and moved.spans(3).start.tolist() == [[3, 7]]
 
 
+def test_a_captured_graph_takes_requests_of_other_numbers_of_rows():
+    """With adaptive verification vLLM decides on the device how many drafts of a request are looked at."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=16))
+    assert MyTritonMetadataBuilder.get_varlen_cudagraph_max_query_len(config, None) >= 3
+    made, ours = builder({(None, False)}, HeldSpans(16, "cpu")), impl()
+    table, cache = torch.arange(12, dtype=torch.int32).view(3, 4), torch.randn(12, 2, 4, 16)
+    common = Common([2, 2, 2], [2, 2, 2], table, max_query_len=3)  # vLLM's dummy batch, and what it promises
+    captured = made.build(0, common)
+    for rows, lengths in (([3, 1, 2], [9, 5, 2]), ([1, 3, 0], [7, 11, 0])):
+        common.query_start_loc.copy_(torch.tensor([0, *rows]).cumsum(0))
+        common.seq_lens.copy_(torch.tensor(lengths))
+        made.build(0, common)
+        query, output = torch.randn(6, 4, 8), torch.empty(6, 4, 8)
+        ours.forward(Layer, query, None, None, cache, captured, output)  # as a replay, with what was captured
+        alone = torch.empty(sum(rows), 4, 8)
+        fresh = builder({(None, False)}).build(0, Common(rows, lengths, table))
+        ours.forward(Layer, query[: sum(rows)], None, None, cache, fresh, alone)
+        torch.testing.assert_close(output[: sum(rows)], alone)
+
+
 def test_images_see_each_other():
     ranges = {0: [(1, 3)]}
     batch = builder({(None, False)}).build(
