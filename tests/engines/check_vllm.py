@@ -13,7 +13,6 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.utils import clear_layer_kv_caches, customize_attention_spec, select_common_block_size
 
@@ -175,17 +174,15 @@ def test_a_block_of_any_size_is_a_page(block_size):
     assert MyTritonBackend.get_preferred_block_size(block_size) == block_size
 
 
-def test_layers_of_a_draft_share_a_group_of_the_cache():
-    """vLLM chooses the backend of a draft by itself; groups have as many layers as the smallest kind of them."""
-    full, windowed = (
-        kind(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, **more)
-        for kind, more in ((FullAttentionSpec, {}), (SlidingWindowSpec, {"sliding_window": 128}))
-    )
-    ours = [customize_attention_spec(MyTritonBackend, each) for each in (full, windowed)]
-    draft = customize_attention_spec(TritonAttentionBackend, full)
-    layers = {f"layers.{index}": ours[index % 2] for index in range(12)} | {"draft.0": draft}
-    groups = _get_kv_cache_groups_uniform_page_size(layers)
-    assert sorted(len(group.layer_names) for group in groups) == [6, 7]
+@pytest.mark.parametrize("kind, more", [(FullAttentionSpec, {}), (SlidingWindowSpec, {"sliding_window": 128})])
+def test_layers_of_a_draft_share_groups_of_the_cache_with_ours(kind, more):
+    """vLLM chooses the backend of a draft by itself, and groups layers whose specifications are equal.
+
+    Groups have as many layers as the smallest: a draft of one layer that is apart makes as many groups as layers.
+    """
+    spec = kind(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, **more)
+    ours, drafts = (customize_attention_spec(each, spec) for each in (MyTritonBackend, TritonAttentionBackend))
+    assert ours == drafts
 
 
 class Layer:
