@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public operator: validation, the choice of path, torch.library registration and autograd."""
+"""The public operator: validation, the choice of path, torch.library registration and autograd.
+
+The way of a call, from top to bottom of this file:
+
+    attention       looks for an earlier call like this one (`prebound`, `blockwise.remembered`), or checks its
+                    arguments; then asks for one forward pass: by `Attention.apply` where autograd records it, by the
+                    registered operator where a compiler or a mode looks on (both lead to `_forward`), or by `_forward`
+    _forward        on the torch path `blockwise.forward`; else `launch_forward`, whose launches `prebound` remembers
+    launch_forward  the kernel for few queries (`decode`), the Gluon kernel (`hopper`) or the Triton kernel (`forward`)
+    _autograd       the way back: `_backward`, and so `blockwise.backward` or, by `_launch_backward`, `backward`
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -127,7 +137,8 @@ def attention(
         check_dropout("attention", dropout_p)
     trains = _wants_gradient(query, key, value, bias, sinks)
     seed = _checked_seed(dropout_seed, query.device) if dropout_p else None
-    # What differs from earlier calls in addresses alone needs neither checks nor choices.
+    # First way, on GPUs: a call that differs from an earlier one in addresses alone needs neither checks nor choices.
+    # Without gradients its kernels are launched again here; with them `known` lets the backward pass do the same.
     repeatable = _are_numbers(scale, softcap) and _are_at_hand(query, key, value, sinks, mask, bias)
     known = None
     if repeatable and spans is None and key.ndim == 4:
@@ -141,25 +152,22 @@ def attention(
             if not trains and (results := tape(known.operand, inputs)) is not None:
                 return results[:2] if return_lse else results[0]
     if known is None:
+        # Second way, on CPUs: the same for calls that have nothing but spans and sinks, and want no gradient.
         spans_alone = (
             repeatable and spans is not None and not trains and mask is bias is seed is softcap is num_splits is None
         )
         if spans_alone and (step := remembered.again(query, key, value, spans, sinks, scale, return_lse)) is not None:
             output, lse = step
             return (output, lse) if return_lse and lse is not None else output
-        check_tensors("attention", {"query": query, "key": key, "value": value})
-        query, key, value = _validated(*cast_for_autocast(query, key, value))
-        spans = _checked_spans(spans, query, key)
-        mask = on_scores("attention", "mask", mask, query, key)
-        bias = on_scores("attention", "bias", bias, query, key)
-        check_sinks("attention", sinks, query)
-        check_numbers("attention", scale, softcap, num_splits)
+        query, key, value, spans, mask, bias = _checked_call(
+            query, key, value, spans, mask, bias, sinks, scale, softcap, dropout_p, num_splits
+        )
         num_splits = None if num_splits is None else int(num_splits)
-        check_dropout("attention", dropout_p)
         if spans_alone and not runs_triton(query):
             first = remembered.first(query, key, value, spans, sinks, scale)
             if first is not None:
                 return first if return_lse else first[0]
+    # Third way, for everything else: one forward pass.
     assert spans is not None
     operands = (
         query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks, seed,
@@ -177,14 +185,47 @@ def attention(
     return (output, lse) if return_lse else output
 
 
+def _checked_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    num_splits: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Spans, Tensor | None, Tensor | None]:
+    """Query, key, value, spans, mask and bias of a call that breaks no rule of `attention`.
+
+    Query, key and value are in autocast's dtype and have one batch; spans are there, and masks and biases are
+    four-dimensional.
+
+    Raises:
+        TypeError, ValueError: as `attention` says.
+    """
+    check_tensors("attention", {"query": query, "key": key, "value": value})
+    query, key, value = _validated(*cast_for_autocast(query, key, value))
+    spans = _checked_spans(spans, query, key)
+    mask = on_scores("attention", "mask", mask, query, key)
+    bias = on_scores("attention", "bias", bias, query, key)
+    check_sinks("attention", sinks, query)
+    check_numbers("attention", scale, softcap, num_splits)
+    check_dropout("attention", dropout_p)
+    return query, key, value, spans, mask, bias
+
+
 def _forward_asked(
     scale: float, softcap: float | None, dropout_p: float, trains: bool, num_splits: int | None
 ) -> tuple:
-    """All but tensors that decides what the forward pass launches."""
+    """What decides, beside its tensors, which kernels a forward pass launches: its kind, for `prebound`."""
     return "forward", scale, softcap, dropout_p, trains, num_splits, hopper.wanted()
 
 
 def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
+    """The seed of dropout, int64 `[1]` on `device`: the one that was given, or a new one."""
     if seed is None:
         return draw_seed(device)
     if not isinstance(seed, Tensor):
@@ -201,18 +242,22 @@ def _checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a function of these."""
     return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _are_numbers(scale: float | None, softcap: float | None) -> bool:
-    """Whether both are absent or numbers proper, and not what torch.compile traces in their place."""
+    """Whether each is None or one of Python's own numbers, and not a symbol that torch.compile traces."""
     return (scale is None or type(scale) is float) and (softcap is None or type(softcap) in (float, int))
 
 
 def _are_at_hand(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """Whether all are tensors proper, of which the first is a query, and nothing traces."""
+    """Whether the call can be looked up among earlier ones: nothing traces it, and all are ordinary tensors.
+
+    The query must have four dimensions and columns, since its shape is used before anything is checked.
+    """
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and type(query) is type(key) is type(value) is Tensor
@@ -225,7 +270,7 @@ def _are_at_hand(
 
 
 def _are_real(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors proper: not fake or wrapped, without numbers, or yet to be negated."""
+    """Whether all are ordinary tensors: none is fake, of a subclass, without storage, or a lazy negation (`is_neg`)."""
     return all(
         tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg())
         for tensor in tensors
@@ -242,6 +287,7 @@ def cast_for_autocast(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value that fit each other, expanded to one batch."""
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
         if tensor.ndim != 4:
@@ -292,6 +338,7 @@ def _validated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 
 def _checked_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
+    """The spans of a call, which fit its tensors; all keys where none were given."""
     (batch, _, query_len, _), key_len = query.shape, key.shape[2]
     if spans is None:
         return Spans.full(query_len, key_len, device=query.device)
@@ -364,30 +411,36 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-_BIAS, _SINKS = 8, 9  # places among the arguments
-_FLAGS = 4  # wants_query, wants_key_value, wants_bias, wants_sinks
+_BIAS, _SINKS = 8, 9
+"""Where bias and sinks stand among `_ARGUMENTS`."""
+
+_FLAGS = 4
+"""How many flags `backward` has before `_ARGUMENTS`: wants_query, wants_key_value, wants_bias and wants_sinks."""
 
 
 def _problem(
     query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p,
     *, trains,
-):  # fmt: skip
+) -> blockwise.Problem:  # fmt: skip
+    """`_ARGUMENTS`, as the torch path takes them: the count of gaps is for kernels alone."""
     return blockwise.Problem(
         query, key, value, start, end, key_mask, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p, trains
     )
 
 
-def _forward(*inputs, known_spans: prebound.KnownSpans | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*inputs: Any, known_spans: prebound.KnownSpans | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and, for 16-bit gradients, what the output lost when it was rounded (else empty).
 
-    What is known of the spans, if anything is, need not be found out.
+    Args:
+        inputs: `_ARGUMENTS`, then wants_gradient and num_splits.
+        known_spans: what `prebound` knows of the spans, if it knows them; else they are described here.
     """
     *arguments, wants_gradient, num_splits = inputs
     query, key, value, *spans, mask, bias, sinks, seed, scale, softcap, dropout_p = arguments
     if not runs_triton(query):
         return blockwise.forward(_problem(*arguments, trains=wants_gradient))
 
-    def launch():
+    def launch() -> tuple[Tensor, Tensor, Tensor]:
         return launch_forward(*inputs)
 
     asked = _forward_asked(scale, softcap, dropout_p, wants_gradient, num_splits)
@@ -397,8 +450,8 @@ def _forward(*inputs, known_spans: prebound.KnownSpans | None = None) -> tuple[T
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
 
-def launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and rounding, by whichever of the kernels serves a call; `inputs` are the operator's."""
+def launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and rounding, by whichever of the kernels serves a call; `inputs` are those of `_forward`."""
     *arguments, wants_gradient, num_splits = inputs
     # The kernels are not imported before they are needed: importing Triton takes time.
     *tensors, dropout_seed, scale, softcap, _ = arguments
@@ -426,10 +479,12 @@ def launch_forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _has_rounding(query: Tensor, wants_gradient: bool) -> bool:
+    """Whether the forward pass keeps what rounding took from its output: the backward pass adds it again."""
     return wants_gradient and query.dtype.itemsize == 2
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors in the shapes, dtypes and strides of what `_forward` returns."""
     batch, num_heads, query_len, _ = query.shape
     output = query.new_empty(batch, query_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, query_len, dtype=blockwise.accumulator(query.dtype))
@@ -437,9 +492,22 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments) -> tupl
 
 
 def _backward(
-    output, lse, rounding, grad_output, grad_lse, *arguments, known_spans: prebound.KnownSpans | None = None
+    output: Tensor,
+    lse: Tensor,
+    rounding: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    *arguments: Any,
+    known_spans: prebound.KnownSpans | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, bias and sinks; empty where not wanted."""
+    """Gradients of query, key, value, bias and sinks; empty where not wanted.
+
+    Args:
+        output, lse, rounding: what `_forward` returned.
+        grad_output, grad_lse: gradients of output and log-sum-exp; None where nothing depends on the latter.
+        arguments: four flags, then `_ARGUMENTS`.
+        known_spans: as for `_forward`.
+    """
     operands = arguments[_FLAGS:]
     if runs_triton(operands[0]):
         gradients = _launch_backward(output, lse, rounding, grad_output, grad_lse, *arguments, known_spans=known_spans)
@@ -451,7 +519,13 @@ def _backward(
 
 
 def _launch_backward(
-    output, lse, rounding, grad_output, grad_lse, *arguments, known_spans: prebound.KnownSpans | None
+    output: Tensor,
+    lse: Tensor,
+    rounding: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    *arguments: Any,
+    known_spans: prebound.KnownSpans | None,
 ) -> tuple[Tensor | None, ...]:
     """As `_backward`, by the kernels; None where not wanted."""
     # Not before they are needed: importing Triton takes time.
@@ -463,7 +537,7 @@ def _launch_backward(
     if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
         grad_output = grad_output.contiguous()
 
-    def launch():
+    def launch() -> Gradients:
         return backward(output, lse, rounding, grad_output, grad_lse, *flags, *arguments[_FLAGS:])
 
     inputs = query, key, value, sinks, seed, mask, bias, output, lse, rounding, grad_output, grad_lse
@@ -478,38 +552,48 @@ def _launch_backward(
     )
 
 
-def _backward_fake(output, lse, rounding, grad_output, grad_lse, *arguments):
+def _backward_fake(
+    output: Tensor,
+    lse: Tensor,
+    rounding: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    """Empty tensors in the shapes, dtypes and strides of what `_backward` returns."""
     wants_query, wants_key_value, wants_bias, wants_sinks = arguments[:_FLAGS]
     arguments = arguments[_FLAGS:]
     query, key, value = arguments[:3]
     bias, sinks = arguments[_BIAS], arguments[_SINKS]
     return (
-        _token_major(query) if wants_query else query.new_empty(0),
-        *(_token_major(each) if wants_key_value else query.new_empty(0) for each in (key, value)),
+        _empty_token_major(query) if wants_query else query.new_empty(0),
+        *(_empty_token_major(each) if wants_key_value else query.new_empty(0) for each in (key, value)),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if wants_bias else query.new_empty(0),
         torch.empty_like(sinks) if wants_sinks else query.new_empty(0),
     )
 
 
-def _token_major(tensor: Tensor) -> Tensor:
+def _empty_token_major(tensor: Tensor) -> Tensor:
     """An empty tensor of the same shape that is stored token by token."""
     batch, heads, tokens, dim = tensor.shape
     return tensor.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep for the backward pass what `_autograd` reads; `inputs` are those of `_forward`."""
     ctx.set_materialize_grads(False)
     *tensors, ctx.scale, ctx.softcap, ctx.dropout_p, _, _ = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
 def _autograd(
-    ctx,
+    ctx: Any,
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
     grad_rounding: Tensor | None,
     operator: Callable[..., tuple[Tensor, ...]] = torch.ops.attention_kernels.backward,
 ) -> tuple[Tensor | None, ...]:
+    """A gradient for each of `_forward`'s inputs, None for most, by `operator`. Nothing depends on rounding."""
     output, lse, rounding, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wants = (needs[0], needs[1] or needs[2], needs[_BIAS], needs[_SINKS])
@@ -528,31 +612,43 @@ class Attention(torch.autograd.Function):
     """The operator and its gradient, without what its registration does for compilers and modes at each call."""
 
     @staticmethod
-    def forward(ctx, *inputs_and_known_spans):
-        """As `_forward`."""
+    def forward(ctx: Any, *inputs_and_known_spans: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_forward`, whose `known_spans` come last."""
         *inputs, ctx.known_spans = inputs_and_known_spans
         results = _forward(*inputs, known_spans=ctx.known_spans)
         _setup_context(ctx, inputs, results)
         return results
 
     @staticmethod
-    def backward(ctx, *gradients):
-        """As `_autograd`; by the registered operator where more than autograd looks, which serves or refuses that."""
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, grad_rounding: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """As `_autograd`.
+
+        The registered operator computes it where a compiler, a mode or another backward pass looks on: it serves the
+        first two and refuses the last.
+        """
+        gradients = grad_output, grad_lse, grad_rounding
         looked_at = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         if looked_at or not _are_real(*gradients) or any(map(_is_batched, gradients)):
             return _autograd(ctx, *gradients)
-        return _autograd(ctx, *gradients, partial(_backward, known_spans=ctx.known_spans))
+        return _autograd(ctx, *gradients, operator=partial(_backward, known_spans=ctx.known_spans))
 
 
 def _is_batched(gradient: Tensor | None) -> bool:
-    """Whether it stands for several: `torch.autograd.grad` with `is_grads_batched`, transforms of `torch.func`."""
+    """Whether it is a batch of gradients: `torch.autograd.grad(..., is_grads_batched=True)`, or `torch.func`."""
     functorch = torch._C._functorch
     return gradient is not None and (
         functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
     )
 
 
-def _refuse_double_backward(ctx, *gradients):
+def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
+    """Refuse gradients of gradients.
+
+    Raises:
+        RuntimeError: always.
+    """
     raise RuntimeError(
         "attention: gradients of gradients (double backward) are not served; "
         'use attn_implementation="eager" where a loss needs them'
