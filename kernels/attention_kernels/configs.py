@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,11 +28,13 @@ from .config_tables import (
 )
 from .tuned import tuned_rows
 
+Shape = TypeVar("Shape", ForwardConfig, DecodeConfig)
+
 SHORT = 16
-"""Query rows that count as few."""
+"""Up to how many query rows count as few."""
 
 WIDEST, PIECE = 512, 128
-"""Columns of a head up to which a row may have it multiplied whole, and at a time beyond that."""
+"""The widest head that the tables have rows for, and how many columns of a wider one are multiplied at a time."""
 
 
 def forward_config(
@@ -57,8 +59,7 @@ def forward_config(
     config: ForwardConfig = own or CONFIGS[architecture][dtype.itemsize, widest, work]
     if head_dim > WIDEST and not config.chunk_d:
         return config._replace(chunk_d=PIECE)
-    # A head narrower than a piece is multiplied whole.
-    return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
+    return whole_if_narrow(config, head_dim)
 
 
 def backward_config(
@@ -95,7 +96,11 @@ def decode_config(
     widest = widest_row(head_dim, value_dim)
     kind: Rows = "few" if rows <= SHORT else "many"
     own: Any = device and tuned_rows(device).get(("decode", dtype.itemsize, widest, kind))
-    config: DecodeConfig = own or DECODE_CONFIGS[architecture][dtype.itemsize, widest, kind]
+    return whole_if_narrow(own or DECODE_CONFIGS[architecture][dtype.itemsize, widest, kind], head_dim)
+
+
+def whole_if_narrow(config: Shape, head_dim: int) -> Shape:
+    """The tile shape, without pieces where a head is no wider than one: it is multiplied whole."""
     return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(head_dim) else config
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 BITS = 24
 """Bits of a random number that are compared with the dropout probability: as many as float32 resolves below 1."""
 
-
 CHUNK = 1 << 15
 """Random numbers computed at once: so few that they stay in a core's cache through some twenty passes over them."""
 
@@ -81,12 +80,16 @@ def _rounds(y: Tensor, multiplier: Tensor) -> Tensor:
 
 
 def _swap_halves_(x: Tensor, spare: Tensor) -> None:
+    """Exchange the two 32-bit halves of 64-bit numbers, in place; `spare` is memory of the same shape."""
     torch.bitwise_left_shift(x, 32, out=spare)
     x.bitwise_right_shift_(32).bitwise_and_((1 << 32) - 1).bitwise_or_(spare)
 
 
 def _irregular(seed: Tensor) -> Tensor:
-    """An odd number with irregular digits."""
+    """The key of Squares: the seed after SplitMix64's finaliser, made odd.
+
+    The constants are those of `tiles.SPLITMIX_STEP`, `SPLITMIX_FIRST` and `SPLITMIX_SECOND`, as signed numbers.
+    """
     x = seed + -0x61C8864680B583EB
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15

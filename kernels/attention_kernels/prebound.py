@@ -39,13 +39,18 @@ _known_spans: WeakKeyDictionary[Spans, KnownSpans | None] = WeakKeyDictionary()
 
 
 class KnownSpans(NamedTuple):
-    """Spans as kernels take them, and what decides which kernels serve them."""
+    """Spans as kernels take them.
+
+    Attributes:
+        kind: shapes, strides, dtypes and devices of their tensors, which decide the kernels that serve them.
+        operand: what kernels are given; None for kernels that take no spans.
+    """
 
     kind: tuple
     operand: SpanOperand | None
 
     def are(self, *tensors: Tensor | None) -> bool:
-        """Whether it is of these tensors: hooks for saved tensors may give back copies."""
+        """Whether the spans are made of these tensors: hooks for saved tensors may have given back copies."""
         return self.operand is not None and all(
             given is None or given.data_ptr() == known.data_ptr()
             for given, known in zip(tensors, _tensors_of(self.operand), strict=True)
@@ -57,27 +62,29 @@ def _tensors_of(spans: SpanOperand) -> tuple[Any, ...]:
 
 
 NO_SPANS = KnownSpans((), None)
-"""Of kernels that take none."""
+"""For kernels that take no spans."""
 
 
 class Step(NamedTuple):
-    """A compiled kernel with its grid, its arguments, and where among these something goes that differs each time.
+    """One launch: a compiled kernel bound to its grid, and how its arguments are filled in for a new call.
 
-    What goes there is known by its number: the spans, then the inputs, then memory.
+    Most arguments are the same in every call. Each that is not is filled from one of the call's sources, which are
+    counted from 0: the spans, then the inputs, then the memory that was taken (see `Sources`).
     """
 
     run: Callable[..., object]
     arguments: list[Any]
+    """The arguments in order; None where one differs from call to call."""
     whole: list[tuple[int, int]]
-    """Places and numbers of what goes there as it is."""
+    """For arguments that are a source as it is: place among the arguments, and the source."""
     operands: list[tuple[int, int, type[tuple], tuple]]
-    """Places and numbers of tensors that go there as operands; the kind of operand, and the rest of it."""
+    """For operands (`tiles.Operand` and its like): place, source of the tensor, kind of operand, the rest of it."""
     descriptors: list[tuple[int, int, Any]]
-    """Places and numbers of tensors whose tiles the hardware copies; descriptors of such, without a tensor."""
+    """For TMA descriptors: place, source of the tensor, and a descriptor like it without a tensor."""
 
 
 class Tape:
-    """What was launched for one kind of call, to be launched for another."""
+    """What was launched for one call, to be launched again for others of its kind."""
 
     def __init__(
         self, recorded: Recording, spans: SpanOperand | None, inputs: Sequence[Tensor | None], results: Results
@@ -85,22 +92,21 @@ class Tape:
         """Of a call that has been made.
 
         Args:
-            recorded: while it was made.
+            recorded: the launches of the call, and the memory that it took.
             spans: its spans, if it has some.
-            inputs: its other tensors, in the order in which they are given again; the first is on its device.
-            results: what it gave: inputs, memory that was recorded, or None. Empty ones from elsewhere count as None.
+            inputs: its other tensors, in the order in which later calls give theirs; the first is on its device.
+            results: what it returned: inputs, recorded memory, or None. An empty tensor from elsewhere counts as None.
 
         Raises:
             LookupError: kernels took something besides these that may differ from call to call.
         """
-        things = [spans, *inputs, *recorded.memory]
-        numbers = Numbers(things)
+        sources = Sources([spans, *inputs, *recorded.memory])
         self.memory = [(each.shape, each.stride(), each.dtype) for each in recorded.memory]
         self.results = [
-            None if each is None or not (each.numel() or numbers.has(each)) else numbers.of(each) for each in results
+            None if each is None or not (each.numel() or sources.has(each)) else sources.of(each) for each in results
         ]
         self.steps = [
-            Step(compiled[(*grid, 1, 1)[:3]], *_without_tensors(arguments, spans, numbers))
+            Step(compiled[(*grid, 1, 1)[:3]], *_without_tensors(arguments, spans, sources))
             for compiled, grid, arguments in recorded.kernels
         ]
         assert inputs[0] is not None
@@ -108,7 +114,7 @@ class Tape:
         self.device_type, self.device_index = device.type, device.index
 
     def __call__(self, spans: SpanOperand | None, inputs: Sequence[Tensor | None]) -> Results | None:
-        """Results, or None if memory came to lie where the kernels were not compiled for."""
+        """Launch for another call and return its results; None if new memory is not aligned as the kernels need it."""
         given: list[Any] = [spans, *inputs]
         like, addresses = given[1], 0
         for shape, strides, dtype in self.memory:
@@ -123,57 +129,64 @@ class Tape:
         else:
             with torch.cuda.device(self.device_index):
                 self._launch(given)
-        return tuple([None if number is None else given[number] for number in self.results])
+        return tuple([None if source is None else given[source] for source in self.results])
 
     def _launch(self, given: list[Any]) -> None:
         new = tuple.__new__  # a named tuple's own takes twice as long
         for run, template, whole, operands, descriptors in self.steps:
             arguments = template.copy()
-            for place, number in whole:
-                arguments[place] = given[number]
-            for place, number, operand, rest in operands:
-                arguments[place] = new(operand, (given[number], *rest))
-            for place, number, like in descriptors:
-                arguments[place] = _of_tensor(like, given[number])
+            for place, source in whole:
+                arguments[place] = given[source]
+            for place, source, operand, rest in operands:
+                arguments[place] = new(operand, (given[source], *rest))
+            for place, source, like in descriptors:
+                arguments[place] = _of_tensor(like, given[source])
             run(*arguments)
 
 
-class Numbers:
-    """Which of the things that are given is meant by a tensor among a kernel's arguments."""
+class Sources:
+    """From which of a call's sources a tensor among a kernel's arguments comes; sources are counted from 0."""
 
-    def __init__(self, things: Sequence[Any]) -> None:
-        """Of the spans, the inputs and memory, in this order.
+    def __init__(self, given: Sequence[Any]) -> None:
+        """The spans, the inputs and the memory of a call, in this order.
 
         Raises:
-            LookupError: a tensor is among them twice, and need not be next time.
+            LookupError: a tensor is among them twice, which it need not be in the next call.
         """
-        self.known = {id(each): number for number, each in enumerate(things) if each is not None}
-        if len(self.known) < sum(each is not None for each in things):
+        self.known = {id(each): source for source, each in enumerate(given) if each is not None}
+        if len(self.known) < sum(each is not None for each in given):
             raise LookupError("a tensor was given twice")
         self.addresses: dict[int, list[int]] = {}
-        for number, each in enumerate(things):
+        for source, each in enumerate(given):
             if isinstance(each, Tensor):
-                self.addresses.setdefault(each.data_ptr(), []).append(number)
+                self.addresses.setdefault(each.data_ptr(), []).append(source)
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether it is one of them."""
+        """Whether a tensor is itself a source."""
         return id(tensor) in self.known
 
     def of(self, tensor: Tensor) -> int:
-        """Of one of them, or of a view of it that begins where it does: kernels see an address, and strides beside it.
+        """The source that a tensor is, or that it is a view of.
+
+        A view counts if it begins where the source does: a kernel sees its address, and the strides are arguments that
+        do not differ between calls.
 
         Raises:
-            LookupError: it is none of them, or one of several.
+            LookupError: there is no such source, or several begin there.
         """
-        if (number := self.known.get(id(tensor))) is not None:
-            return number
+        if (source := self.known.get(id(tensor))) is not None:
+            return source
         if len(several := self.addresses.get(tensor.data_ptr(), [])) != 1:
             raise LookupError("a tensor came from elsewhere, or begins where several do")
         return several[0]
 
 
-def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: Numbers) -> tuple:
-    """All but the first of a `Step`; the arguments have None where something differs each time."""
+def _without_tensors(arguments: list[Any], spans: SpanOperand | None, sources: Sources) -> tuple:
+    """The fields of a `Step` after `run`, from the arguments that a kernel was launched with.
+
+    Raises:
+        LookupError: an argument may hold an address, and comes from none of the sources.
+    """
     template: list[Any] = []
     whole, operands, descriptors = [], [], []
     for place, argument in enumerate(arguments):
@@ -184,12 +197,12 @@ def _without_tensors(arguments: list[Any], spans: SpanOperand | None, numbers: N
         if spans is not None and isinstance(argument, type(spans)):
             whole.append((place, 0))
         elif isinstance(argument, Tensor):
-            whole.append((place, numbers.of(argument)))
+            whole.append((place, sources.of(argument)))
         elif isinstance(argument, tuple):
             tensor, *rest = argument
-            operands.append((place, numbers.of(tensor), type(argument), tuple(rest)))
+            operands.append((place, sources.of(tensor), type(argument), tuple(rest)))
         elif hasattr(argument, "block_shape"):
-            descriptors.append((place, numbers.of(argument.base), _of_tensor(argument, None)))
+            descriptors.append((place, sources.of(argument.base), _of_tensor(argument, None)))
         else:
             raise LookupError(f"{type(argument)} may hold addresses")
     return template, whole, operands, descriptors
@@ -200,7 +213,7 @@ def _parts(argument: Any) -> tuple:
 
 
 def _of_tensor(descriptor: Any, tensor: Tensor | None) -> Any:
-    """A descriptor like another, which has been checked, of a tensor of the same kind or of none."""
+    """A copy of a descriptor for another tensor, or none; `copy` spares the checks, which the first one has passed."""
     other = copy.copy(descriptor)
     other.base = tensor
     return other
@@ -211,8 +224,8 @@ def kind_of(spans: KnownSpans, inputs: Sequence[Tensor | None], asked: tuple) ->
 
     Args:
         spans: its spans.
-        inputs: its other tensors; None for those that it has not.
-        asked: the rest of it.
+        inputs: its other tensors; None for those that it does without.
+        asked: its numbers and flags, with the name of the pass.
     """
     kind: list[Any] = [spans.kind, asked]
     addresses = 0
@@ -226,7 +239,10 @@ def kind_of(spans: KnownSpans, inputs: Sequence[Tensor | None], asked: tuple) ->
 
 
 def find(spans: Spans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple[KnownSpans, Tape] | None:
-    """What a call launches, if one of its kind has been checked and made; query and key come first among its inputs."""
+    """The spans of a call, and the tape of an earlier one of its kind, if there is one.
+
+    Query and key come first among its inputs.
+    """
     if not _tapes or (known := known_spans(spans)) is None or (kind := kind_of(known, inputs, asked)) is None:
         return None
     tape, query, key = _tapes.get(kind), inputs[0], inputs[1]
@@ -235,7 +251,7 @@ def find(spans: Spans, inputs: Sequence[Tensor | None], asked: tuple) -> tuple[K
     device_type = tape.device_type
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != query.dtype:
         return None
-    # Of spans that are broadcast the kind has no lengths.
+    # The kind holds the shapes of spans, in which a broadcast dimension does not show its length.
     fit = spans.query_len == query.shape[2] and spans.key_len == key.shape[2]
     return (known, tape) if fit else None
 
@@ -245,8 +261,8 @@ def launched(
 ) -> Results:
     """What `launch` returns, by calling it, or by launching again what it launched for another call of the kind.
 
-    It must do nothing but launch kernels (`launch.launch`), on these inputs and on memory of its own (`launch.memory`).
-    An empty result that is neither may be None.
+    `launch` must do nothing but launch kernels (`launch.launch`), on these inputs and on memory that it takes
+    (`launch.memory`). Of its results an empty tensor that is neither may come back as None.
     """
     if spans is None or torch.compiler.is_compiling() or (kind := kind_of(spans, inputs, asked)) is None:
         return launch() or ()
@@ -255,11 +271,11 @@ def launched(
         return results
     from .launch import recording  # imports Triton, which takes time
 
-    if "torch._dynamo" in sys.modules:  # of frames that it compiles nothing would be noted
+    if "torch._dynamo" in sys.modules:  # it might compile `launch`, and compiled code records nothing
         launch = torch.compiler.disable(launch)
     with recording() as recorded:
         results = launch() or ()
-    # In the interpreter nothing is compiled.
+    # In the interpreter there is no compiled kernel to launch again.
     if recorded.kernels and all(compiled is not None for compiled, _, _ in recorded.kernels):
         remember(kind, recorded, spans.operand, inputs, results)
     return results
@@ -268,11 +284,11 @@ def launched(
 def remember(
     kind: tuple, recorded: Recording, spans: SpanOperand | None, inputs: Sequence[Tensor | None], results: Results
 ) -> None:
-    """Launch again from now on, unless kernels took what only this call has."""
+    """Keep the launches of a call for others of its kind, unless kernels took what only this call has."""
     try:
         tape = Tape(recorded, spans, inputs, results)
     except LookupError:
-        return  # a copy of sinks with gaps
+        return  # such as a contiguous copy of sinks, which each call makes anew
     if len(_tapes) >= MOST_TAPES:
         _tapes.clear()
     _tapes[kind] = tape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of eight bits, which a scale makes keys and values of."""
+"""Eight-bit keys and values: numbers that a scale turns back into keys and values."""
 
 import torch
 from torch import Tensor

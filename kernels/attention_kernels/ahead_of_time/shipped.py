@@ -27,7 +27,7 @@ from ..config_tables import (
     Extra,
     ForwardConfig,
 )
-from ..configs import padded_dim
+from ..configs import whole_if_narrow
 from ..launch import dropout_operand, span_operand
 from ..spans import Spans
 
@@ -142,13 +142,10 @@ def spans_alone(query_len: int = QUERY_LEN) -> dict[str, Any]:
     return {"spans": span_operand(spans.start, spans.end, None, None), **nothing}
 
 
-def _whole(config: Any, dim: int) -> Any:
-    """A head narrower than a piece is multiplied whole, as in `configs.forward_config`."""
-    return config._replace(chunk_d=0) if config.chunk_d >= padded_dim(dim) else config
-
-
 def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
     work, _, variant = case.work.partition(" ")
+    assert isinstance(case.config, ForwardConfig)
+    config = whole_if_narrow(case.config, case.dim)
     query_len = 8 if work == "short" else QUERY_LEN
     query, key, value, output = tensors(case.dtype, case.dim, query_len)
     given = spans_alone(query_len) if work == "spans" else extras(query_len)
@@ -160,7 +157,7 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
         given |= {"softcap": 30.0}
     return forwarding.forward_kernel, forwarding.kernel_arguments(
         query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
-        sinks=torch.zeros(4), scale=0.1, config=_whole(case.config, case.dim), **given,
+        sinks=torch.zeros(4), scale=0.1, config=config, **given,
     )  # fmt: skip
 
 
@@ -202,7 +199,8 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
     kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
     pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
     given = extras(query_len)
-    config = _whole(case.config, case.dim)
+    assert isinstance(case.config, DecodeConfig)
+    config = whole_if_narrow(case.config, case.dim)
     return decoding.decode_kernel, decoding.decode_arguments(
         query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
         given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32),

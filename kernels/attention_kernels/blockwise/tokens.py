@@ -84,7 +84,7 @@ def parts_of(problem: Problem) -> list[Part] | None:
         keys = slice(min(own_firsts), max(own_lasts))
         mask = None
         if max(own_firsts) != keys.start or min(own_lasts) != keys.stop:
-            mask = additive_mask(own_firsts, own_lasts, keys, accumulator(query.dtype), rows)
+            mask = padding_mask(own_firsts, own_lasts, keys, accumulator(query.dtype), rows)
         every = elements == everything
         parts.append(Part(elements, keys, every, every and keys == slice(0, key_len), mask, products=False))
     if streams(key, value, parts):
@@ -92,8 +92,13 @@ def parts_of(problem: Problem) -> list[Part] | None:
     return parts
 
 
-def additive_mask(firsts: list[int], lasts: list[int], keys: slice, dtype: torch.dtype, rows: int) -> Tensor:
-    """`[sequences, 1, rows, keys]`, -inf for the `keys` before the first and from the last on that a sequence sees."""
+def padding_mask(firsts: list[int], lasts: list[int], keys: slice, dtype: torch.dtype, rows: int) -> Tensor:
+    """What is added to scores `[sequences, 1, rows, keys]`: -inf at keys outside of what a sequence sees.
+
+    Args:
+        firsts, lasts: the first key that each sequence sees, and one past the last.
+        keys: those of the whole part.
+    """
     mask = np.zeros((len(firsts), keys.stop - keys.start), np.float64 if dtype == torch.float64 else np.float32)
     for own, first, last in zip(mask, firsts, lasts, strict=True):
         if first > keys.start:
