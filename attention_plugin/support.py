@@ -245,46 +245,29 @@ def _modeling_module(config_module_name: str) -> str | None:
 
 def may_compute_with_masks(config: Any) -> bool:
     """Whether a model that computes with its mask may have a dense one: where it is seen to leave attention to us."""
-    return _may_compute_with_masks_of(type(config).__module__)
-
-
-@torch.compiler.assume_constant_result
-def _may_compute_with_masks_of(config_module_name: str) -> bool:
-    module_name = _modeling_module(config_module_name)
-    return module_name is not None and sources.calls_interface(module_name)
+    return _modeling_file_says(type(config).__module__, "calls_interface")
 
 
 def needs_tensor(config: Any) -> bool:
     """Whether a model would pass over a mask that is no tensor, where it adds columns for keys of its own."""
-    return _needs_tensor_of(type(config).__module__)
-
-
-@torch.compiler.assume_constant_result
-def _needs_tensor_of(config_module_name: str) -> bool:
-    module_name = _modeling_module(config_module_name)
-    return module_name is not None and sources.widens_masks(module_name)
+    return _modeling_file_says(type(config).__module__, "widens_masks")
 
 
 def measures_masks(config: Any) -> bool:
     """Whether a model refuses masks of other sizes than it expects, which it does not build for all of its layers."""
-    return _measures_masks_of(type(config).__module__)
-
-
-@torch.compiler.assume_constant_result
-def _measures_masks_of(config_module_name: str) -> bool:
-    module_name = _modeling_module(config_module_name)
-    return module_name is not None and sources.measures_masks(module_name)
+    return _modeling_file_says(type(config).__module__, "measures_masks")
 
 
 def negates_masks(config: Any) -> bool:
     """Whether a model takes its mask for boolean, so that an additive one would mean its opposite."""
-    return _negates_masks_of(type(config).__module__)
+    return _modeling_file_says(type(config).__module__, "negates_masks")
 
 
-@torch.compiler.assume_constant_result
-def _negates_masks_of(config_module_name: str) -> bool:
+@torch.compiler.assume_constant_result  # strings in: a compiler runs it as it traces, and not in what it compiles
+def _modeling_file_says(config_module_name: str, question: str) -> bool:
+    """The answer of a function of `sources` for the modeling file beside a configuration; False without one."""
     module_name = _modeling_module(config_module_name)
-    return module_name is not None and sources.negates_masks(module_name)
+    return module_name is not None and bool(getattr(sources, question)(module_name))
 
 
 @torch.compiler.assume_constant_result

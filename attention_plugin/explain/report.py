@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from attention_kernels.spans import map_of
 
 from ..command import require
 from .inputs import Prompts
@@ -83,13 +83,7 @@ def picture(mask: Mask, element: int) -> list[str]:
         return str(spans).splitlines()[1:]
     if dense.is_meta:
         return ["?"]
-    visible = dense[min(element, len(dense) - 1), 0] & spans.to_dense()[0]
-    size = (min(spans.query_len, 24), min(spans.key_len, 48))
-    low = -torch.nn.functional.adaptive_max_pool2d(-visible.float()[None], size)[0]
-    high = torch.nn.functional.adaptive_max_pool2d(visible.float()[None], size)[0]
-    return [
-        "".join("#" if a else "+" if b else "." for a, b in zip(*r, strict=True)) for r in zip(low, high, strict=True)
-    ]
+    return map_of(dense[min(element, len(dense) - 1), 0] & spans.to_dense()[0])
 
 
 # ---------------------------------------------------------------------- JSON

@@ -80,7 +80,7 @@ class Spans:
                 )
         if (self.key_mask is None) != (self.gap_count is None):
             raise ValueError("Spans: `key_mask` and `gap_count` go together; build them with Spans.padded")
-        if not torch.compiler.is_compiling():  # which need not be told what it cannot know
+        if not torch.compiler.is_compiling():  # sizes may be symbols there, and comparing them would fix their values
             self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -158,7 +158,7 @@ class Spans:
             if size < 0:
                 raise ValueError(f"Spans.sliding: `{name}` must be None or at least 0, got {size}; None is no limit")
         key_len = query_len if key_len is None else key_len
-        _check_lengths(query_len, key_len)  # or counting positions would fail first
+        _check_lengths(query_len, key_len)  # here, or `_positions` would fail first with an error of torch's
         if query_len == 1 and isinstance(offset, int) and not torch.compiler.is_compiling():  # each step of decoding
             first = 0 if left is None else min(max(0, offset - left), key_len)
             last = key_len if right is None else min(max(0, offset + right + 1), key_len)
@@ -374,7 +374,7 @@ class Spans:
 
         Raises:
             TypeError: the other is something else.
-            ValueError: the two have other numbers of queries or keys, or of samples where neither has one.
+            ValueError: the two differ in the number of queries or keys, or in the batch where neither has a batch of 1.
         """
         self._require_same_sizes(other)
         start, end = torch.maximum(self.start, other.start), torch.minimum(self.end, other.end)
@@ -534,14 +534,7 @@ class Spans:
         if self.query_len == 0 or self.key_len == 0:
             return repr(self)
         dense = self._first().to_dense()[0] if self.query_len * self.key_len <= 1 << 20 else self._coarse()
-        map_shape = (min(self.query_len, 24), min(self.key_len, 48))
-        lowest = -torch.nn.functional.adaptive_max_pool2d(-dense.float()[None], map_shape)[0]
-        highest = torch.nn.functional.adaptive_max_pool2d(dense.float()[None], map_shape)[0]
-        rows = [
-            "".join("#" if low else "+" if high else "." for low, high in zip(low_row, high_row, strict=True))
-            for low_row, high_row in zip(lowest.tolist(), highest.tolist(), strict=True)
-        ]
-        return "\n".join([repr(self), *rows])
+        return "\n".join([repr(self), *map_of(dense)])
 
     def _first(self) -> Spans:
         """The first batch element alone."""
@@ -557,6 +550,21 @@ class Spans:
         start, end = (bound[:1].expand(shape)[0, rows, None] for bound in (self.start, self.end))
         dense = (keys >= start) & (keys < end)
         return dense if self.key_mask is None else dense & self.key_mask[:1][:, keys]
+
+
+def map_of(dense: Tensor) -> list[str]:
+    """Lines of a map of a boolean mask `[query_len, key_len]`, neither 0: `#` all visible, `+` some, `.` none.
+
+    It has at most 24 lines of 48 characters, each of which stands for an equal part of the mask.
+    """
+    shape = (min(dense.shape[0], 24), min(dense.shape[1], 48))
+    visible = dense.float()[None]
+    lowest = -torch.nn.functional.adaptive_max_pool2d(-visible, shape)[0]
+    highest = torch.nn.functional.adaptive_max_pool2d(visible, shape)[0]
+    return [
+        "".join("#" if low else "+" if high else "." for low, high in zip(low_row, high_row, strict=True))
+        for low_row, high_row in zip(lowest.tolist(), highest.tolist(), strict=True)
+    ]
 
 
 def is_traced(tensor: Tensor) -> bool:
