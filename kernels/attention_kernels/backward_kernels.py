@@ -34,7 +34,7 @@ from .tiles import (
 )
 
 NARROW = tl.constexpr(16)
-"""Keys per step where keys are searched for NaN, as in the forward pass."""
+"""Keys per step where a tile with a NaN is computed again, as in the forward pass."""
 
 ROWS_PER_SCAN = tl.constexpr(1024)
 """Rows whose spans are read at once to find which rows see a tile of keys."""
@@ -109,8 +109,8 @@ def score_gradients(
     rows may not be inside.
 
     Returns:
-        Weights; weights after dropout; gradients of the scores, after bias and softcap; the same before the softcap;
-        and the two right tiles, for the product that follows.
+        Weights; weights after dropout; gradients of the scores as the softmax sees them, which are those of a bias;
+        gradients of the scores before the softcap; and the two right tiles, for the product that follows.
     """
     s, y = dot_rows(
         x, left, right, first_left, left_inside, first_right, right_inside, HEAD_DIM, BLOCK_LEFT, BLOCK_RIGHT, BLOCK_D,
@@ -174,10 +174,11 @@ def statistics_kernel(
 
 @triton.jit
 def store_statistics(lse, mean, grad_lse_ptr, lse2_ptr, delta_ptr, place, inside):
-    """What the other kernels know of each row `[M]`.
+    """Store what the other kernels need of each row `[M]`.
 
-    Log-sum-exp in base 2, +inf for a row that sees nothing, so that its weights are 0; and what every score gradient of
-    the row has subtracted: the mean of the gradients of its weights, less the gradient of the log-sum-exp.
+    That is the log-sum-exp in base 2, +inf for a row that sees nothing, so that its weights are 0; and delta, which is
+    subtracted from the gradient of each of the row's weights: the weighted mean of these gradients, less the gradient
+    of the log-sum-exp.
     """
     if grad_lse_ptr is not None:
         mean -= tl.load(grad_lse_ptr + place, mask=inside, other=0.0)
@@ -409,7 +410,7 @@ def key_value_kernel(
     grads = (tl.zeros([BLOCK_N, PIECE_D], tl.float32), tl.zeros([BLOCK_N, PIECE_DV], tl.float32))
     num_heads = num_kv_heads * group_size
     tiles_of_head = tl.cdiv(last - first, BLOCK_M)
-    # One loop, over the rows of all heads: each loop more costs the compiler registers, and as long again.
+    # One loop, over the rows of all heads: a second one would cost registers, and double the time of compiling.
     for index in tl.range(0, group_size * tiles_of_head):
         grads = key_value_step(
             grads, k, v, query, grad_output, key, value, lse2_ptr, delta_ptr, spans, mask, bias, dropout, scale,

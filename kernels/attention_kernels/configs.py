@@ -110,7 +110,7 @@ def widest_row(head_dim: int, value_dim: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs a device runs at a time, at least; the interpreter pretends to have a few."""
+    """Multiprocessors of a device, which run at least one program each; for the interpreter 8 are assumed."""
     assumed = _assumed[-1][1] if _assumed else None
     return assumed or _processors(device)
 
@@ -122,14 +122,15 @@ def _processors(device: torch.device) -> int:
 
 @lru_cache
 def last_cache(device: torch.device) -> int:
-    """Bytes that can be counted on to stay in a device's last cache; the interpreter pretends to be a Hopper."""
+    """Bytes that should stay in a device's last cache, two thirds of it; the interpreter gets about a Hopper's."""
     return torch.cuda.get_device_properties(device).L2_cache_size * 2 // 3 if device.type == "cuda" else 32 << 20
 
 
 def choose_splits(programs: int, key_len: int, block_n: int, device: torch.device) -> int:
-    """In how many parts to split the keys, so that `programs` become enough for the device.
+    """In how many parts to split the keys, so that `programs` times as many fill the device.
 
-    From shapes alone, without looking at lengths on the device. A part has four tiles at least: merging costs, too.
+    From shapes alone, without looking at lengths on the device. At most 64, and a part has room for at least four tiles
+    of keys, since merging takes time as well.
     """
     wanted = -(-2 * processors(device) // max(1, programs))
     return max(1, min(wanted, key_len // (4 * block_n), 64))
@@ -145,9 +146,13 @@ _assumed: list[tuple[str, int | None]] = []
 
 @contextmanager
 def assuming(name: str, processors: int | None = None) -> Iterator[None]:
-    """Take every device for one of an architecture, to compile for a GPU that is not there. Not for several threads.
+    """Take every device for a GPU of an architecture while this holds, to compile for one that is not there.
 
-    With `processors`, for one that has so many.
+    Args:
+        name: such as "sm_90".
+        processors: how many multiprocessors to assume; None for those of the device.
+
+    Not safe with several threads.
     """
     _assumed.append((name, processors))
     try:

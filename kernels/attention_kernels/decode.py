@@ -40,7 +40,7 @@ MOST_SPLITS = 65_535
 """What CUDA allows in the second dimension of a grid."""
 
 NARROW = tl.constexpr(16)
-"""Keys per step where values are searched for NaN, as in the forward pass."""
+"""Keys per step where a tile with a NaN is computed again, as in the forward pass."""
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def row_scales(scales, pages, b, kv_head, k_pos, inside):
 
 @triton.jit
 def load_columns(rows, stride_n, first_column, num_columns, inside, COLUMNS: tl.constexpr):
-    """Tile of COLUMNS columns of rows `[R]` that are anywhere, 0 outside."""
+    """Tile `[R, COLUMNS]` of rows given by pointers `[R]`; 0 where a row is not `inside` or a column not there."""
     columns = first_column + tl.arange(0, COLUMNS)
     return tl.load(
         rows[:, None] + columns[None, :] * stride_n, mask=inside[:, None] & (columns < num_columns)[None, :], other=0.0
@@ -82,7 +82,7 @@ def load_columns(rows, stride_n, first_column, num_columns, inside, COLUMNS: tl.
 def unpacked(numbers, DTYPE: tl.constexpr):
     """A tile of a cache in the dtype of the queries."""
     if numbers.dtype == tl.float8e5 and tl.bfloat16 == DTYPE:
-        # Triton makes bfloat16 of it by shifting bits, whereby NaN would become a number.
+        # By way of float16: Triton would shift the bits into place, which makes a number of NaN.
         return numbers.to(tl.float16).to(DTYPE)
     else:
         return numbers.to(DTYPE)
@@ -102,7 +102,7 @@ def decode_step(
     """
     m, l, acc = state
     k_pos = first_key + tl.arange(0, BLOCK_N)
-    # Beyond what the rows see there may be no page, or none of this sequence's.
+    # Beyond what the rows see there may be no page, or another sequence's.
     inside = (k_pos >= seen_first) & (k_pos < seen_last)
     rows = key_rows(key, pages, b, kv_head, k_pos, inside)
     if CHUNK_D == BLOCK_D:
@@ -132,7 +132,7 @@ def decode_step(
     if value_scales is None:
         return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
     elif v.dtype == tl.float16:
-        # Weights times scales would fall below its smallest numbers; the values are what it is to hold.
+        # A weight times a scale may be below float16's smallest numbers; a value times its scale is not.
         factor = row_scales(value_scales, pages, b, kv_head, k_pos, inside)
         v = (v.to(tl.float32) * factor[:, None]).to(v.dtype)
         return softmax_step(m, l, acc, s, v, None, CLEAN, PRECISION)
@@ -231,7 +231,7 @@ def decode_kernel(
 
 @triton.jit
 def group_state(sinks_ptr, h, split, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Softmax state before the first key; the first part of the keys has the sinks, one for each row's head."""
+    """Softmax state before the first key. Each row has the sink of its head, in the first part of the keys only."""
     m = tl.full([BLOCK_M], NEG_INF, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
@@ -322,14 +322,15 @@ def decode(
     sequences = batch if query_offsets is None else query_offsets.numel() - 1
     longest = query_len if max_query_len is None else max_query_len
     rows = longest * (num_heads // num_kv_heads)
-    # With as many splits as were asked for, bits depend on no other sequence, whose queries would choose the tile here.
+    # The longest sequence would choose the tile shape here. With a number of splits that was asked for, a sequence's
+    # bits must not depend on others, so one query chooses it.
     choosing = rows if num_splits is None or query_offsets is None else rows // longest
     config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device)
     row_tiles = triton.cdiv(rows, config.block_m)
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     programs = row_tiles * sequences * num_kv_heads
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
-    if splits > MOST_SPLITS:  # of which no more than there are tiles would have keys
+    if splits > MOST_SPLITS:  # more parts than there are tiles of keys would be empty
         splits = min(MOST_SPLITS, max(1, triton.cdiv(key_len, config.block_n)))
     parts, part_lse = output, lse
     if splits > 1:

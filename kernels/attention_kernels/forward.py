@@ -57,7 +57,8 @@ from .tiles import (
 )
 
 NARROW = tl.constexpr(16)
-"""Keys per step where values are searched for NaN: small, since that code must not cost the others registers."""
+"""Keys per step where a tile with a NaN is computed again: few, so that this code takes no more registers than the
+usual loop."""
 
 FILLS_REGISTERS = tl.constexpr(128 * 128)
 """Numbers of a tile's output: with more of them, more than half of the registers of 8 warps are full of it."""
@@ -95,7 +96,7 @@ def mask_scores(
 def keep_factor(
     dropout, batch_head, first_row, first_key, query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """What dropout multiplies weights `[M, N]` by."""
+    """What dropout multiplies weights `[M, N]` by: 0, or `dropout.scale`."""
     q_pos, k_pos = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     keep = keep_tile(dropout, batch_head, q_pos[:, None], k_pos[None, :], query_len, key_len)
     return tl.where(keep, dropout.scale, 0.0)
@@ -204,9 +205,9 @@ def store_output(
     output, rounding, out, first_row, inside, first_column, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     COLUMNS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Write down the output `[M, COLUMNS]` and, unless `rounding` is None, what it loses by that.
+    """Store the output `[M, COLUMNS]` and, unless `rounding` is None, what rounding takes from it.
 
-    In pieces of MOST columns: no more than one of them has to be there twice.
+    In pieces of MOST columns, so that only one piece at a time is in registers both exact and rounded.
     """
     if COLUMNS > MOST:
         left, right = out.reshape(BLOCK_M, 2, COLUMNS // 2).permute(0, 2, 1).split()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention in plain torch: keys and values are gathered from their pages first. What CPU tensors run.
 
-Sequences of as many rows each, one in decoding, are gathered side by side and computed in one call, as far as their
-lengths agree: a call for each sequence would take longer than reading its keys does.
+Sequences with the same number of rows (one, in decoding) and similar lengths are gathered side by side and computed in
+one call: a call for each sequence would take longer than reading its keys does.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from .cache import PagedCache
 
 CALLS_PER_GROUP = 2
-"""As many calls of attention take as long as one more group does, with what is gathered for it."""
+"""What one more group of sequences costs, gathering included: as much time as so many calls of attention."""
 
 GATHERED_BYTES = 16 << 20
 """Keys and values gathered for one call, where sequences are short enough: they stay in a processor's cache."""
 
 KEPT_BYTES = 64 << 20
-"""Memory that each thread keeps for what it gathers, at most. What the system gives anew takes longer to fill than
-everything else does."""
+"""Memory that each thread keeps for what it gathers, at most. Filling memory that is new to the process takes longer
+than everything else."""
 
 
 class _Scratch(threading.local):
+    """Memory that a thread keeps from one call to the next."""
+
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launching a kernel takes, whichever it is: its operands, memory, the device; and a note of what was launched."""
+"""What all launchers share: operands, memory, the device, and a record of what was launched."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _thread = threading.local()
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Note what this thread launches while this holds."""
+    """Record what this thread launches, and the memory that it takes, while this holds."""
     outer = getattr(_thread, "recording", None)
     _thread.recording = recorded = Recording([], [])
     try:
@@ -66,9 +66,9 @@ def memory(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 
 
 def token_major_memory(like: Tensor, dim: int | None = None) -> Tensor:
-    """The same for a tensor of the shape of `like`, or of another last dimension, that is stored token by token.
+    """Memory in the shape of `like`, or with `dim` as its last dimension, that is stored token by token.
 
-    No view of another: what a call gives is a tensor of its own, the first time as at any other.
+    Not as a transposed view: a call returns tensors that are no views, whether its launches are repeated or not.
     """
     batch, heads, tokens, own_dim = like.shape
     dim = own_dim if dim is None else dim
@@ -94,8 +94,8 @@ def launching_on(tensor: Tensor) -> AbstractContextManager:
 def within_reach(*tensors: Tensor | None) -> list[Any]:
     """The tensors `[batch, heads, rows, columns]`, with a copy of each whose rows lie too far apart.
 
-    Kernels count in 32 bits inside a tile, which is too little for `[tokens, batch, heads, dim]`, transposed, where a
-    token of all sequences takes 2^24 numbers.
+    Offsets inside a tile are 32-bit numbers. That is too little for a transposed `[tokens, batch, heads, dim]` in which
+    two tokens lie 2^24 elements apart.
     """
     return [tensor if tensor is None or _is_within_reach(tensor) else tensor.contiguous() for tensor in tensors]
 
@@ -107,9 +107,13 @@ def _is_within_reach(tensor: Tensor) -> bool:
 
 
 def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
-    """How many of `heads` consecutive heads' programs run side by side: `section` of the kernels, which divides them.
+    """For how many heads at a time programs run side by side: `section` of the kernels (`tiles.place_of`).
 
-    As many whole groups as have what they read together, `rows` rows of each of the tensors, in the last cache.
+    As many whole groups of heads as have what they read in the last cache, and a number that divides `heads`.
+
+    Args:
+        heads: those of all sequences together.
+        rows: of each of the tensors, which a group reads.
     """
     groups = heads // group_size
     row = sum(tensor.shape[3] * tensor.element_size() for tensor in read)
@@ -118,7 +122,10 @@ def section_of(heads: int, group_size: int, rows: int, *read: Tensor) -> int:
 
 
 def operand(tensor: Tensor) -> Operand | OperandInUnits:
-    """A four-dimensional tensor as kernels take it."""
+    """A tensor `[batch, heads, rows, columns]` as kernels take it.
+
+    Where its strides are multiples of 16 bytes, but not of 16 elements, that is `OperandInUnits`.
+    """
     stride_b, stride_h, stride_m, stride_n = strides = tensor.stride()
     told = all(stride % 16 == 0 for stride in strides[:3])
     in_units = stride_n == 1 and all(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial attention over disjoint keys becomes attention over all of them; a prefix shared by a batch is read once.
+"""Merging attention over disjoint sets of keys into attention over all of them; prefixes that a batch shares.
 
 A part's output and log-sum-exp are all that the whole needs of it: the "attention states" of FlashInfer (Ye et al.,
 2025, section 2.2), with which Flash-Decoding (Dao et al., 2023) puts together what it has split. Attention to a shared
@@ -64,7 +64,7 @@ def merge_states(outputs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
         for part, weight, unseen in zip(outputs, weights / total, blind, strict=True)
     )
     output = reduce(torch.add, shares)
-    # Filling stops gradients: not even a NaN that comes back for a row which saw nothing goes further.
+    # `masked_fill` stops gradients: a NaN that comes back for a row which saw nothing goes no further.
     output, lse = output.masked_fill(_per_row(nothing), 0.0), (total.log() + largest).masked_fill(nothing, -math.inf)
     return _token_major(output).to(outputs[0].dtype), lse
 

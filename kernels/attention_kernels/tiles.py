@@ -19,9 +19,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 LOWEST_BIAS = tl.constexpr(-2.3e38)
-"""The lowest bias that is finite in base 2 as well."""
+"""The lowest bias that is still finite once it is multiplied by log2(e)."""
 FAR = tl.constexpr(2**31 - 1)
+"""A position beyond every key: the largest int32."""
 DROPOUT_BITS = tl.constexpr(BITS)
+# The finaliser of SplitMix64, as in `dropout._irregular`.
 SPLITMIX_STEP = tl.constexpr(0x9E3779B97F4A7C15)
 SPLITMIX_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 SPLITMIX_SECOND = tl.constexpr(0x94D049BB133111EB)
@@ -38,11 +40,11 @@ class Operand(NamedTuple):
 
 
 class OperandInUnits(NamedTuple):
-    """The same, if its strides are multiples of 16 bytes and Triton cannot know.
+    """An `Operand` whose strides are multiples of 16 bytes, where Triton cannot tell that they are.
 
-    Of an integer it looks at whether 16 divides it and at nothing else, so that with heads of 72 columns it would read
-    2 bytes at a time. The last field tells the two kinds apart, by their lengths: Triton 3.6 compares no tuple with
-    None that has a None in it.
+    Triton only looks at whether 16 divides an integer. It does not divide the stride of heads of 72 columns, so Triton
+    would read them 2 bytes at a time; `rows_of` shows it that it can read 16. Kernels tell the two kinds apart by the
+    number of fields (a field that may be None would not do: Triton 3.6 compares no tuple with None that holds one).
     """
 
     ptr: object
@@ -95,10 +97,10 @@ class ScaleOperand(NamedTuple):
 
 @triton.jit
 def place_of(program, num_tiles, section):
-    """The tile, and the head counted over the batch, of a program.
+    """Which tile a program computes, and of which head, counted over the batch.
 
-    First come the first tiles of `section` heads, then their second ones and so on, then the next heads. If the first
-    have the most to do, the last ones are short and fill the gaps that the others leave.
+    Programs run in this order: the first tiles of `section` heads, their second tiles, and so on, then the next heads.
+    If first tiles have the most to do, the last ones are short, and fill processors that would be idle at the end.
     """
     row = program // section
     return row % num_tiles, row // num_tiles * section + program % section
@@ -106,7 +108,7 @@ def place_of(program, num_tiles, section):
 
 @triton.jit
 def rows_of(operand):
-    """The operand, whose strides now show by how they are computed that they are multiples of 16 bytes, if they are."""
+    """An `Operand` of either kind: strides of `OperandInUnits` are divided and multiplied, which tells Triton of 16."""
     stride_b, stride_h, stride_m = operand.stride_b, operand.stride_h, operand.stride_m
     if len(operand) == 6:
         UNIT: tl.constexpr = 128 // operand.ptr.dtype.element_ty.primitive_bitwidth
@@ -116,7 +118,7 @@ def rows_of(operand):
 
 @triton.jit
 def at_head(operand, b, h):
-    """The rows of an operand, moved to batch element `b` and head `h`."""
+    """The operand with its pointer at batch element `b` and head `h`."""
     rows = rows_of(operand)
     offset = tl.cast(b, tl.int64) * rows.stride_b + tl.cast(h, tl.int64) * rows.stride_h
     return Operand(rows.ptr + offset, rows.stride_b, rows.stride_h, rows.stride_m, rows.stride_n)
@@ -145,7 +147,7 @@ def settle_keys(module: dict[str, Any]) -> None:
 
 @triton.jit
 def tile_pointers(ptr, stride_m, stride_n, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers `[ROWS, COLUMNS]`. Only the tile's origin is 64-bit: `launch.within_reach` sees to the offsets in it."""
+    """Pointers `[ROWS, COLUMNS]`. Offsets in the tile are 32-bit, which `launch.within_reach` makes enough."""
     origin = ptr + tl.cast(first_row, tl.int64) * stride_m
     return origin + (tl.arange(0, ROWS)[:, None] * stride_m + tl.arange(0, COLUMNS)[None, :] * stride_n)
 
@@ -187,7 +189,7 @@ def store_tile(operand, tile, first_row, inside, first_column, num_columns, ROWS
 
 @triton.jit
 def load_spans(spans, b, q_pos, query_len):
-    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last see nothing and bound nothing."""
+    """Start and end `[M]` of the rows `q_pos`. Rows beyond the last get 0 and FAR, which bound nothing."""
     inside = q_pos < query_len
     start = tl.load(spans.start_ptr + b * spans.start_stride_b + q_pos * spans.start_stride_m, mask=inside, other=0)
     end = tl.load(spans.end_ptr + b * spans.end_stride_b + q_pos * spans.end_stride_m, mask=inside, other=FAR)
@@ -196,9 +198,9 @@ def load_spans(spans, b, q_pos, query_len):
 
 @triton.jit
 def key_bounds(spans, b, start, end, inside, BLOCK_N: tl.constexpr):
-    """First and last key of a tile of rows and, between them, the body that all rows see.
+    """`first, body_first, body_last, last`: rows see keys `[first, last)`, and all of them those of the body between.
 
-    All but the last key are multiples of BLOCK_N.
+    All but `last` are multiples of BLOCK_N.
 
     Counting key tiles from key 0, not from the first visible key, keeps the order of summation of a row the same
     whatever the other rows of its tile see.
@@ -369,7 +371,7 @@ def span_mask(s, spans, b, start, end, k_pos, key_len):
 
 @triton.jit
 def keep_tile(dropout, head, q_pos, k_pos, query_len, key_len):
-    """Whether dropout keeps each weight: `dropout.keep_mask` in another language, which explains it.
+    """Whether dropout keeps each weight: `dropout.keep_mask`, which explains it, in Triton.
 
     `head` counts over the whole batch; `q_pos` and `k_pos` are two-dimensional and broadcast to the tile's shape.
     """

@@ -17,7 +17,7 @@ def write_kernel(
     scale_ptr, scale_stride_page, scale_stride_row, scale_stride_head, slots_ptr, page_size, most,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head; the grid is (tokens, heads). ROUND: whether numbers become integers."""
+    """Write one token of one head to its slot; the grid is (tokens, heads). ROUND: whether numbers become integers."""
     token, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
@@ -31,7 +31,7 @@ def write_kernel(
             numbers = tl.div_rn(numbers.to(tl.float32), tl.load(scale_ptr + place).to(tl.float32))
             numbers = tl.clamp(numbers, -most, most, propagate_nan=tl.PropagateNan.ALL)
             if ROUND:
-                # To the nearest, ties to even, as torch rounds: beside this number no digits after the point fit.
+                # To the nearest, ties to even, as torch rounds: 1.5 * 2^23 leaves float32 no digits after the point.
                 numbers = (numbers + 12582912.0) - 12582912.0
         place = page * page_stride + row * row_stride + h * head_stride
         tl.store(pages_ptr + place + columns * column_stride, numbers.to(pages_ptr.dtype.element_ty), mask=inside)

@@ -14,10 +14,10 @@ from . import processor
 from .pieces import Group, Plan, Sharing, plan_batch
 
 CALL_NUMBERS = 1 << 18
-"""Numbers of keys and values, of whatever dtype, that take as long as one more call of fused attention takes."""
+"""What one more call of fused attention costs: as much time as reading so many numbers of keys and values."""
 
 WRITTEN_OUT_CALLS = 8
-"""As many calls of fused attention take as long as one tile written out."""
+"""What one more tile that is written out costs: as much time as so many calls of fused attention."""
 
 
 @dataclass(frozen=True)
