@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -65,7 +67,8 @@ def register(name: str = NAME, *, scale: float | None = None, softcap: float | N
     support.registered_names.add(name)
 
 
-def _with_overrides(overrides: dict[str, float], *args, **kwargs):
+def _with_overrides(overrides: dict[str, float], *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """`attention_forward` with a variant's own scale or softcap in place of the model's."""
     return attention_forward(*args, **{**kwargs, **overrides})
 
 

@@ -52,13 +52,14 @@ class SpanMask:
         attended: bool `[batch, key_len]`, the 2D attention mask, or None: which tokens are real.
         holes: bool `[batch, 1, query_len, key_len]` or None; a mask whose rows see more than one run of keys. The
             kernels apply it on top of `spans`.
-        batch_size: of the scores it is for, or None where only the spans tell. They have one row if all samples agree.
-        everything: whether it hides nothing but padding, where other implementations are given no mask at all unless
-            there is some. Without padding it holds for any number of keys: some models attend to more than they said.
-        dense_dtype: of the additive (or boolean) mask that takes the place of this one where a model computes with its
-            mask, or None where that is refused. See `computed_with`.
-        chunks: size of the chunks that `spans` are cut into, and the spans as they were before; None without chunks,
-            in a batch, and for one query: where no lengths of documents can follow.
+        batch_size: batch of the scores that it is for, as `spans` have a batch of 1 where all sequences share them;
+            None: that of the spans.
+        everything: whether it hides nothing but padding, and transformers would leave it out without padding. Then it
+            holds for any number of keys: some models attend to more keys than they asked a mask for.
+        dense_dtype: dtype of the dense mask that a model is given if it computes with its mask; None if that is
+            refused. See `computed_with`.
+        chunks: size of the chunks that `spans` are cut into, and the spans without them. None if there are no chunks,
+            and for a batch or a single query, where lengths of documents cannot be given.
     """
 
     spans: Spans
@@ -308,7 +309,7 @@ def span_mask(
     ):
         refuse_padding_mask(attention_mask, batch_size)
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-    mask = _span_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
+    mask = _read_mask(*sizes, mask_function, attention_mask, use_vmap, torch.device(device))
     # A window that is wider than there are keys hides none of them.
     shows_all = mask_function is masking_utils.bidirectional_mask_function or kv_length < (local_size or 0)
     everything = allow_is_bidirectional_skip and shows_all
@@ -323,7 +324,7 @@ def span_mask(
     return mask.computed_with("columns of its own")
 
 
-def _span_mask(
+def _read_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -334,14 +335,15 @@ def _span_mask(
     use_vmap: bool,
     device: torch.device,
 ) -> SpanMask:
+    """What a mask function and a 2D mask hide together, as spans where the function is known, else as it evaluates."""
     padding = None
     if attention_mask is not None:
         padding = _key_padding(attention_mask.to(device=device, dtype=torch.bool), kv_length, kv_offset)
     frame = Frame(batch_size, q_length, kv_length, q_offset, kv_offset, device)
-    # A compiler sees the closures of the functions it traces as calls only.
+    # A compiler cannot look into the closures of functions that it traces; it can call them.
     known = recognise(mask_function) if torch.compiler.is_dynamo_compiling() else mask_function
     if known is not None and (spans := read_spans(known, frame)) is not None:
-        # Only beside lengths of documents are they counted anew, and those describe a batch of 1.
+        # Chunks are counted anew only where lengths of documents are given, which describe a batch of 1.
         chunks = read_chunks(known, frame) if batch_size == 1 != q_length else None
         if chunks is not None:
             chunks = chunks[0], _padded(chunks[1], padding, frame)

@@ -2,8 +2,8 @@
 """Attention over a sequence that is sharded over the ranks of a process group.
 
 Ring Attention (Liu et al., 2023): every rank keeps its queries, while keys and values travel round the ring of ranks;
-each rank attends to the block that it holds while the next one is on its way, and merges what it finds by the
-log-sum-exp. Going backward the blocks travel again, and the gradients of each block's keys and values with them.
+each rank attends to the block that it holds while the next one is on its way, and merges the results by the
+log-sum-exp. In the backward pass the blocks travel again, and with each block the gradients of its keys and values.
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ def _sliding_course(
 
 
 def _course(spans: Spans, rank: int, world: int, shard: int, device: torch.device) -> Course:
+    """The course of a rank under the mask of the whole sequence, `[batch or 1, world * shard]` rows and keys."""
     if world == 1:
         return Course((spans.to(device),), 0)
     if shard == 0:

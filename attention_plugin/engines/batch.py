@@ -59,6 +59,7 @@ class Batch:
         return self._spans[kind]
 
     def _build_spans(self, window: int | None, window_cuts_blocks: bool) -> Spans:
+        """`spans`, one for each row, over the keys of its own request. Nothing is read back from the device."""
         rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.seq_lens.device)
         request = (torch.searchsorted(self.query_offsets, rows, right=True) - 1).clamp_(0, self.seq_lens.shape[0] - 1)
         # The last row of a request stands at its last key.

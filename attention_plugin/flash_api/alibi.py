@@ -35,8 +35,8 @@ def attend(
         return attention(query, key, value, rows.window(window), return_lse=True, **options)
 
     def part(spans: Spans, sign: int, key_anchor: Tensor, row_anchor: Tensor) -> tuple[Tensor, Tensor]:
-        # On one side of a row its bias is, but for a number of the row's own, a number of each key. The former leaves
-        # the softmax alone, and is added to the log-sum-exp.
+        # -slope * |row - key| on one side of the row is a term of the key, which is passed as a bias, plus a term of
+        # the row. The latter is the same for all keys, so it does not change the softmax: it is added to the lse.
         index = torch.arange(rows.key_len, device=query.device)
         bias = sign * alibi.key_slopes * (index - key_anchor)[:, None]
         output, lse = attention(query, key, value, spans, bias=bias[:, :, None], return_lse=True, **options)
@@ -51,7 +51,7 @@ def attend(
 
 
 def batch_alibi(name: str, slopes: Tensor | None, q: Tensor, rows: Rows) -> Alibi | None:
-    """Of sequences that have a row of the batch each."""
+    """The slopes of a batch whose sequences have a row each; None without slopes."""
     if slopes is None:
         return None
     slopes = checked_slopes(name, slopes, q.shape[0], q)[..., None]
@@ -61,7 +61,7 @@ def batch_alibi(name: str, slopes: Tensor | None, q: Tensor, rows: Rows) -> Alib
 def packed_alibi(
     name: str, slopes: Tensor | None, query_offsets: Tensor, key_offsets: Tensor, q: Tensor, key_len: int
 ) -> Alibi | None:
-    """Of documents that lie one after the other."""
+    """The slopes of documents that lie one after the other; None without slopes."""
     if slopes is None:
         return None
     sequences = query_offsets.numel() - 1

@@ -49,21 +49,27 @@ class Rows:
 
 
 def aligned_spans(window: Window, query_len: int, key_len: int, device: torch.device) -> Spans:
-    """`aligned_rows` with a window, kept for the next call."""
+    """The spans of `aligned_rows` with a window; they are kept, and the next call with these lengths gets the same."""
     far = query_len + key_len  # that far all ends, and int32 does not overflow
     left, right = (None if size is None else min(size, far) for size in window)
     return window_spans(query_len, key_len, left=left, right=right, device=device)
 
 
 def aligned_rows(query_len: int, key_len: int, device: torch.device) -> Rows:
-    """The last query at the last key."""
+    """The last of `query_len` queries stands at the last of `key_len` keys."""
     index = torch.arange(query_len, dtype=torch.int32, device=device)[None]
     first = torch.zeros(1, 1, dtype=torch.int32, device=device)
     return Rows(index + (key_len - query_len), first, first + key_len, key_len)
 
 
 def cache_rows(query_len: int, key_len: int, lengths: Tensor, leftpad: Tensor | None) -> Rows:
-    """The last query at the last of each sequence's `lengths` keys."""
+    """The last query of each sequence stands at the last of its keys.
+
+    Args:
+        key_len: keys that the cache has room for.
+        lengths: integer `[batch]`, keys of each sequence.
+        leftpad: integer `[batch]`, the first key of each, or None for 0.
+    """
     index = torch.arange(query_len, dtype=torch.int32, device=lengths.device)[None]
     last = lengths[:, None]
     first = last.new_zeros(1, 1) if leftpad is None else leftpad.to(torch.int32)[:, None]
@@ -71,7 +77,12 @@ def cache_rows(query_len: int, key_len: int, lengths: Tensor, leftpad: Tensor | 
 
 
 def packed_rows(query_offsets: Tensor, key_offsets: Tensor, query_len: int, key_len: int) -> Rows:
-    """Documents of queries and of keys one after the other; the last query of each at its last key."""
+    """Documents of queries, and of keys, one after the other; the last query of each stands at its last key.
+
+    Args:
+        query_offsets, key_offsets: integer `[documents + 1]`, cumulative lengths.
+        query_len, key_len: queries and keys of all documents together.
+    """
     index, document, known = documents(query_offsets, query_len)
     first, last = key_offsets[document], key_offsets[document + 1]
     position = index + last - query_offsets[document + 1]
@@ -79,7 +90,14 @@ def packed_rows(query_offsets: Tensor, key_offsets: Tensor, query_len: int, key_
 
 
 def paged_rows(query_offsets: Tensor, lengths: Tensor, query_len: int, key_len: int) -> Rows:
-    """Documents of queries one after the other, whose keys are counted from 0 each."""
+    """Documents of queries one after the other, each with keys of its own that count from 0, as in pages.
+
+    Args:
+        query_offsets: integer `[documents + 1]`, cumulative lengths.
+        lengths: integer `[documents]`, keys of each.
+        query_len: queries of all documents together.
+        key_len: keys that a block table has room for.
+    """
     index, document, known = documents(query_offsets, query_len)
     position = index + lengths[document] - query_offsets[document + 1]
     last = torch.where(known, lengths[document], 0)[None]
@@ -87,7 +105,7 @@ def paged_rows(query_offsets: Tensor, lengths: Tensor, query_len: int, key_len: 
 
 
 def documents(offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of each token, its document, and whether it has one; without one, the document is any."""
+    """Each token's index, its document, and whether it has one (if not, the document means nothing), all `[tokens]`."""
     index = torch.arange(tokens, device=offsets.device, dtype=offsets.dtype)
     document = torch.searchsorted(offsets.contiguous(), index, right=True) - 1
     known = (document >= 0) & (document < offsets.numel() - 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that differ from an earlier one in the numbers in their tensors alone.
+"""Calls that differ from an earlier one only in the values of their tensors: `first` makes one, `again` its repeats.
 
 The layers of a model make such calls one after the other. On the CPU checking and planning one takes longer than
 computing a short prompt does, and after each layer's keys and values have passed through the caches a step of Python
@@ -57,7 +57,10 @@ def again(
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Output and, if asked for, log-sum-exp of a call without gradients as one that is remembered; None if none is."""
+    """Output and, if asked for, log-sum-exp of a call without gradients that is like a remembered one.
+
+    None if no such call is remembered, or if its short way found a NaN that may not be the row's own.
+    """
     known = _known.get(id(spans))
     if known is None or spans is None or known.spans() is not spans:
         return None
@@ -122,7 +125,7 @@ def compute_of(problem: Problem) -> Compute:
 
 
 def at_once(problem: Problem, groups: list[Group]) -> Compute | None:
-    """How a call is computed that torch's fused attention does in one; None for others."""
+    """How to compute a call that is a single call of torch's fused attention; None for other calls."""
     query, key, value = problem.query, problem.key, problem.value
     if not is_multiplied_as_given(problem) or query.shape[3] != value.shape[3]:
         return None
