@@ -34,7 +34,7 @@ from .arguments import (
     check_rotary,
     unpacked,
 )
-from .caches import appended, cache_lengths, rotate, slots
+from .caches import appended, cache_lengths, clear_unused_rows, rotate, slots
 from .positions import aligned_rows, aligned_spans, cache_rows, packed_rows, paged_rows
 
 __all__ = [
@@ -175,8 +175,7 @@ def flash_attn_varlen_func(
         max_seqlen_k: accepted; the lengths themselves are in `cu_seqlens_k`.
         alibi_slopes: float32 `[num_heads]` or `[sequences, num_heads]`, as for `flash_attn_func`.
         block_table: int32 `[sequences, pages of the longest]`, where keys lie in pages; forward only, without dropout
-            and `alibi_slopes`. Pages of more than 256 tokens are read in pieces. Entries out of range are undefined
-            behaviour.
+            and `alibi_slopes`. Entries out of range are undefined behaviour.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs: as for
             `flash_attn_func`; each sequence's last query stands at its last key.
 
@@ -212,6 +211,7 @@ def flash_attn_varlen_func(
         output, lse = paged_attention(
             query, cache, rows.window(window), query_offsets=offsets, max_query_len=longest, return_lse=True, **options
         )
+        clear_unused_rows(output, lse, cu_seqlens_q)
     output = output[0].transpose(0, 1).contiguous()
     return (output, lse[0], q.new_empty(0)) if return_attn_probs else output
 

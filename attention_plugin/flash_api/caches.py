@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 
 import torch
@@ -17,6 +18,20 @@ def slots(cache: PagedCache, before: Tensor, new: int) -> Tensor:
     position = following(before, new)
     page = cache.block_table.gather(1, position // cache.page_size).long()
     return (page * cache.page_size + position % cache.page_size).flatten()
+
+
+def clear_unused_rows(output: Tensor, lse: Tensor, query_offsets: Tensor) -> None:
+    """Write output 0 and log-sum-exp -inf for rows beyond the last sequence, which the kernel for pages leaves out.
+
+    Args:
+        output, lse: `[1, num_heads, tokens, dim]` and `[1, num_heads, tokens]`.
+        query_offsets: integer `[sequences + 1]`, cumulative lengths.
+    """
+    if values_at_hand(query_offsets) and query_offsets[-1] == output.shape[2]:
+        return
+    unused = torch.arange(output.shape[2], device=output.device) >= query_offsets[-1]
+    output.masked_fill_(unused[:, None], 0.0)
+    lse.masked_fill_(unused, -math.inf)
 
 
 def appended(

@@ -181,6 +181,7 @@ def paged_attention(
         spans: which keys of its own sequence each row sees, `key_len` being that of the cache; the default is causal.
             Of what they say beyond the sequence's keys nothing is seen.
         query_offsets: int32 `[batch + 1]`; sequence `b` has the queries `[query_offsets[b], query_offsets[b + 1])`.
+            Results of queries beyond the last are undefined.
         max_query_len: with `query_offsets`, at least the most queries of a sequence. Default: all tokens. One that is
             too small is an error where looking is free (on the CPU) or asked for (`check`), undefined elsewhere.
         sinks: floating point `[num_heads]`, as for `attention`.
@@ -191,7 +192,7 @@ def paged_attention(
             undefined behaviour, as looking would be a synchronisation.
         return_lse: also return the log-sum-exp.
         out: where to write the output, of its shape and dtype; token by token (its transpose of dimensions 1 and 2 is
-            contiguous) it is written to without a copy. Rows that belong to no sequence are undefined.
+            contiguous) it is written to without a copy.
 
     Returns:
         Output as `query`, with value's last dimension, or `out` if that was given; with `return_lse` also the natural

@@ -399,7 +399,8 @@ _DECODE_HOPPER: dict[tuple[int, int, Rows], DecodeConfig] = {
     **_DECODE_EXACT,
     (2, 64, "few"): DecodeConfig(16, 64, 4, 3, reason=MEMORY_HOPPER),
     (2, 128, "few"): DecodeConfig(16, 32, 4, 3, reason=MEMORY_HOPPER),
-    (2, 256, "few"): DecodeConfig(16, 32, 8, 2, reason=MEMORY_HOPPER),
+    # Eight warps spill here with a softcap over pages of 16 bits.
+    (2, 256, "few"): DecodeConfig(16, 32, 4, 2, reason=MEMORY_HOPPER),
 }
 
 _DECODE_INTERPRETED: dict[tuple[int, int, Rows], DecodeConfig] = {

@@ -141,25 +141,59 @@ def decode_step(
         return softmax_step(m, l, acc, s, v, factor[None, :], CLEAN, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit
+def packed_tile(offsets_ptr, sequences, tile, group_size, BLOCK_M: tl.constexpr):
+    """The sequence that a tile of rows belongs to, which of its tiles it is, and whether it has any rows.
+
+    Each sequence is given one tile more than its rows fill, so that where its tiles begin follows from its own offset;
+    that tile is left over if the rows need no other.
+    """
+    b, beyond = 0, sequences
+    while beyond - b > 1:
+        middle = (b + beyond) // 2
+        begins_later = first_packed_tile(offsets_ptr, middle, group_size, BLOCK_M) > tile
+        b, beyond = tl.where(begins_later, b, middle), tl.where(begins_later, middle, beyond)
+    row_tile = tile - first_packed_tile(offsets_ptr, b, group_size, BLOCK_M)
+    query_len = tl.load(offsets_ptr + b + 1) - tl.load(offsets_ptr + b)
+    return b, row_tile, row_tile * BLOCK_M < query_len * group_size
+
+
+@triton.jit
+def first_packed_tile(offsets_ptr, b, group_size, BLOCK_M: tl.constexpr):
+    """The first of a sequence's tiles, counted as in `packed_tiles`."""
+    return tl.load(offsets_ptr + b) * group_size // BLOCK_M + b
+
+
+@triton.jit(do_not_specialize=["num_groups", "sequences"])
 def decode_kernel(
     query, key, value, pages, key_scales, value_scales, output_ptr, output_lse, spans, mask, bias, sinks_ptr,
-    offsets_ptr, lengths_ptr, scale, softcap, num_groups, num_kv_heads, group_size, query_len, tokens, lse_stride_split,
+    offsets_ptr, lengths_ptr, scale, softcap, num_groups, sequences, num_kv_heads, group_size, query_len, tokens,
+    lse_stride_split,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for a tile of rows of one group of heads; the grid is (batch x key heads x tiles, parts).
 
     There are `num_groups` groups of heads in the batch. What may be many comes first in the grid, since CUDA takes
-    65,535 programs at most in its other dimensions.
+    65,535 programs at most in its other dimensions. With `sequences`, whose queries are unequally many, the grid has
+    only as many tiles as there are queries for (`packed_tiles`), and each program finds the sequence of its own.
 
     Rows are (query, head of the group) in this order, so that the rows of a tile see much the same keys. With
     `offsets_ptr` the queries of all sequences lie one after the other, those of sequence b from `offsets[b]` on. With
     `lengths_ptr` sequence b has the keys 0 to `lengths[b]`, whatever spans say: elsewhere there need not be a page.
     """
     query, key, value = rows_of(query), rows_of(key), rows_of(value)
-    group, row_tile = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
-    b, kv_head = group // num_kv_heads, group % num_kv_heads
+    # Tiles of the last queries come first: the more keys they see, the longer they take.
+    if sequences is None:
+        group, row_tile = tl.program_id(0) % num_groups, (tl.num_programs(0) - 1 - tl.program_id(0)) // num_groups
+        b, kv_head = group // num_kv_heads, group % num_kv_heads
+    else:
+        kv_head = tl.program_id(0) % num_kv_heads
+        tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // num_kv_heads
+        b, row_tile, has_rows = packed_tile(offsets_ptr, sequences, tile, group_size, BLOCK_M)
+        if BLOCK_DV < 512:  # noqa: SIM102 (wider tiles spill registers where programs may end early)
+            if not has_rows:
+                return
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     first_token, own_batch = 0, b
     if offsets_ptr is not None:
@@ -326,9 +360,13 @@ def decode(
     # bits must not depend on others, so one query chooses it.
     choosing = rows if num_splits is None or query_offsets is None else rows // longest
     config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device)
-    row_tiles = triton.cdiv(rows, config.block_m)
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
-    programs = row_tiles * sequences * num_kv_heads
+    tiles, searching = triton.cdiv(rows, config.block_m) * sequences, False
+    if query_offsets is not None and sequences > 1:
+        # A long prompt beside many sequences of one new token each would have them all take as many tiles as it takes.
+        packed = packed_tiles(query_len * (num_heads // num_kv_heads), sequences, config.block_m)
+        tiles, searching = min(tiles, packed), packed < tiles
+    programs = tiles * num_kv_heads
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
     if splits > MOST_SPLITS:  # more parts than there are tiles of keys would be empty
         splits = min(MOST_SPLITS, max(1, triton.cdiv(key_len, config.block_n)))
@@ -339,12 +377,18 @@ def decode(
     arguments = decode_arguments(
         query, key, value, parts, part_lse, span_operand(start, end, key_mask, gap_count), mask, bias, sinks, scale,
         softcap, block_table, seq_lens, query_offsets, key_scale, value_scale, key_len, sequences, config,
+        searching=searching,
     )  # fmt: skip
     with launching_on(query):
         launch(decode_kernel, (programs, splits), arguments)
         if splits > 1:
             launch(merge_kernel, (batch * query_len, num_heads), merge_arguments(parts, part_lse, output, lse))
     return output, lse
+
+
+def packed_tiles(rows: int, sequences: int, block_m: int) -> int:
+    """Tiles of `block_m` rows, no row of two sequences in one, that `rows` rows of `sequences` need at most."""
+    return rows // block_m + sequences
 
 
 def merge_arguments(parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> dict[str, Any]:
@@ -383,8 +427,14 @@ def decode_arguments(
     key_len: int,
     sequences: int,
     config: DecodeConfig,
+    *,
+    searching: bool = False,
 ) -> dict[str, Any]:
-    """Everything `decode_kernel` is called with but its grid; compiling ahead of time takes the same."""
+    """Everything `decode_kernel` is called with but its grid; compiling ahead of time takes the same.
+
+    Args:
+        searching: whether the grid has `packed_tiles`, of which each program finds its own.
+    """
     batch, num_heads, query_len, head_dim = query.shape
     scores = (batch, num_heads, query_len, key_len)
     pages = None if block_table is None else PageOperand(block_table, block_table.stride(0), key.shape[2])
@@ -395,8 +445,8 @@ def decode_arguments(
         output_lse=row_operand(lse), spans=spans, mask=score_operand(mask, scores), bias=score_operand(bias, scores),
         sinks_ptr=None if sinks is None else sinks.contiguous(), offsets_ptr=query_offsets,
         lengths_ptr=seq_lens, scale=scale, softcap=softcap, num_groups=sequences * key.shape[1],
-        num_kv_heads=key.shape[1], group_size=num_heads // key.shape[1], query_len=query_len,
-        tokens=batch * query_len, lse_stride_split=lse.stride(0) if lse.ndim == 4 else 0,
+        sequences=sequences if searching else None, num_kv_heads=key.shape[1], group_size=num_heads // key.shape[1],
+        query_len=query_len, tokens=batch * query_len, lse_stride_split=lse.stride(0) if lse.ndim == 4 else 0,
         HEAD_DIM=head_dim, VALUE_DIM=value.shape[3], BLOCK_D=block_d, BLOCK_DV=block_dv,
         CHUNK_D=min(config.chunk_d or block_d, block_d), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -224,8 +225,8 @@ def test_varlen_over_pages(first_seed):
     def check(draw):
         sequences, (num_heads, num_kv_heads, dim), dtype = draw.randint(1, 3), draw_heads(draw), draw.choice(DTYPES)
         lens_k = [draw.choice([0, 1, 30, 70]) for _ in range(sequences)]
-        lens_q = [draw.choice([0, 1, 5, 33]) for _ in range(sequences)]
-        q = normal(sum(lens_q), num_heads, dim, dtype=dtype)
+        lens_q, unused = [draw.choice([0, 1, 5, 33]) for _ in range(sequences)], draw.choice([0, 3])
+        q = normal(sum(lens_q) + unused, num_heads, dim, dtype=dtype)
         keys, values = ([normal(n, num_kv_heads, dim, dtype=dtype) for n in lens_k] for _ in range(2))
         order, page_size, options = draw.random(), draw.choice([4, 16, 300, 512]), Options.draw(draw)
         (k, table), (v, _) = (paged(rows, page_size, random.Random(order)) for rows in (keys, values))
@@ -234,6 +235,7 @@ def test_varlen_over_pages(first_seed):
             q, k, v, ends, offsets(lens_k), max(lens_q), max(lens_k), block_table=table, return_attn_probs=True,
             **vars(options),
         )  # fmt: skip
+        assert not output[sum(lens_q) :].any() and (lse[:, sum(lens_q) :] == -math.inf).all()
         comparison = Comparison(options)
         for d in range(sequences):
             rows = slice(int(ends[d]), int(ends[d + 1]))

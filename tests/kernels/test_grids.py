@@ -53,6 +53,24 @@ def test_a_prompt_of_many_rows_over_pages(grids):
     assert grids["decode_kernel"][0] > MOST_IN_OTHERS
 
 
+@pytest.mark.parametrize("max_query_len", [7_936, None])
+def test_a_piece_of_a_long_prompt_beside_many_single_tokens(grids, max_query_len):
+    """Not each of the others has as many tiles as it."""
+    pieces = [1] * 255 + [7_936]
+    offsets = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    tokens, pages = sum(pieces), empty(40_000, 8, 16, 16)
+    spans, table = Spans.full(tokens, 16 * 500), torch.zeros(256, 500, dtype=torch.int32)
+    decode.decode(
+        empty(1, 32, tokens, 16), pages, pages, spans.start, spans.end, scale=1.0, block_table=table,
+        seq_lens=torch.full((256,), 8_000, dtype=torch.int32), query_offsets=offsets, max_query_len=max_query_len,
+    )  # fmt: skip
+    check(grids, "decode_kernel")
+    programs, parts = grids["decode_kernel"]
+    rows_of_a_tile = decode.decode_config("interpreter", torch.float32, 16, 16, 4 * 7_936, pages.device).block_m
+    with_rows = 8 * sum(-(-4 * piece // rows_of_a_tile) for piece in pieces)
+    assert with_rows <= programs <= with_rows + 8 * 256 and parts == 1
+
+
 @pytest.mark.parametrize("bias", [None, "rows", "keys"])
 def test_gradients_of_many_keys(grids, bias):
     keys = 70_000 * 64
@@ -91,6 +109,30 @@ def test_each_tile_of_each_head_has_one_program(tiles, heads, section):
     places_kernel[(tiles * heads,)](places, tiles, section)
     order = [(head // section, tile, head) for head in range(heads) for tile in range(tiles)]
     assert places.tolist() == [[tile, head] for _, tile, head in sorted(order)]
+
+
+@triton.jit
+def packed_tiles_kernel(found_ptr, offsets_ptr, sequences, group_size, BLOCK_M: tl.constexpr):
+    """Write down the sequence and the tile of each program, and whether there are rows."""
+    b, row_tile, has_rows = decode.packed_tile(offsets_ptr, sequences, tl.program_id(0), group_size, BLOCK_M)
+    place = found_ptr + 3 * tl.program_id(0)
+    tl.store(place, b)
+    tl.store(place + 1, row_tile)
+    tl.store(place + 2, has_rows.to(tl.int32))
+
+
+@pytest.mark.interpreter
+@runs_kernels
+@pytest.mark.parametrize("lengths", [[1, 40, 1], [0, 0, 5, 0], [16, 16], [17, 0, 1, 33, 2, 64, 0], [0, 0]])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_each_tile_of_each_sequence_has_one_program(lengths, group_size):
+    block_m, offsets = 16, [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    programs = decode.packed_tiles((offsets[-1] + 2) * group_size, len(lengths), block_m)  # two rows are nobody's
+    found = torch.full((programs, 3), -1, dtype=torch.int32, device=DEVICE)
+    given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    packed_tiles_kernel[(programs,)](found, given, len(lengths), group_size, block_m)
+    with_rows = [[b, tile] for b, tile, has_rows in found.tolist() if has_rows]
+    assert with_rows == [[b, t] for b, n in enumerate(lengths) for t in range(-(-n * group_size // block_m))]
 
 
 @pytest.mark.interpreter

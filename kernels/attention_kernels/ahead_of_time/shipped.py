@@ -99,6 +99,8 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         for each in faster:
             yield Case(architecture, "backward", size, dim, f"{kernel} ({each.serves})", each.config)
     for (size, dim, rows), few_or_many in DECODE_CONFIGS[architecture].items():
+        if size == 2:
+            yield Case(architecture, "decode", size, dim, f"{rows} (pages)", few_or_many)
         yield Case(architecture, "decode", size, dim, rows, few_or_many)
     for part in ("merge", "statistics"):
         for dim in DIMS:
@@ -192,19 +194,27 @@ def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
-    """With everything there is: pages, float8 with scales, a mask, a bias, sinks, a softcap, split keys."""
-    query_len = 1 if case.work == "few" else 8
+    """With everything there is: pages, float8 with scales, a mask, a bias, sinks, a softcap, split keys.
+
+    Or, as an engine's batch of sequences in pages has it: without a mask, a bias, padding and a softcap, but with
+    sequences of unequal lengths if they have many rows.
+    """
+    rows, _, variant = case.work.partition(" ")
+    query_len = 1 if rows == "few" else 8
     query = torch.empty(2, query_len, 8, case.dim, dtype=case.dtype).transpose(1, 2)
     # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
     kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
     pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
-    given = extras(query_len)
+    given, offsets = extras(query_len), None
+    if variant == "(pages)":
+        given, offsets = spans_alone(query_len), torch.zeros(3, dtype=torch.int32)
     assert isinstance(case.config, DecodeConfig)
     config = whole_if_narrow(case.config, case.dim)
     return decoding.decode_kernel, decoding.decode_arguments(
         query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
-        given["mask"], given["bias"], torch.zeros(8), 0.1, 30.0, torch.zeros(2, 32, dtype=torch.int32),
-        torch.ones(2, dtype=torch.int32), None, torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, len(query), config,
+        given["mask"], given["bias"], torch.zeros(8), 0.1, given["softcap"], torch.zeros(2, 32, dtype=torch.int32),
+        torch.ones(2, dtype=torch.int32), offsets, torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, len(query),
+        config, searching=offsets is not None and rows == "many",
     )  # fmt: skip
 
 
