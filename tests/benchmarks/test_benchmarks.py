@@ -302,3 +302,14 @@ def test_host_cost_is_measured_without_a_device(
     # What launched nothing is forgotten: the next call of the kind computes.
     query, key, value = (torch.ones(8, heads, 512, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
     assert (attention(query[:, :, :1], key, value, Spans.full(1, 512)) == 1).all()
+
+
+def test_host_leaves_out_what_the_first_call_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it takes seconds: more than a call's share, so that no other sample would be taken."""
+    compiling = iter([0.2])
+    monkeypatch.setattr(host, "can_launch_nothing", lambda: False)
+    runs = {host.OPERATOR: None, providers.OURS: None, providers.BASELINE: lambda: time.sleep(next(compiling, 0.0))}
+    monkeypatch.setattr(host, "calls", lambda problem: runs)
+    small = problem.build_problem(cases.case_named("decode"), SMALL, torch.float32, CPU)
+    *_, result = host.time_calls(small, measure.Effort(seconds=0.05), lambda text: None)
+    assert len(result.samples) >= 3 and max(result.samples) < 0.2 / host.CALLS
