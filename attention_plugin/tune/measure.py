@@ -110,6 +110,7 @@ def _time_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
 def _median_on_current(run: Callable[[], Any], device: torch.device) -> float:
     flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
     samples: list[float] = []
+    run()  # loads what was compiled ahead, or compiles: the time is for samples
     began = time.perf_counter()
     while len(samples) < 5 or (time.perf_counter() - began < GPU_SECONDS and len(samples) < 50):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -556,3 +556,33 @@ def test_wrong_results_are_noticed(key, monkeypatch):
     monkeypatch.setattr(calls, "call", lambda *given: lambda: tuple(each * 1.001 for each in call(*given)()))
     assert not measure.is_right(problem, CPU, torch.float32)
     calls._truth.cache_clear()
+
+
+def test_loading_a_kernel_takes_no_time_from_its_samples(monkeypatch):
+    """Its launcher is compiled by its first launch, for longer than all samples may take."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return (later.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(measure, "FLUSHED_BYTES", 1)
+    monkeypatch.setattr(measure, "GPU_SECONDS", 1.0)
+    taken = []
+
+    def run():
+        taken.append(None)
+        time.sleep(1.2 if len(taken) == 1 else 0.01)
+
+    assert measure._median_on_current(run, CPU) < 1.2
+    assert len(taken) > 1 + 5
