@@ -420,12 +420,13 @@ _FLAGS = 4
 
 def _problem(
     query, key, value, start, end, key_mask, gap_count, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p,
-    *, trains,
+    *, trains, fixed_splits=False,
 ) -> blockwise.Problem:  # fmt: skip
     """`_ARGUMENTS`, as the torch path takes them: the count of gaps is for kernels alone."""
     return blockwise.Problem(
-        query, key, value, start, end, key_mask, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p, trains
-    )
+        query, key, value, start, end, key_mask, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p, trains,
+        fixed_splits,
+    )  # fmt: skip
 
 
 def _forward(*inputs: Any, known_spans: prebound.KnownSpans | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -438,7 +439,7 @@ def _forward(*inputs: Any, known_spans: prebound.KnownSpans | None = None) -> tu
     *arguments, wants_gradient, num_splits = inputs
     query, key, value, *spans, mask, bias, sinks, seed, scale, softcap, dropout_p = arguments
     if not runs_triton(query):
-        return blockwise.forward(_problem(*arguments, trains=wants_gradient))
+        return blockwise.forward(_problem(*arguments, trains=wants_gradient, fixed_splits=num_splits is not None))
 
     def launch() -> tuple[Tensor, Tensor, Tensor]:
         return launch_forward(*inputs)

@@ -442,6 +442,31 @@ def test_bits_do_not_depend_on_neighbours(dtype, softcap):
         assert all(torch.equal(one, other[index : index + 1]) for one, other in zip(alone, whole, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("query_len", [1, 7])
+@pytest.mark.parametrize("padding", ["left", "holes"])
+@pytest.mark.parametrize("trains", [False, True], ids=["decodes", "trains"])
+def test_with_fixed_splits_a_padded_sequence_does_not_depend_on_its_neighbours(
+    dtype, query_len, padding, trains, monkeypatch
+):
+    """Decoding shares calls between sequences otherwise, and takes two products for many keys of the whole batch."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(blockwise.tokens, "CACHED_BYTES", 2 * 2 * 50 * 48 * 4)  # more than one sequence has
+    query = torch.randn(3, 6, query_len, 24).to(dtype).requires_grad_(trains)
+    key, value = torch.randn(2, 3, 2, 50, 24).to(dtype)
+    shown = torch.arange(50) >= torch.tensor([[0], [3], [20]]) if padding == "left" else torch.rand(3, 50) > 0.3
+
+    def results(some):
+        spans = Spans.causal(query_len, 50) & Spans.padded(shown[some], query_len)
+        num_splits = None if trains else 2
+        return attention(query[some], key[some], value[some], spans, num_splits=num_splits, return_lse=True)
+
+    whole = results(slice(0, 3))
+    for index in range(3):
+        one = slice(index, index + 1)
+        assert all(torch.equal(alone, together[one]) for alone, together in zip(results(one), whole, strict=True))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap):
     torch.manual_seed(0)

@@ -38,7 +38,14 @@ class Problem:
     softcap: float | None
     dropout_p: float
     trains: bool = False
-    """Whether gradients follow: then no sequence's sums may depend on its neighbours, not even in their last bit."""
+    """Whether gradients follow."""
+    fixed_splits: bool = False
+    """Whether the caller has fixed the number of splits. There are none here, but what that number promises holds."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether no sequence's sums may depend on its neighbours, not even in their last bit."""
+        return self.trains or self.fixed_splits
 
     @property
     def has_tiles(self) -> bool:
@@ -67,7 +74,7 @@ class Problem:
         tiles_only = self.has_tiles or not fused
         # A bias is there already; a mask is made for each tile, and small ones keep memory small.
         joins = fused and self.bias is not None and self.key_mask is self.mask is None
-        sharing = None if self.trains else how_to_share(self.key, self.value, fused=fused)
+        sharing = None if self.apart else how_to_share(self.key, self.value, fused=fused)
         return plan_batch(
             self.start, self.end, batch, query_len, tiles_only=tiles_only, joins=joins, sharing=sharing,
             key_len=self.key.shape[2],

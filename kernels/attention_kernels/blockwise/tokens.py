@@ -73,7 +73,7 @@ def parts_of(problem: Problem) -> list[Part] | None:
     everything = slice(0, batch)
     if same_spans:
         groups = [everything]
-    elif problem.trains:
+    elif problem.apart:
         groups = [slice(index, index + 1) for index in range(batch)]
     else:
         groups = list(cut_batch(firsts, lasts, everything, how_to_share(key, value, fused=True)))
@@ -87,7 +87,7 @@ def parts_of(problem: Problem) -> list[Part] | None:
             mask = padding_mask(own_firsts, own_lasts, keys, accumulator(query.dtype), rows)
         every = elements == everything
         parts.append(Part(elements, keys, every, every and keys == slice(0, key_len), mask, products=False))
-    if streams(key, value, parts):
+    if not problem.apart and streams(key, value, parts):  # which goes by the keys of the whole batch
         return [part._replace(products=True) for part in parts]
     return parts
 
