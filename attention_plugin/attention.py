@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
-from attention_kernels.checks import is_one_or
+from attention_kernels.checks import check_whole, is_one_or
 from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import rise_within, values_at_hand
 
@@ -19,6 +19,7 @@ from .selected_keys import selected_keys
 from .support import (
     check_dropout,
     check_keywords,
+    check_position_bias,
     is_causal_without_mask,
     note_kept_lengths,
     refuse_alignment,
@@ -107,6 +108,7 @@ def attention_forward(
     elif query_len > 1:
         note_kept_lengths(module)
     if position_bias is not None:
+        check_position_bias(position_bias, scores)
         bias = position_bias if bias is None else bias + position_bias
     selected = selected_keys(module, indices, block_indices, scores)
     if selected is not None:
@@ -188,6 +190,8 @@ def _spans_without_mask(
         return window_spans(query_len, key_len, device=device)
     if not is_one_or(query_len, key_len):
         refuse_alignment(query_len, key_len)
+    if sliding_window is not None:
+        check_whole("my_triton attention", "sliding_window", sliding_window)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"my_triton attention: `sliding_window` must be at least 1, got {sliding_window}; pass None for no window"
@@ -221,6 +225,12 @@ def _within_lengths(
                 f"{offsets.tolist() if isinstance(offsets, Tensor) else offsets}; of lengths pass "
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
+    if cu_seq_lens_q.ndim != 1 or cu_seq_lens_q.shape != cu_seq_lens_k.shape or len(cu_seq_lens_q) < 2:
+        raise ValueError(
+            "my_triton attention: `cu_seq_lens_q` and `cu_seq_lens_k` must be [documents + 1], for as many documents "
+            f"and one at least, got {list(cu_seq_lens_q.shape)} and {list(cu_seq_lens_k.shape)}; a document without "
+            "queries or keys has its offset twice"
+        )
     documents = Spans.packed_offsets(cu_seq_lens_q, cu_seq_lens_k, query_len, key_len).to(spans.device)
     own = spans & documents
     if chunk_size is None:

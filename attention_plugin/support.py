@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import Cache, PreTrainedModel
 
+from attention_kernels.checks import is_one_or
+
 from . import kept_lengths, sources
 
 logger = logging.getLogger("attention_plugin")
@@ -113,6 +115,20 @@ def check_dropout(dropout: float, training: bool) -> None:
         raise ValueError(
             f"my_triton attention: `dropout`={dropout} with a module in eval mode would change the result at random; "
             "pass 0.0 unless `module.training`"
+        )
+
+
+def check_position_bias(bias: Any, scores: tuple[int, ...]) -> None:
+    """Refuse a position bias that is none, by the name that models give it, and before a mask is added to it.
+
+    Raises:
+        ValueError: it is no floating point tensor, or does not broadcast to the scores.
+    """
+    fits = isinstance(bias, torch.Tensor) and bias.is_floating_point() and bias.ndim <= 4
+    if not fits or not all(map(is_one_or, reversed(bias.shape), reversed(scores))):
+        raise ValueError(
+            "my_triton attention: `position_bias` must be a floating point tensor that broadcasts to [batch, "
+            f"num_heads, query_len, key_len] = {list(scores)}, got {_brief(bias)}; slice or expand it"
         )
 
 

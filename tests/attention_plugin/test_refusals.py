@@ -164,6 +164,24 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         ValueError,
         ("`sliding_window` must be at least 1, got 0", "pass None for no window"),
     ),
+    "a position bias for other keys beside a mask": (
+        lambda: call(torch.zeros(BATCH, 1, TOKENS, TOKENS), position_bias=torch.zeros(1, HEADS, TOKENS, TOKENS + 1)),
+        ValueError,
+        (
+            "`position_bias` must be a floating point tensor that broadcasts",
+            "[2, 4, 6, 6], got torch.float32 [1, 4, 6, 7]",
+        ),
+    ),
+    "a position bias for other keys": (
+        lambda: call(position_bias=torch.zeros(2, 4, 6, 5)),
+        ValueError,
+        ("`position_bias` must be a floating point tensor that broadcasts", "got torch.float32 [2, 4, 6, 5]"),
+    ),
+    "a position bias of flags beside a mask": (
+        lambda: call(torch.zeros(BATCH, 1, TOKENS, TOKENS), position_bias=torch.ones(HEADS, 1, TOKENS).bool()),
+        ValueError,
+        ("`position_bias` must be a floating point tensor", "got torch.bool [4, 1, 6]; slice or expand it"),
+    ),
     "sinks of both kinds": (
         lambda: call(sinks=QUERIES, s_aux=torch.zeros(HEADS)),
         ValueError,
@@ -213,6 +231,17 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         lambda: call(cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS),
         ValueError,
         ("`cu_seq_lens_q` and `cu_seq_lens_k` go together", "got a batch of 2; pack the documents into one row"),
+    ),
+    "lengths of more documents of queries than of keys": (
+        lambda: attention_forward(
+            torch.nn.Module().eval(),
+            *[tensor[:1] for tensor in tensors()],
+            None,
+            cu_seq_lens_q=torch.tensor([0, 2, 4, 6]),
+            cu_seq_lens_k=OFFSETS,
+        ),
+        ValueError,
+        ("`cu_seq_lens_q` and `cu_seq_lens_k` must be [documents + 1]", "got [4] and [2]; a document without queries"),
     ),
     "lengths that are not cumulated": (
         lambda: packed([2, 4]),
@@ -544,10 +573,15 @@ def test_operator_errors_reach_through_the_attention_function():
         attention_forward(torch.nn.Module().eval(), query, *torch.randn(2, BATCH, 3, 6, 8), span_mask(2, 6, 6))
     with raises(ValueError, "`sinks` must be", "[num_heads] = [4]", "[5]"):
         call(s_aux=torch.randn(5))
-    with raises(ValueError, "`bias` of shape [2, 4, 6, 5]"):
-        call(position_bias=torch.zeros(2, 4, 6, 5))
     with raises(ValueError, "`softcap`", "-2"):
         call(softcap=-2.0)
+
+
+@pytest.mark.parametrize("given", [2.5, True])
+def test_a_window_that_is_no_number_of_keys_is_refused_by_its_name(given: Any):
+    """Not by the name of what is made of it, nor taken for a window of one key."""
+    with raises(TypeError, f"`sliding_window` must be a whole number, got {given}"):
+        attention_forward(torch.nn.Module().eval(), *tensors(), None, sliding_window=given)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
