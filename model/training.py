@@ -81,7 +81,7 @@ def build_optimizers(
 
 
 class WidensBfloat16(TorchFunctionMode):
-    """Makes `Tensor.bfloat16`, with which Muon rounds what it multiplies, give a float32 copy instead.
+    """Makes conversions to bfloat16, by which Muon rounds what it multiplies, give a float32 copy instead.
 
     On a CPU without instructions for bfloat16 torch's products take about a hundred times as long as in float32: a
     minute would have 15 steps.
@@ -90,7 +90,9 @@ class WidensBfloat16(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable, types: Any, arguments: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
     ) -> Any:
-        if function is torch.Tensor.bfloat16:
+        # Up to torch 2.14 Muon calls `bfloat16()`, from 2.15 on `to(dtype=torch.bfloat16, copy=True)`.
+        converts = function is torch.Tensor.to and (keywords or {}).get("dtype") is torch.bfloat16
+        if converts or function is torch.Tensor.bfloat16:
             return arguments[0].to(torch.float32, copy=True)
         return function(*arguments, **(keywords or {}))
 

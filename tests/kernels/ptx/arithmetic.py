@@ -96,6 +96,11 @@ def permute_bytes(a, b, selector):
     return result.astype(U4)
 
 
+def with_sign_of_product(magnitude, a, b):
+    """Numbers with the sign that `a * b` has; NaN stays."""
+    return np.where(np.signbit(a) ^ np.signbit(b), -magnitude, magnitude)
+
+
 def compare(name, a, b):
     """`setp`: ordered comparisons are false beside NaN, those that end in u true."""
     plain = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}

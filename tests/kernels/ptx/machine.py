@@ -363,8 +363,8 @@ class Group:
         """Of each warp, the same for all its threads."""
         rows = values.reshape(self.whole_warps(), 32)
         combine = {
-            "max": np.max,
-            "min": np.min,
+            "max": np.fmax.reduce,  # which pass over NaN
+            "min": np.fmin.reduce,
             "add": np.sum,
             "or": np.bitwise_or.reduce,
             "and": np.bitwise_and.reduce,

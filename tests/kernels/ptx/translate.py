@@ -128,9 +128,9 @@ class Translator:
         name, operands, predicate = instruction
         special = getattr(self, f"_{name[0]}", None)
         try:
-            assert not UNKNOWN & {*name} or (name[:2] == ("cvt", "rz") and name[-1] == "f32"), (
-                "a word that is not known"
-            )
+            known = {"rz"} if name[:2] == ("cvt", "rz") and name[-1] == "f32" else set()
+            known |= {"xorsign"} if name[0] in ("min", "max") else set()
+            assert not UNKNOWN - known & {*name}, "a word that is not known"
             if special is not None:
                 return special(name, operands, predicate)
             return self._plain(name, operands, predicate)
@@ -148,9 +148,13 @@ class Translator:
         given = [self.read(each, kind) for each in operands[1:]]
         if name[0] in ("min", "max"):
             function = f"np.{name[0]}imum" if "NaN" in name else f"np.f{name[0]}"  # which passes over NaN
-            source = given[0]
-            for each in given[1:]:  # from sm_100 on there may be three
+            absolute = "abs" in name
+            source, *others = (f"np.abs({each})" for each in given) if absolute else given
+            for each in others:  # from sm_100 on there may be three
                 source = f"{function}({source}, {each})"
+            if "xorsign" in name:
+                assert absolute and len(given) == 2
+                source = f"with_sign_of_product({source}, {given[0]}, {given[1]})"
         else:
             source = _FORMULAS[name[0]]
             assert source.count("{") == len(given)
@@ -332,6 +336,7 @@ class Translator:
         return [*lines, self.write(valid, "shuffled[1]", "pred", None)] if valid else lines
 
     def _redux(self, name, operands, predicate) -> list[str]:
+        assert not {"NaN", "abs"} & {*name}
         kind = type_of(name)
         source = f"g.reduced({name[2]!r}, g.filled({self.read(operands[1], kind)}))"
         return [self.write(operands[0], source, kind, predicate)]
