@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 
@@ -127,7 +128,9 @@ def test_a_row_of_the_report_holds_on_a_kernel_compiled_now():
     # Shared memory: queries and keys of each of 8 instructions, values of each of 4, and the next tiles as they arrive.
     tiles = 2 * 64 * 128 * 2
     products = 8 * 16 * (64 + 64) * 2 + 4 * 16 * 128 * 2
-    assert 2 * products + tiles <= loop.shared_bytes * 8 < 1.1 * (2 * products + tiles)
+    # Triton 3.9 passes a little more through it than the pinned one.
+    most = 1.1 if version("triton").startswith("3.7.") else 1.15
+    assert 2 * products + tiles <= loop.shared_bytes * 8 < most * (2 * products + tiles)
     assert row.resident == 1 and 0 < row.roofline.share_serial < row.roofline.share_overlapped <= 1
 
 

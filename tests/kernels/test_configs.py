@@ -84,7 +84,7 @@ SPILLS_ELSEWHERE = {
     ("3.8", "sm_90-backward-16bit-128-query-(all-but-dropout)"): 4,
     ("3.8", "sm_90-backward-16bit-256-query-(all-but-dropout)"): 32,
     ("3.8", "sm_90-backward-16bit-256-key_value-(hidden-keys)"): 3,
-    ("3.9", "sm_90-backward-16bit-128-query"): 11,
+    ("3.9", "sm_90-backward-16bit-128-query"): 15,
     ("3.9", "sm_90-backward-16bit-256-query-(all-but-dropout)"): 25,
     ("3.9", "sm_90-backward-16bit-256-key_value-(spans)"): 126,
     ("3.9", "sm_90-backward-16bit-256-key_value-(hidden-keys)"): 134,
