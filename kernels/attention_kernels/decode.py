@@ -361,11 +361,11 @@ def decode(
     choosing = rows if num_splits is None or query_offsets is None else rows // longest
     config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device)
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
-    tiles, searching = triton.cdiv(rows, config.block_m) * sequences, False
-    if query_offsets is not None and sequences > 1:
-        # A long prompt beside many sequences of one new token each would have them all take as many tiles as it takes.
-        packed = packed_tiles(query_len * (num_heads // num_kv_heads), sequences, config.block_m)
-        tiles, searching = min(tiles, packed), packed < tiles
+    tiles = triton.cdiv(rows, config.block_m)
+    # A long prompt beside many sequences of one new token each would have them all take as many tiles as it takes.
+    searching = query_offsets is not None and tiles > 1 and sequences > 1
+    all_rows = query_len * (num_heads // num_kv_heads)
+    tiles = packed_tiles(all_rows, sequences, config.block_m) if searching else tiles * sequences
     programs = tiles * num_kv_heads
     splits = num_splits or choose_splits(programs, key_len, config.block_n, query.device)
     if splits > MOST_SPLITS:  # more parts than there are tiles of keys would be empty
