@@ -511,14 +511,15 @@ def test_empty_gradients_have_their_shapes_again(kernels, query_len, key_len):
 @recorded
 def test_a_number_that_changes_is_another(kernels):
     """A tensor of one number is as good as the number, and is no part of what is remembered."""
-    operands, longest = paged_operands(None, True), torch.tensor(3)
+    operands, longest, splits = paged_operands(None, True), torch.tensor(3), torch.tensor(1)
     query, _, _, key, value, _, table, _, _ = operands
     pages, offsets = PagedCache(key, value, table, torch.tensor([20, 33]).int()), torch.tensor([0, 2, 5]).int()
-    for rows in (3, 200, 3, 200):
+    for rows, parts in ((3, 2), (3, 4), (200, 2)) * 2:
         longest.fill_(rows)
-        paged_attention(query, pages, query_offsets=offsets, max_query_len=longest)
-    tiles = [grid[0] for grid, _, _ in kernels[0].calls]
-    assert tiles[0] == tiles[2] < tiles[1] == tiles[3]
+        splits.fill_(parts)
+        paged_attention(query, pages, query_offsets=offsets, max_query_len=longest, num_splits=splits)
+    assert [grid[1] for grid, _, _ in kernels[0].calls] == [2, 4, 2, 2, 4, 2]
+    assert remembered() == 3
 
 
 @recorded
