@@ -335,6 +335,10 @@ def test_multi_head_latent_attention(dtype, stored):
     query = tensor(2, 8, 2, 576, dtype=dtype)
     options = {"sinks": None, "scale": 0.05, "softcap": None, "num_splits": 2}
     PagedProblem(query, cache, None, [2, 2], None, options).check()
+    # A piece of a prompt, several tiles of rows, beside a single token: tiles without rows go on there.
+    query, offsets = tensor(1, 8, 21, 576, dtype=dtype), torch.tensor([0, 20, 21], dtype=torch.int32, device=DEVICE)
+    for splits in (2, None):
+        PagedProblem(query, cache, offsets, [20, 1], None, options | {"num_splits": splits}).check()
 
 
 def test_shared_pages():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ pytest.importorskip("triton")
 
 from on_ptx import running_on
 from ptx import Deadlock, MemoryFault, Unfinished
-from ptx.arithmetic import truncated_half
+from ptx.arithmetic import truncated_half, with_sign_of_product
 from ptx.driver import Device
+from ptx.machine import Group
 from ptx.program import parse
 from ptx.turns import Turns
 
@@ -266,6 +268,23 @@ def test_names_of_inner_scopes_are_their_own():
     first, _, _, second, jump, _ = program.instructions
     assert first.operands[0] != second.operands[0]
     assert jump.predicate == (second.operands[0], False) and program.labels[jump.operands[0]] == 3
+
+
+def test_reductions_pass_over_nan():
+    """As `redux.sync.max.f32` does: Triton gives it NaN for the threads whose numbers are not meant."""
+    numbers = np.full(32, np.nan, np.float32)
+    numbers[[3, 17]] = -5, -7
+    threads = SimpleNamespace(whole_warps=lambda: 1)
+    for how, expected in (("max", -5), ("min", -7)):
+        assert (Group.reduced(threads, how, numbers) == expected).all()
+
+
+def test_the_sign_of_a_product_goes_to_another_number():
+    a, b = np.array([[1, -1, 1, -0.0, -2], [2, 2, -2, 3, -2]], np.float32)
+    magnitude = np.array([1, 1, 1, 0, np.nan], np.float32)
+    signed = with_sign_of_product(magnitude, a, b)
+    assert (np.signbit(signed)[:4] == [False, True, True, True]).all() and np.isnan(signed[4])
+    assert (np.abs(signed)[:4] == magnitude[:4]).all()
 
 
 def test_float16_is_rounded_towards_0_where_asked():

@@ -96,6 +96,9 @@ def test_steps_are_the_same_where_a_cpu_does_not_multiply_bfloat16():
         assert torch.equal(matrix.grad, gradient)
         steps.append(matrix.detach() - start)
     rounded, exact = steps
+    with training.WidensBfloat16():  # the two calls by which releases of torch convert
+        for widened in (start.bfloat16(), start.to(dtype=torch.bfloat16, copy=True)):
+            assert widened.dtype == torch.float32 and widened.data_ptr() != start.data_ptr()
     assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
     assert torch.randn(2).bfloat16().dtype == torch.bfloat16, "the mode has ended"
 
