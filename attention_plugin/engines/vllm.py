@@ -190,7 +190,8 @@ class MyTritonMetadataBuilder(AttentionMetadataBuilder[Batch]):
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> int:
         """Rows of a request in a captured batch of unequal ones, as adaptive verification has: any number.
 
-        A graph has programs for the most rows that it was captured for, which read each request's own off the device.
+        Programs find on the device which rows are whose, so a graph serves requests of any numbers of rows up to the
+        one that it was captured for.
         """
         return vllm_config.scheduler_config.max_num_batched_tokens
 
