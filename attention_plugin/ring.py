@@ -19,8 +19,8 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from attention_kernels import Spans, attention, merge_states
+from attention_kernels.call_checks import DTYPES, cast_for_autocast
 from attention_kernels.checks import check_sinks, check_tensors
-from attention_kernels.operators import DTYPES, cast_for_autocast
 from attention_kernels.spans import check_are_spans
 
 

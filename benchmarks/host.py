@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from attention_kernels import attention, operators, prebound
-from attention_kernels.operators import interpreting, triton_installed
+from attention_kernels import attention, paths, prebound
+from attention_kernels.paths import interpreting, triton_installed
 
 from .cases import Sizes, case_named
 from .measure import Call, Effort, Result, dtype_name, interleaved
@@ -136,7 +136,7 @@ def without_launching(*, ours: bool) -> Iterator[None]:
             for module, name in places:
                 stack.enter_context(patch.object(module, name, Nothing(getattr(module, name))))
             stack.enter_context(patch.object(configs, "processors", lambda device: PROCESSORS))
-            stack.enter_context(patch.object(operators, "runs_triton", lambda tensor: True))
+            stack.enter_context(patch.object(paths, "interpreting", lambda: True))
             # What is remembered of these calls computes nothing.
             stack.callback(prebound.forget)
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", like_query))

@@ -26,7 +26,8 @@ from transformers.models.t5 import modeling_t5
 from transformers.utils import import_utils
 
 import attention_plugin
-from attention_kernels import hopper
+from attention_kernels import Spans, hopper
+from attention_kernels.arguments import arguments_of
 
 from .problem import Problem
 
@@ -133,10 +134,10 @@ def _no_gluon(problem: Problem) -> str | None:
         return "the Gluon kernel runs on Hopper GPUs only"
     from attention_kernels.hopper import launching
 
+    spans = Spans.full(problem.query.shape[2], problem.key.shape[2])  # any are served
     return launching.unserved(
-        problem.query, problem.key, problem.value, mask=None, bias=problem.bias, dropout_seed=None,
-        softcap=problem.case.softcap,
-    )  # fmt: skip
+        arguments_of(problem.query, problem.key, problem.value, spans, bias=problem.bias, softcap=problem.case.softcap)
+    )
 
 
 def _no_tutorial(problem: Problem) -> str | None:

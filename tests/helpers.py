@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_kernels import Spans, attention, attention_reference, tuned
 from attention_kernels.config_tables import CONFIGS
 from attention_kernels.configs import architecture
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_kernels.reference import error_bound
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from attention_kernels.config_tables import SHARED_MEMORY
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from ..command import UsageError, check_kernel_cache, require
 from .rows import HEAD_DIMS, PARTS, Row, broken_limits, draw_up

@@ -17,7 +17,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention_kernels import config_tables, configs, hopper, operators
+from attention_kernels import config_tables, configs, hopper, paths
 
 from .. import NAME, attention_forward, span_mask, support
 from ..command import one_line
@@ -187,7 +187,7 @@ def installed_version(package: str) -> str | None:
 
 def kernels() -> Iterator[Finding]:
     """What computes attention on each device, and with which tiles."""
-    interpreted = operators.interpreting()
+    interpreted = paths.interpreting()
     for device in devices():
         if device.type == "cpu" and not interpreted:
             words = "torch: pieces of fused CPU attention; with a softcap or dropout, a softmax written out"
@@ -196,7 +196,7 @@ def kernels() -> Iterator[Finding]:
         if device.type == "cpu":
             words = "Triton kernels in Triton's interpreter (TRITON_INTERPRET)"
             yield Finding("kernels", "cpu", words, "note", "unset TRITON_INTERPRET: it is for tests, and slow")
-        elif not operators.triton_installed():
+        elif not paths.triton_installed():
             yield Finding("kernels", str(device), "torch, slowly: Triton is missing", "missing", "pip install triton")
             continue
         elif (reason := configs.unsupported_device(device)) is not None:

@@ -29,8 +29,8 @@ from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from attention_kernels import PagedCache, Spans, attention, write_cache
+from attention_kernels.call_checks import MAX_VALUE_DIM
 from attention_kernels.configs import unsupported_device
-from attention_kernels.operators import MAX_VALUE_DIM
 
 from .batch import Batch, HeldSpans, pages_of
 

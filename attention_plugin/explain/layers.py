@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_kernels import Spans
 from attention_kernels.blockwise.pieces import Piece, plan_batch
 from attention_kernels.configs import CONFIGS, architecture, forward_config, unsupported_device
-from attention_kernels.operators import interpreting, triton_installed
+from attention_kernels.paths import interpreting, triton_installed
 
 from ..command import UsageError
 from .probe import Probe

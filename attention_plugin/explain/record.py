@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from attention_kernels import Spans, operators
+from attention_kernels import Spans, call_checks
 
 from .. import attention as adapter
 from .. import masks, reading, support
@@ -110,7 +110,7 @@ class Recorder:
         **others: Any,
     ) -> Any:  # fmt: skip
         """In place of `attention_kernels.attention`: checks tensors as it does, and computes nothing."""
-        query, key, value = operators._validated(query, key, value)
+        query, key, value = call_checks.fitting_tensors(query, key, value)
         assert self._current is not None
         name = self._current.mask_name or name_of_spans(spans)
         shape = None if bias is None else tuple(bias.shape)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attention_kernels.call_checks import DTYPES, MAX_HEAD_DIM, MAX_VALUE_DIM
 from attention_kernels.checks import check_numbers, check_tensors, is_number
-from attention_kernels.operators import DTYPES, MAX_HEAD_DIM, MAX_VALUE_DIM
 from attention_kernels.spans import rise_within, values_at_hand
 
 from .positions import Window

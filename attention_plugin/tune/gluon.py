@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_reference, tuned
+from attention_kernels.arguments import arguments_of
 from attention_kernels.config_tables import ForwardConfig
 from attention_kernels.reference import error_bound
 
@@ -166,9 +167,8 @@ def run_kernel(trial: Trial, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     if trial.poisoned and spans.key_mask is not None:
         hidden = ~spans.key_mask[:, None, :, None]
         key, value = (each.masked_fill(hidden, torch.nan) for each in (key, value))
-    bounds = spans.start, spans.end, spans.key_mask, spans.gap_count
     with filling_memory():
-        return launching.forward(query, key, value, *bounds, sinks, query.shape[3] ** -0.5, wants_rounding=trial.trains)
+        return launching.forward(arguments_of(query, key, value, spans, sinks=sinks), wants_rounding=trial.trains)
 
 
 @contextmanager

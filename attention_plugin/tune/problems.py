@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention_reference, tuned
+from attention_kernels.arguments import Wanted, arguments_of
 from attention_kernels.config_tables import (
     CONFIGS,
     DECODE_CONFIGS,
@@ -118,23 +119,21 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
 
     part, _, dim, kind = problem.key
     query, key, value, spans = inputs(part, dim, device, dtype, sizes)
-    given = query, key, value, spans.start, spans.end, None, None, None, None, None
+    given = arguments_of(query, key, value, spans)
     if part == "decode":
-        return lambda: decode.decode(*given, scale=dim**-0.5)[:1]
+        return lambda: decode.decode(query, key, value, *given.spans, scale=given.scale)[:1]
     if part == "gluon":
         from attention_kernels.hopper import launching
 
-        return lambda: launching.forward(*given[:7], None, dim**-0.5, wants_rounding=False)[:1]
+        return lambda: launching.forward(given, wants_rounding=False)[:1]
     if part == "forward":
-        return lambda: forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=False)[:1]
-    output, lse, rounding = forward.forward(*given, None, dim**-0.5, None, 0.0, wants_rounding=True)
+        return lambda: forward.forward(given, wants_rounding=False)[:1]
+    output, lse, rounding = forward.forward(given, wants_rounding=True)
     gradient = torch.ones_like(output)
-    queries = kind == "query"
+    wanted = Wanted(query=kind == "query", key_value=kind != "query", bias=False, sinks=False)
 
     def run() -> tuple[Tensor, ...]:
-        grads = backward.backward(
-            output, lse, rounding, gradient, None, queries, not queries, False, *given, None, dim**-0.5, None, 0.0
-        )
+        grads = backward.backward(output, lse, rounding, gradient, None, wanted, given)
         return tuple(grad for grad in grads[:3] if grad is not None)
 
     return run

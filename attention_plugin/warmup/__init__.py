@@ -15,7 +15,7 @@ import torch
 
 from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.configs import architecture, unsupported_device
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from ..command import UsageError, check_kernel_cache, require
 from ..explain import explain

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, configs
-from attention_kernels.operators import launch_forward
+from attention_kernels.arguments import Arguments, Wanted, arguments_of
+from attention_kernels.passes import launch_forward
 
 from ..explain import Report
 
@@ -115,7 +116,7 @@ def _compiler(kernel: Any, note: dict[str, str], found: dict[str, dict[str, Any]
 
 def _tensors(
     kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, device: torch.device
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query stored token by token, as projections leave it; keys and values too, or by head as a cache."""
 
     def empty(tokens: int, heads: int, dim: int, by_head: bool) -> Tensor:
@@ -141,14 +142,15 @@ def _spans(batch: int, rows: int, keys: int, masked: bool, device: torch.device)
     return spans & Spans(first, first + keys, rows, keys, key_mask, first[:, 0])
 
 
-def _given(kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, masked: bool, device: torch.device) -> Any:
-    """Everything up to the sinks, as launchers take it."""
+def _arguments(
+    kind: Kind, dtype: torch.dtype, batch: int, rows: int, keys: int, masked: bool, device: torch.device
+) -> Arguments:
     spans = _spans(batch, rows, keys, masked, device)
     mask = torch.ones(batch, 1, rows, keys, dtype=torch.bool, device=device) if kind.has_mask else None
     bias = torch.zeros(1, kind.heads, rows, keys, dtype=dtype, device=device) if kind.has_bias else None
     sinks = torch.zeros(kind.heads, dtype=dtype, device=device) if kind.has_sinks else None
     tensors = _tensors(kind, dtype, batch, rows, keys, device)
-    return (*tensors, spans.start, spans.end, spans.key_mask, spans.gap_count, mask, bias, sinks)
+    return arguments_of(*tensors, spans, mask=mask, bias=bias, sinks=sinks, softcap=kind.softcap)
 
 
 def _prompt(
@@ -156,20 +158,16 @@ def _prompt(
 ) -> None:
     from attention_kernels import backward
 
-    given = _given(kind, dtype, batch, length, length, masked, device)
-    scale = kind.head_dim**-0.5
-    arguments: Any = (*given, None, scale, kind.softcap, 0.0)
-    launch_forward(*arguments, False, None)
+    arguments = _arguments(kind, dtype, batch, length, length, masked, device)
+    launch_forward(arguments, False, None)
     if training:
-        output, lse, rounding = launch_forward(*arguments, True, None)
-        results: Any = (output, lse, rounding, output, None, True, True, kind.has_bias)
-        backward.backward(*results, *arguments)
+        output, lse, rounding = launch_forward(arguments, True, None)
+        wanted = Wanted(query=True, key_value=True, bias=kind.has_bias, sinks=kind.has_sinks)
+        backward.backward(output, lse, rounding, output, None, wanted, arguments)
 
 
 def _next_token(kind: Kind, dtype: torch.dtype, batch: int, length: int, masked: bool, device: torch.device) -> None:
     """With keys read whole, and in parts that are merged."""
-    from attention_kernels import decode
-
-    given = _given(kind, dtype, batch, 1, length, masked, device)
+    arguments = _arguments(kind, dtype, batch, 1, length, masked, device)
     for splits in (1, 2, 16):
-        decode.decode(*given, scale=kind.head_dim**-0.5, softcap=kind.softcap, num_splits=splits)
+        launch_forward(arguments, False, splits)

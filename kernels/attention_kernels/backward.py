@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .arguments import Arguments, Wanted
 from .backward_kernels import (
     ROWS_PER_SCAN,
     bias_kernel,
@@ -57,23 +58,8 @@ def backward(
     rounding: Tensor,
     grad_output: Tensor,
     grad_lse: Tensor | None,
-    wants_query: bool,
-    wants_key_value: bool,
-    wants_bias: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor,
-    end: Tensor,
-    key_mask: Tensor | None,
-    gap_count: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
+    wanted: Wanted,
+    arguments: Arguments,
 ) -> Gradients:
     """Launch the kernels whose gradients are wanted.
 
@@ -81,41 +67,41 @@ def backward(
         output, lse, rounding: from `forward.forward`; `rounding` may be empty.
         grad_output: gradient of the output, of its shape; any strides, best without gaps in a row.
         grad_lse: gradient of the log-sum-exp, or None.
-
-    The other arguments are those of the forward pass.
+        wanted: which gradients; that of the sinks is `sink_gradient`.
+        arguments: those of the forward pass.
 
     Returns:
         Gradients of query, key and value, each in the shape and dtype of what it belongs to and stored token by token,
         as the output is, or None where not wanted; and what `whole_bias_gradient` and `sink_gradient` take.
     """
+    query, key, value, bias = arguments.query, arguments.key, arguments.value, arguments.bias
     if INTERPRETED and query.dtype == torch.bfloat16:
         # As in the forward pass: the interpreter cannot multiply bf16.
         exact = output.float() + rounding.float() if rounding.numel() else output.float()
-        results = backward(
-            exact, lse, rounding.new_empty(0), grad_output.float(), grad_lse, wants_query, wants_key_value, wants_bias,
-            query.float(), key.float(), value.float(), start, end, key_mask, gap_count, mask,
-            None if bias is None else bias.float(), sinks, dropout_seed, scale, softcap, dropout_p,
-        )  # fmt: skip
+        wide = arguments._replace(
+            query=query.float(), key=key.float(), value=value.float(), bias=None if bias is None else bias.float()
+        )
+        results = backward(exact, lse, rounding.new_empty(0), grad_output.float(), grad_lse, wanted, wide)
         named = zip(results._fields, results, (query, key, value, bias), strict=False)
         return results._replace(
             **{name: each.to(of.dtype) for name, each, of in named if each is not None and of is not None}
         )
     statistics = memory(lse, *lse.shape), memory(lse, *lse.shape)
-    query, key, value, grad_output, mask, bias = within_reach(query, key, value, grad_output, mask, bias)
+    query, key, value, grad_output, mask, bias = within_reach(query, key, value, grad_output, arguments.mask, bias)
     call = Call(
-        query, key, value, grad_output, *statistics, span_operand(start, end, key_mask, gap_count), mask, bias,
-        dropout_operand(dropout_seed, dropout_p), scale, softcap,
+        query, key, value, grad_output, *statistics, span_operand(*arguments.spans), mask, bias,
+        dropout_operand(arguments.dropout_seed, arguments.dropout_p), arguments.scale, arguments.softcap,
     )  # fmt: skip
     with launching_on(query):
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-        if query.dtype == torch.float32 or wants_bias:
-            exact_statistics(call, lse, grad_lse, sinks)
+        if query.dtype == torch.float32 or wanted.bias:
+            exact_statistics(call, lse, grad_lse, arguments.sinks)
         else:
             statistics_of_output(call, output, rounding, lse, grad_lse)
-        grad_query = query_gradient(call) if wants_query else None
-        spans_batch = max(bound.shape[0] for bound in (start, end, *(() if key_mask is None else (key_mask,))))
-        grad_key, grad_value = key_value_gradients(call, spans_batch) if wants_key_value else (None, None)
-        grad_bias = bias_gradients(call) if wants_bias else None
+        grad_query = query_gradient(call) if wanted.query else None
+        spans_batch = max(each.shape[0] for each in arguments.spans[:3] if each is not None)
+        grad_key, grad_value = key_value_gradients(call, spans_batch) if wanted.key_value else (None, None)
+        grad_bias = bias_gradients(call) if wanted.bias else None
     return Gradients(grad_query, grad_key, grad_value, grad_bias, *statistics)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import gathered, prebound
+from .call_checks import MAX_HEAD_DIM
 from .checks import check_no_transform, check_numbers, check_sinks, check_tensors, is_number, is_one_or
 from .configs import unsupported_dtype
-from .operators import MAX_HEAD_DIM, runs_triton
+from .paths import runs_triton
 from .quantised import QUANTISED, quantise
 from .spans import Spans, check_are_spans, rise_within, values_at_hand
 

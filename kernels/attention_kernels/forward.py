@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Arguments
 from .configs import ForwardConfig, architecture, forward_config, padded_dim
 from .launch import (
     INTERPRETED,
@@ -309,25 +310,8 @@ def forward_kernel(
     store_output(output, rounding, out, first_row, inside, 0, VALUE_DIM, BLOCK_M, BLOCK_DV, BLOCK_DV // parts)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor,
-    end: Tensor,
-    key_mask: Tensor | None,
-    gap_count: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    *,
-    wants_rounding: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel on validated arguments (`operators.attention` says what they are).
+def forward(arguments: Arguments, *, wants_rounding: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel on checked arguments.
 
     Returns:
         Output `[batch, num_heads, query_len, value_dim]` in the dtype of `query`, stored token by token so that its
@@ -335,34 +319,32 @@ def forward(
         `[batch, num_heads, query_len]` float32; and, if wanted, what the output lost when it was rounded to its 16-bit
         dtype, in that dtype and layout (else empty).
     """
+    query, key, value = arguments[:3]
     if INTERPRETED and query.dtype == torch.bfloat16:
         # The interpreter computes bf16 products from the bits as if they were integers; float32 holds every bf16.
-        wide = (tensor.float() for tensor in (query, key, value))
-        exact, lse, _ = forward(
-            *wide, start, end, key_mask, gap_count, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p,
-            wants_rounding=False,
-        )  # fmt: skip
+        wide = arguments._replace(query=query.float(), key=key.float(), value=value.float())
+        exact, lse, _ = forward(wide, wants_rounding=False)
         output = exact.to(query.dtype)
         return output, lse, (exact - output).to(query.dtype) if wants_rounding else query.new_empty(0)
-    query, key, value, mask, bias = within_reach(query, key, value, mask, bias)
+    query, key, value, mask, bias = within_reach(query, key, value, arguments.mask, arguments.bias)
     batch, num_heads, query_len, _ = query.shape
     output = token_major_memory(query, value.shape[-1])
     rounding = token_major_memory(output) if wants_rounding else query.new_empty(0)
     lse = memory(query, batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
-        spans = span_operand(start, end, key_mask, gap_count)
-        has_tiles = mask is not None or bias is not None or key_mask is not None
+        has_tiles = mask is not None or bias is not None or arguments.key_mask is not None
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
-            has_tiles=has_tiles, has_dropout=dropout_seed is not None, device=query.device,
+            has_tiles=has_tiles, has_dropout=arguments.dropout_seed is not None, device=query.device,
         )  # fmt: skip
-        arguments = kernel_arguments(
-            query, key, value, output, rounding if wants_rounding else None, lse, spans, mask, bias, sinks,
-            dropout_operand(dropout_seed, dropout_p), scale, softcap, config,
+        given = kernel_arguments(
+            query, key, value, output, rounding if wants_rounding else None, lse, span_operand(*arguments.spans), mask,
+            bias, arguments.sinks, dropout_operand(arguments.dropout_seed, arguments.dropout_p), arguments.scale,
+            arguments.softcap, config,
         )  # fmt: skip
         grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
         with launching_on(query):
-            launch(forward_kernel, grid, arguments)
+            launch(forward_kernel, grid, given)
     return output, lse, rounding
 
 

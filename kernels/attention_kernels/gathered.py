@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .blockwise import accumulator, how_to_share
 from .blockwise.pieces import FEW_ROWS, cut_batch
-from .operators import attention, log_once
+from .operators import attention
+from .paths import log_once
 from .spans import Spans
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator
+from .call_checks import cast_for_autocast
 from .checks import check_sinks, check_tensors, is_one_or
-from .operators import attention, cast_for_autocast
+from .operators import attention
 from .spans import Spans, check_are_spans
 
 

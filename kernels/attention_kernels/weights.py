@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from .call_checks import cast_for_autocast
 from .checks import check_dropout, check_numbers, check_tensors, is_one_or, on_scores
 from .dropout import keep_mask, threshold_and_scale
-from .operators import cast_for_autocast
 from .spans import Spans, check_are_spans
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from attention_kernels.config_tables import SHARED_MEMORY
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin.__main__ import main
 
 pytest.importorskip("triton")

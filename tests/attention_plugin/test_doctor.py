@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attention_kernels import config_tables, configs, hopper
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin import NAME, attention_forward
 from attention_plugin.__main__ import main
 from attention_plugin.doctor import findings

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from attention_kernels import Spans, attention, checks, configs, operators, spans
+from attention_kernels import Spans, attention, call_checks, checks, configs, library, paths, spans
 from attention_plugin import SpanMask, attention_forward, sources, span_mask, support
 from attention_plugin.weights import AbsentWeights
 
@@ -611,12 +611,12 @@ def test_gpu_without_support(capability: tuple[int, int], monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
-    monkeypatch.setattr(operators, "triton_installed", lambda: True)
-    monkeypatch.setattr(operators, "interpreting", lambda: False)
+    monkeypatch.setattr(paths, "triton_installed", lambda: True)
+    monkeypatch.setattr(paths, "interpreting", lambda: False)
     name = f"sm_{capability[0]}{capability[1]}"
     tensor = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
     with raises(RuntimeError, "GPU 'Old Card'", name, "not supported", "sm_90", 'attn_implementation="sdpa"', "CPU"):
-        operators.runs_triton(tensor)
+        paths.runs_triton(tensor)
 
 
 @pytest.mark.usefixtures("no_architecture_cached")
@@ -624,20 +624,20 @@ def test_gpu_without_support(capability: tuple[int, int], monkeypatch: pytest.Mo
 def test_gpu_with_support(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(operators, "triton_installed", lambda: True)
-    monkeypatch.setattr(operators, "interpreting", lambda: False)
-    assert operators.runs_triton(SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16))
+    monkeypatch.setattr(paths, "triton_installed", lambda: True)
+    monkeypatch.setattr(paths, "interpreting", lambda: False)
+    assert paths.runs_triton(SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16))
 
 
 def test_other_paths_are_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """What runs in torch although one may expect a kernel says so; plain CPU tensors are no surprise."""
-    operators.log_once.cache_clear()
-    monkeypatch.setattr(operators, "interpreting", lambda: False)
+    paths.log_once.cache_clear()
+    monkeypatch.setattr(paths, "interpreting", lambda: False)
     for _ in range(2):
         for device, dtype in (("cuda", torch.float64), ("mps", torch.float16), ("cpu", torch.float32)):
-            assert not operators.runs_triton(SimpleNamespace(device=torch.device(device), dtype=dtype))
-        monkeypatch.setattr(operators, "triton_installed", lambda: False)
-        assert not operators.runs_triton(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+            assert not paths.runs_triton(SimpleNamespace(device=torch.device(device), dtype=dtype))
+        monkeypatch.setattr(paths, "triton_installed", lambda: False)
+        assert not paths.runs_triton(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 3
     assert "float64" in messages[0] and "mps" in messages[1] and "pip install triton" in messages[2]
@@ -839,7 +839,7 @@ def test_spans_of_what_is_something_else(name: str):
 
 def test_every_error_of_arguments_has_a_test():
     """Each `raise` about what the operator and spans are given is reached by one of the cases above."""
-    messages = set().union(*map(messages_of, (checks, operators, spans)))
+    messages = set().union(*map(messages_of, (checks, call_checks, library, paths, spans)))
     reached = {raised_at(partial(operator, **changes()), error) for changes, error, _ in OPERATOR_REFUSALS.values()}
     reached |= {raised_at(make, ValueError) for make, _ in SPANS_REFUSALS.values()}
     reached |= {raised_at(make, TypeError) for make, _ in SPANS_OF_OTHER_TYPES.values()}

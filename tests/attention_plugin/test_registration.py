@@ -228,9 +228,9 @@ for implementation in ("eager", "my_triton"):
     model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation=implementation).eval()
     outputs.append(model(tokens).logits)
 on_cpu = list(records)
-from attention_kernels import operators
+from attention_kernels import paths
 for _ in range(2):
-    operators.runs_triton(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+    paths.runs_triton(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
 print(json.dumps({
     "close": torch.allclose(*outputs, atol=1e-5),
     "triton": [name for name in sys.modules if name.split(".")[0] == "triton"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from attention_kernels import Spans
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin.ring import ring_attention
 
 from helpers import SLOW_IN_INTERPRETER, Problem, assert_within_bound

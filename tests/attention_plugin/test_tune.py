@@ -19,7 +19,7 @@ import torch
 from attention_kernels import tuned
 from attention_kernels.config_tables import BACKWARD_CONFIGS, CONFIGS, DECODE_CONFIGS, DecodeConfig, ForwardConfig
 from attention_kernels.configs import assuming, forward_config
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin import tune as command
 from attention_plugin.__main__ import main
 from attention_plugin.tune import ahead, measure, store, tune

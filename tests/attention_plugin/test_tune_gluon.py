@@ -19,7 +19,7 @@ import torch
 from attention_kernels import Spans, attention, hopper, prebound, tuned
 from attention_kernels.config_tables import GLUON_CONFIGS
 from attention_kernels.configs import assuming
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin import tune as command
 from attention_plugin.tune import ahead, gluon, tune
 from attention_plugin.tune.gluon import TRIALS, GluonFails, GluonHangs, GluonUntried, first_wrong, measure_gluon
@@ -237,9 +237,12 @@ def test_a_head_dim_with_a_row_runs_it_and_no_other_call_does(monkeypatch, caplo
 def test_what_is_compiled_ahead_is_what_is_run(monkeypatch):
     """All trials in both dtypes, and the calls that are timed."""
     run = []
-    monkeypatch.setattr(
-        launching, "forward", lambda query, *given, **options: run.append((query.dtype, query.device.type)) or (query,)
-    )
+
+    def forward(arguments, **options):
+        run.append((arguments.query.dtype, arguments.query.device.type))
+        return (arguments.query,)
+
+    monkeypatch.setattr(launching, "forward", forward)
     assert (
         ahead.compile_shape(problem(), problem().default, ahead.Chip("sm_90", "sm_90", 132), torch.bfloat16, Sizes())
         is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attention_kernels import configs
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_plugin import compile_report, warmup
 from attention_plugin.__main__ import main
 from attention_plugin.warmup.calls import Kind, compile_calls
@@ -88,15 +88,14 @@ def test_prompts_come_with_and_without_a_mask(monkeypatch):
     from attention_kernels import decode, forward
 
     seen = {"prompt": set(), "token": set()}
-    monkeypatch.setattr(forward, "forward", lambda query, *given, **named: seen["prompt"].add(_mask(query, given)))
-    monkeypatch.setattr(decode, "decode", lambda query, *given, **named: seen["token"].add(_mask(query, given)))
+    monkeypatch.setattr(forward, "forward", lambda given, **named: seen["prompt"].add(_mask(*given[:7])) or (None,) * 3)
+    monkeypatch.setattr(decode, "decode", lambda *given, **named: seen["token"].add(_mask(*given[:7])) or (None,) * 2)
     kind = Kind(4, 2, 64, 64, False, None, False, False)
     compile_calls([kind], torch.bfloat16, (32,), "sm_90", torch.device("cpu"), False)
     assert seen["prompt"] == seen["token"] == {(1, False), (1, True), (2, False), (2, True)}
 
 
-def _mask(query, given):
-    key_mask, gap_count = given[4:6]
+def _mask(query, key, value, start, end, key_mask, gap_count):
     assert (key_mask is None) == (gap_count is None)
     assert key_mask is None or key_mask.shape[0] == query.shape[0]
     return query.shape[0], key_mask is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from attention_kernels import Spans, attention, operators
+from attention_kernels import Spans, attention, paths
 from benchmarks import __main__ as runner
 from benchmarks import (
     cases,
@@ -286,7 +286,7 @@ def test_models_agree_with_eager(checkpoint_dir: Path, dtype: torch.dtype) -> No
 def test_host_cost_is_measured_without_a_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launches: bool
 ) -> None:
-    monkeypatch.setattr(host, "triton_installed", lambda: launches and operators.triton_installed())
+    monkeypatch.setattr(host, "triton_installed", lambda: launches and paths.triton_installed())
     out = tmp_path / "run.json"
     arguments = ["host", "--quick", "--device", "cpu", "--json", str(out)]
     assert runner.main([*arguments, "--plot", str(tmp_path / "run.png")]) == 0
@@ -295,7 +295,7 @@ def test_host_cost_is_measured_without_a_device(
     cases, names = ("decode", "causal", "causal, with gradients"), ("attention", "my_triton", "sdpa")
     assert list(rows) == [(case, name) for case in cases for name in names]
     assert {row["section"] for row in rows.values()} == {"host"}
-    available = launches and operators.triton_installed() and not operators.interpreting()
+    available = launches and paths.triton_installed() and not paths.interpreting()
     for (case, name), row in rows.items():
         timed = available if name != "sdpa" else case != "causal, with gradients"
         assert bool(row["samples"]) == timed and bool(row["reason"]) != timed

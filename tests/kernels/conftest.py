@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from attention_kernels import operators, tuned
+from attention_kernels import call_checks, tuned
 from attention_kernels.blockwise import remembered
 
 whole_run = ExitStack()
@@ -46,6 +46,6 @@ def nothing_known():
 @pytest.fixture
 def checked_calls(monkeypatch):
     """Calls that went through all checks, as a growing list."""
-    calls, validated = [], operators._validated
-    monkeypatch.setattr(operators, "_validated", lambda *given: calls.append(given) or validated(*given))
+    calls, fitting = [], call_checks.fitting_tensors
+    monkeypatch.setattr(call_checks, "fitting_tensors", lambda *given: calls.append(given) or fitting(*given))
     return calls

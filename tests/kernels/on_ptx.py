@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from attention_kernels import operators, prebound
+from attention_kernels import paths, prebound
 from attention_kernels.configs import assuming
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def running_on(capability: int, **options: Any) -> Iterator[Device]:
     with (
         device(capability, **options) as here,
         assuming(f"sm_{capability}", PROCESSORS),
-        patch.object(operators, "interpreting", lambda: True),  # which is what sends CPU tensors to kernels
+        patch.object(paths, "interpreting", lambda: True),  # which is what sends CPU tensors to kernels
     ):
         try:
             yield here

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_kernels import Spans, attention, attention_reference, blockwise, operators
+from attention_kernels import Spans, attention, attention_reference, blockwise, paths
 from attention_kernels.blockwise.pieces import (
     TILE_ROWS,
     Piece,
@@ -28,12 +28,12 @@ from attention_kernels.blockwise.pieces import (
     plan_few_rows,
     plan_rows,
 )
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 import helpers
 from helpers import DTYPES, Problem, assert_gradients_within_bound, assert_within_bound, random_spans, tensor
 
-KERNELS = Path(operators.__file__).parents[1]
+KERNELS = Path(blockwise.__file__).parents[2]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -628,8 +628,8 @@ def test_memory_of_training_grows_with_tokens(growth_of_peak, arguments):
 
 
 def test_other_paths_are_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(operators, "interpreting", lambda: True)
-    operators.log_once.cache_clear()
+    monkeypatch.setattr(paths, "interpreting", lambda: True)
+    paths.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             attention(*(torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3)))

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from attention_kernels import PagedCache, Spans, attention, attention_reference, gathered, paged_attention, write_cache
 from attention_kernels.configs import assuming, unsupported_dtype
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from attention_kernels.quantised import QUANTISED, quantise
 
 from helpers import DEVICE, DTYPES, KERNEL_DTYPES, SLOW_IN_INTERPRETER, assert_within_bound, tensor

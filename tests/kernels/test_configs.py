@@ -25,7 +25,7 @@ from attention_kernels.config_tables import (
     Work,
 )
 from attention_kernels.configs import assuming, backward_config, forward_config
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ import torch
 
 from attention_kernels import Spans, attention, attention_reference, blockwise
 from attention_kernels.blockwise import fused, remembered, tokens
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DTYPES, assert_within_bound
 

@@ -10,7 +10,7 @@ import torch
 
 from attention_kernels import Spans, attention, attention_reference
 from attention_kernels.blockwise import fused, remembered
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DTYPES, Problem, assert_within_bound
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import Spans, attention, attention_reference, blockwise
 from attention_kernels.dropout import draw_seed, keep_mask, squares, threshold_and_scale
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DEVICE, DTYPES, assert_within_bound
 

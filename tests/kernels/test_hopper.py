@@ -16,9 +16,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention_kernels import Spans, attention, attention_reference, hopper, operators
+from attention_kernels import Spans, attention, attention_reference, hopper, paths
+from attention_kernels.arguments import arguments_of
 from attention_kernels.configs import architecture, assuming
-from attention_kernels.operators import interpreting, log_once
+from attention_kernels.paths import interpreting, log_once
 
 from helpers import DEVICE, Problem, assert_gradients_within_bound, assert_within_bound, random_spans, tensor
 
@@ -210,7 +211,7 @@ def test_nobody_asks_for_it_by_default():
 def test_calls_that_it_does_not_serve_say_so_once(gluon, caplog):
     log_once.cache_clear()
     query = tensor(1, 1, 40, 40, dtype=torch.float16)
-    with caplog.at_level(logging.WARNING, operators.logger.name):
+    with caplog.at_level(logging.WARNING, paths.logger.name):
         for _ in range(2):
             output = attention(query, query, query, Spans.causal(40, device=DEVICE))
     (message,) = [record.message for record in caplog.records if "Gluon" in record.message]
@@ -224,8 +225,7 @@ def test_what_it_serves_and_why_not():
         batch, heads, tokens, dim = shape
         query, key = (tensor(batch, heads, tokens, dim, dtype=dtype, layout=layout) for _ in range(2))
         value = tensor(batch, heads, tokens, value_dim or dim, dtype=dtype, layout=layout)
-        given = dict.fromkeys(("mask", "bias", "dropout_seed", "softcap")) | extras
-        return launching.unserved(query, key, value, **given)
+        return launching.unserved(arguments_of(query, key, value, Spans.full(tokens), **extras))
 
     shape = (1, 2, 20, 64)
     with assuming("sm_90"):
@@ -259,7 +259,7 @@ def test_without_gluon_the_error_says_what_to_do(monkeypatch):
 @on_hopper
 @pytest.mark.parametrize("seed", range(100))
 def test_random_problems_on_hopper(seed, gluon, caplog):
-    with caplog.at_level(logging.WARNING, operators.logger.name):
+    with caplog.at_level(logging.WARNING, paths.logger.name):
         served_problem(seed).check()
     assert not caplog.records
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_kernels import Spans, attention
-from attention_kernels.operators import interpreting, runs_triton
+from attention_kernels.paths import interpreting, runs_triton
 
 from helpers import DEVICE, DTYPES, LAYOUTS, SLOW_IN_INTERPRETER, Problem, assert_within_bound, random_problem, tensor
 

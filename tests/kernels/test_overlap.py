@@ -11,7 +11,7 @@ import torch
 
 from attention_kernels import Spans, attention
 from attention_kernels.config_tables import CONFIGS
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DEVICE, DTYPES, LAYOUTS, SLOW_IN_INTERPRETER, Problem, forward_rows, random_problem, tensor
 

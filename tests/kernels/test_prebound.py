@@ -16,20 +16,21 @@ from attention_kernels import (
     Spans,
     attention,
     hopper,
-    operators,
     paged_attention,
+    paths,
     prebound,
     tuned,
     write_cache,
 )
+from attention_kernels.arguments import Wanted, arguments_of
 from attention_kernels.launch import INTERPRETED, operand
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DEVICE
 
 pytest.importorskip("triton")
 
-from attention_kernels import backward, cache, configs, decode, forward, write
+from attention_kernels import backward, configs, decode, forward, write
 
 recorded = pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="kernels that record run on CPUs")
 
@@ -79,8 +80,7 @@ def kernels(monkeypatch):
     for place, recorder in zip(places, recorders, strict=True):
         monkeypatch.setattr(*place, recorder)
     monkeypatch.setattr(configs, "processors", lambda device: 64)
-    for module in (operators, cache):
-        monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
+    monkeypatch.setattr(paths, "interpreting", lambda: True)  # which is what sends CPU tensors to kernels
     yield recorders
     prebound.forget()
 
@@ -178,8 +178,8 @@ def test_a_prompts_kernel_gets_what_it_gets_without_memory(kernels, spans, scale
     assert remembered() == 1
     query, key, value = prompts()
     result = attention(query, key, value, spans, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
-    operands = (query, key, value, spans.start, spans.end, spans.key_mask, spans.gap_count, None, None, sinks, None)
-    direct = forward.forward(*operands, scale or 32**-0.5, softcap, 0.0, wants_rounding=False)[:2]
+    given = arguments_of(query, key, value, spans, sinks=sinks, scale=scale, softcap=softcap)
+    direct = forward.forward(given, wants_rounding=False)[:2]
     (_, _, first), (grid, again, relaunched), (other_grid, without, _) = kernels[2].calls
     assert (first, relaunched) == (False, True)
     assert grid == other_grid
@@ -563,12 +563,12 @@ def test_grids_of_gradients_hold_as_many_heads_as_there_are(monkeypatch):
     for name, recorder in recorders.items():
         monkeypatch.setattr(backward, name, recorder)
     query = torch.zeros(65536, 1, 2, 16, dtype=torch.float16)
-    bounds = torch.zeros(65536, 2, dtype=torch.int32), torch.full((65536, 1), 2, dtype=torch.int32)
+    spans = Spans(torch.zeros(65536, 2, dtype=torch.int32), torch.full((65536, 1), 2, dtype=torch.int32), 2, 2)
     bias, lse = torch.zeros(65536, 1, 2, 2, dtype=torch.float16), torch.zeros(65536, 1, 2)
+    wanted = Wanted(query=True, key_value=True, bias=True, sinks=False)
     backward.backward(
-        query, lse, torch.empty(0).half(), query, None, True, True, True, query, query, query, *bounds, None, None,
-        None, bias, None, None, 0.25, None, 0.0,
-    )  # fmt: skip
+        query, lse, torch.empty(0).half(), query, None, wanted, arguments_of(query, query, query, spans, bias=bias)
+    )
     grids = {name: [grid for grid, _, _ in recorder.calls] for name, recorder in recorders.items()}
     assert {"row_bounds_kernel", "bias_kernel", "key_value_kernel", "query_kernel"} <= {n for n in grids if grids[n]}
     assert all(max(grid[1:]) <= 65535 for each in grids.values() for grid in each)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from attention_kernels import PagedCache, Spans, attention, attention_reference, paged_attention, write_cache
-from attention_kernels.operators import interpreting
+from attention_kernels.arguments import arguments_of
+from attention_kernels.paths import interpreting
 
 from helpers import DEVICE, Problem, assert_gradients_within_bound, assert_within_bound, random_problem, tensor
 
@@ -93,9 +94,8 @@ def test_the_gluon_kernel_whatever_waits_for_what(dim, extras, seed):
         spans &= Spans.padded(shown, tokens)
     sinks = torch.randn(4) if "sinks" in extras else None
     problem = Problem(query, key.nan_to_num(), value.nan_to_num(), spans, sinks=sinks)
-    bounds = spans.start, spans.end, spans.key_mask, spans.gap_count
     with running_on(HOPPER, late=draw.random() < 0.7, seed=seed):
-        output, lse, _ = launching.forward(query, key, value, *bounds, sinks, dim**-0.5, wants_rounding=True)
+        output, lse, _ = launching.forward(arguments_of(query, key, value, spans, sinks=sinks), wants_rounding=True)
     exact, exact_lse = problem.reference(torch.float64)
     assert_within_bound(output, problem.reference(torch.bfloat16)[0], exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
@@ -199,10 +199,7 @@ def gluon_call():
 
     torch.manual_seed(0)
     query, key, value = (tensor(1, 1, 200, 64, dtype=torch.bfloat16) for _ in range(3))
-    spans = Spans.full(200, 200)
-    output, _, _ = launching.forward(
-        query, key, value, spans.start, spans.end, None, None, None, 0.125, wants_rounding=False
-    )
+    output, _, _ = launching.forward(arguments_of(query, key, value, Spans.full(200)), wants_rounding=False)
     return output.double(), attention_reference(query, key, value, mask=None, dtype=torch.float64)[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from attention_kernels import Spans, attention
 from attention_kernels.config_tables import SHARED_MEMORY
 from attention_kernels.configs import architecture
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 
 from helpers import DEVICE, Problem, forward_rows, tensor
 

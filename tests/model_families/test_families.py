@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from attention_kernels.operators import interpreting
+from attention_kernels.paths import interpreting
 from model_families import compare, discover, report, walk
 
 RESULTS = json.loads(report.RESULTS.read_text())

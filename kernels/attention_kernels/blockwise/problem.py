@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..arguments import Arguments
 from . import processor
 from .pieces import Group, Plan, Sharing, plan_batch
 
@@ -22,7 +23,7 @@ WRITTEN_OUT_CALLS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one attention call, validated by `operators.attention`."""
+    """The arguments of one attention call, as `operators.attention` has checked them."""
 
     query: Tensor
     key: Tensor
@@ -41,6 +42,13 @@ class Problem:
     """Whether gradients follow."""
     fixed_splits: bool = False
     """Whether the caller has fixed the number of splits. There are none here, but what that number promises holds."""
+
+    @classmethod
+    def of(cls, arguments: Arguments, *, trains: bool, fixed_splits: bool = False) -> Problem:
+        """The call with these arguments. The count of gaps is for kernels alone."""
+        given = arguments._asdict()
+        del given["gap_count"]
+        return cls(**given, trains=trains, fixed_splits=fixed_splits)
 
     @property
     def apart(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..arguments import Arguments
 from ..config_tables import GLUON_CONFIGS
 from ..configs import SHORT, architecture, processors
 from ..launch import (
@@ -35,17 +36,9 @@ TILE_ROWS = GROUPS.value * GROUP_ROWS.value
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def unserved(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    softcap: float | None,
-) -> str | None:
+def unserved(arguments: Arguments) -> str | None:
     """Why the Gluon kernel does not serve a call, or None if it does."""
+    query, key, value = arguments[:3]
     name, head_dim = architecture(query.device), query.shape[3]
     configs = GLUON_CONFIGS.get(name)
     if configs is None:
@@ -55,7 +48,10 @@ def unserved(
     if head_dim not in configs or value.shape[3] != head_dim:
         dims = f"{head_dim} and {value.shape[3]}"
         return f"it is for head dims of {', '.join(map(str, configs))}, the same for values, and these are {dims}"
-    extras = {"a mask": mask, "a bias": bias, "a softcap": softcap, "dropout": dropout_seed}
+    extras = {
+        "a mask": arguments.mask, "a bias": arguments.bias, "a softcap": arguments.softcap,
+        "dropout": arguments.dropout_seed,
+    }  # fmt: skip
     for extra, given in extras.items():
         if given is not None:
             return f"it does not know {extra}"
@@ -67,29 +63,17 @@ def unserved(
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor,
-    end: Tensor,
-    key_mask: Tensor | None,
-    gap_count: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    *,
-    wants_rounding: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(arguments: Arguments, *, wants_rounding: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on a call that it serves; results are those of `attention_kernels.forward.forward`."""
-    query, key, value = within_reach(query, key, value)
+    query, key, value = within_reach(*arguments[:3])
     output = token_major_memory(query)
     rounding = token_major_memory(query) if wants_rounding else None
     lse = memory(query, *query.shape[:3], dtype=torch.float32)
-    spans = span_operand(start, end, key_mask, gap_count)
-    arguments = kernel_arguments(query, key, value, output, rounding, lse, spans, sinks, scale)
-    programs = min(processors(query.device), arguments["work"].num_tiles)
+    spans = span_operand(*arguments.spans)
+    given = kernel_arguments(query, key, value, output, rounding, lse, spans, arguments.sinks, arguments.scale)
+    programs = min(processors(query.device), given["work"].num_tiles)
     with launching_on(query):
-        launch(forward_kernel, (programs,), arguments)
+        launch(forward_kernel, (programs,), given)
     return output, lse, query.new_empty(0) if rounding is None else rounding
 
 
