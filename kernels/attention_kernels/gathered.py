@@ -7,8 +7,6 @@ one call: a call for each sequence would take longer than reading its keys does.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +19,7 @@ from .blockwise import accumulator, how_to_share
 from .blockwise.pieces import FEW_ROWS, cut_batch
 from .operators import attention
 from .paths import log_once
+from .scratch import Scratch
 from .spans import Spans
 
 if TYPE_CHECKING:
@@ -32,19 +31,7 @@ CALLS_PER_GROUP = 2
 GATHERED_BYTES = 16 << 20
 """Keys and values gathered for one call, where sequences are short enough: they stay in a processor's cache."""
 
-KEPT_BYTES = 64 << 20
-"""Memory that each thread keeps for what it gathers, at most. Filling memory that is new to the process takes longer
-than everything else."""
-
-
-class _Scratch(threading.local):
-    """Memory that a thread keeps from one call to the next."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-
-_scratch = _Scratch()
+_scratch = Scratch()
 
 
 @dataclass(frozen=True)
@@ -155,17 +142,9 @@ def room(cache: PagedCache, pages: int) -> list[Tensor] | None:
 
     On the CPU only: elsewhere torch keeps memory itself.
     """
-    dtype = cache.key.dtype
-    shapes = [(pages, *tensor.shape[1:]) for tensor in (cache.key, cache.value)]
-    sizes = [math.prod(shape) for shape in shapes]
-    used = sum(sizes) * dtype.itemsize
-    if cache.key.device.type != "cpu" or used > KEPT_BYTES:
+    if cache.key.device.type != "cpu":
         return None
-    if _scratch.memory.numel() < used:
-        with torch.inference_mode(False):  # or else it could not be written to outside of that mode
-            _scratch.memory = torch.empty(used, dtype=torch.uint8, device="cpu")  # whatever the default device is
-    parts = _scratch.memory[:used].view(dtype).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return _scratch.room([(pages, *tensor.shape[1:]) for tensor in (cache.key, cache.value)], cache.key.dtype)
 
 
 def gather(

@@ -308,7 +308,7 @@ def test_entries_of_sequences_without_keys_are_not_read():
 def test_memory_that_is_kept_serves_every_mode_and_thread():
     problems = [batch_of([100 - number, 77, 3]) for number in range(8)]
     expected = [problem.run()[0] for problem in problems]
-    gathered._scratch.memory = torch.empty(0, dtype=torch.uint8)
+    gathered._scratch.forget()
     with torch.inference_mode():
         problems[0].run()
     problems[0].run()
@@ -625,7 +625,7 @@ def test_spans_reach_no_key_behind_a_sequence(packed):
 def test_another_default_device_does_not_reach_the_memory_that_is_kept():
     problem = batch_of([100, 77, 3])
     expected, _ = problem.run()
-    gathered._scratch.memory = torch.empty(0, dtype=torch.uint8)
+    gathered._scratch.forget()
     with torch.device("meta"):
         found, _ = problem.run()
     torch.testing.assert_close(found, expected)

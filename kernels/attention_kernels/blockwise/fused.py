@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scratch import Scratch
 from . import processor
 from .operands import additive_mask, equal_dims, four_dimensional, is_square, piece_operands, shows_all
 from .pieces import Piece
@@ -45,6 +46,8 @@ FEWEST_FOUND = 16
 """Keys from which on torch's fused attention finds a NaN that is all a row sees: numbers in a processor's vector. What
 is left over after whole vectors it searches in another way, which finds no NaN, and gives such a row an output of 0."""
 
+_scratch = Scratch()
+
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 """Views of an output and a log-sum-exp, and what belongs there."""
 
@@ -60,8 +63,19 @@ def as_multiplied(problem: Problem) -> Problem:
     if is_multiplied_as_given(problem):
         return problem
     if problem.trains or problem.bias is None:
-        return problem.widened
+        return widened_for_now(problem)
     return replace(problem, **{name: getattr(problem, name).contiguous() for name in ("query", "key", "value")})
+
+
+def widened_for_now(problem: Problem) -> Problem:
+    """`problem.widened`, in memory that is good until the thread's next call: its pages need not be filled anew."""
+    query, key, value = problem.query, problem.key, problem.value
+    by_token = query.transpose(1, 2)  # as the output is stored, for which torch takes the queries' layout
+    room = _scratch.room([by_token.shape, key.shape, value.shape], accumulator(query.dtype))
+    if room is None:
+        return problem.widened
+    wide = [place.copy_(given) for place, given in zip(room, (by_token, key, value), strict=True)]
+    return replace(problem, query=wide[0].transpose(1, 2), key=wide[1], value=wide[2])
 
 
 def is_multiplied_as_given(problem: Problem) -> bool:
