@@ -19,9 +19,10 @@ from attention_kernels.checks import check_numbers
 
 from . import support
 from .attention import attention_forward
+from .carried_mask import SpanMask
 from .engines.continuous_batching import disable as disable_continuous_batching
 from .engines.continuous_batching import enable as enable_continuous_batching
-from .masks import SpanMask, span_mask
+from .masks import span_mask
 
 __all__ = [
     "NAME",

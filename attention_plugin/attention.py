@@ -14,7 +14,8 @@ from attention_kernels.checks import check_whole, is_one_or
 from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import rise_within, values_at_hand
 
-from .masks import SpanMask, document_ids
+from .carried_mask import SpanMask
+from .documents import document_ids
 from .selected_keys import selected_keys
 from .support import (
     check_dropout,

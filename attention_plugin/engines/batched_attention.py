@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from attention_kernels import Spans
 
 from .. import support
-from ..masks import SpanMask
+from ..carried_mask import SpanMask
 
 PREPARED_KEYWORDS = ("cu_seq_lens_k", "max_length_k", "read_index", "write_index", "block_table")
 """What continuous batching prepares for the update of its cache."""

@@ -18,10 +18,11 @@ from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 
 from attention_kernels import attention_reference
 from attention_kernels import spans as spans_module
-from attention_plugin import SpanMask, attention_forward, span_mask
+from attention_plugin import SpanMask, attention_forward, carried_mask, span_mask
 from attention_plugin import masks as masks_module
 from attention_plugin.attention import resolve_mask
-from attention_plugin.masks import Frame, document_ids, read_spans
+from attention_plugin.documents import document_ids
+from attention_plugin.reading import Frame, read_spans
 from model.modeling_reference import CACHE
 
 # Fresh cases on every run; a failure prints the decorator that reproduces it.
@@ -446,7 +447,8 @@ def test_a_mask_of_one_key_is_repeated(
 ):
     """As `sdpa` repeats a tensor of one column, whose values a GPU and a compiler are not asked for."""
     if is_traced:
-        monkeypatch.setattr(masks_module, "is_traced", lambda tensor: True)
+        for module in (masks_module, carried_mask):
+            monkeypatch.setattr(module, "is_traced", lambda tensor: True)
         monkeypatch.setattr(spans_module, "values_at_hand", lambda tensor: False)
     functions = {
         "causal": masking_utils.causal_mask_function,

@@ -283,6 +283,8 @@ PLUGIN_FILES = [
     importlib.import_module(f"attention_plugin.{name}")
     for name in (
         "attention",
+        "carried_mask",
+        "documents",
         "kept_lengths",
         "masks",
         "reading",

@@ -13,7 +13,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import attention_plugin  # noqa: F401  (registers "my_triton")
-from attention_plugin.masks import SpanMask
+from attention_plugin import SpanMask
 from model import modeling_vision, squares
 from model.configuration_multimodal import ReferenceMultimodalConfig, ReferenceVisionConfig
 from model.modeling_multimodal import ReferenceForConditionalGeneration, runs_of
