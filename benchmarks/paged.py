@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import import_utils
 
 from attention_kernels import PagedCache, Spans, paged_attention
-from attention_kernels.cache import causal_spans
+from attention_kernels.paged import causal_spans
 
 from . import contest
 from .cases import Point

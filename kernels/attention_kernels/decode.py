@@ -328,7 +328,7 @@ def decode(
     num_splits: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernels on validated arguments (`operators.attention` and `cache.paged_attention` say what they are).
+    """Launch the kernels on validated arguments (`operators.attention` and `paged.paged_attention` say what they are).
 
     Args:
         key, value: `[batch, num_kv_heads, key_len, dim]`; with `block_table` `[pages, num_kv_heads, page_size, dim]`.

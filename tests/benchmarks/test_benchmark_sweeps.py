@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_kernels import Spans
-from attention_kernels.cache import causal_spans
+from attention_kernels.paged import causal_spans
 from benchmarks import __main__ as runner
 from benchmarks import cases, measure, paged, plots, problem, saved, sections, training, work
 from benchmarks.rows import share_of_limit

@@ -45,7 +45,7 @@ class PagedProblem:
         """The default, or a window on top of it."""
         if self.window is None:
             return None
-        from attention_kernels.cache import causal_spans
+        from attention_kernels.paged import causal_spans
 
         causal = causal_spans(self.cache, self.query.shape[2], self.offsets)
         start = (causal.end - self.window).clamp(min=0)
