@@ -375,9 +375,10 @@ def decode(
         parts = memory(lse, splits, batch, query_len, num_heads, value_dim)
         part_lse = memory(lse, splits, *lse.shape)
     arguments = decode_arguments(
-        query, key, value, parts, part_lse, span_operand(start, end, key_mask, gap_count), mask, bias, sinks, scale,
-        softcap, block_table, seq_lens, query_offsets, key_scale, value_scale, key_len, sequences, config,
-        searching=searching,
+        query, key, value, parts, part_lse, spans=span_operand(start, end, key_mask, gap_count), mask=mask, bias=bias,
+        sinks=sinks, scale=scale, softcap=softcap, block_table=block_table, seq_lens=seq_lens,
+        query_offsets=query_offsets, key_scale=key_scale, value_scale=value_scale, key_len=key_len,
+        sequences=sequences, searching=searching, config=config,
     )  # fmt: skip
     with launching_on(query):
         launch(decode_kernel, (programs, splits), arguments)
@@ -413,6 +414,7 @@ def decode_arguments(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    *,
     spans: SpanOperand,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -426,9 +428,8 @@ def decode_arguments(
     value_scale: Tensor | None,
     key_len: int,
     sequences: int,
+    searching: bool,
     config: DecodeConfig,
-    *,
-    searching: bool = False,
 ) -> dict[str, Any]:
     """Everything `decode_kernel` is called with but its grid; compiling ahead of time takes the same.
 

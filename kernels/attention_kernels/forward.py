@@ -338,9 +338,9 @@ def forward(arguments: Arguments, *, wants_rounding: bool) -> tuple[Tensor, Tens
             has_tiles=has_tiles, has_dropout=arguments.dropout_seed is not None, device=query.device,
         )  # fmt: skip
         given = kernel_arguments(
-            query, key, value, output, rounding if wants_rounding else None, lse, span_operand(*arguments.spans), mask,
-            bias, arguments.sinks, dropout_operand(arguments.dropout_seed, arguments.dropout_p), arguments.scale,
-            arguments.softcap, config,
+            query, key, value, output, rounding if wants_rounding else None, lse, spans=span_operand(*arguments.spans),
+            mask=mask, bias=bias, sinks=arguments.sinks, scale=arguments.scale, softcap=arguments.softcap,
+            dropout=dropout_operand(arguments.dropout_seed, arguments.dropout_p), config=config,
         )  # fmt: skip
         grid = (triton.cdiv(query_len, config.block_m) * batch * num_heads,)
         with launching_on(query):
@@ -355,6 +355,7 @@ def kernel_arguments(
     output: Tensor,
     rounding: Tensor | None,
     lse: Tensor,
+    *,
     spans: SpanOperand,
     mask: Tensor | None,
     bias: Tensor | None,

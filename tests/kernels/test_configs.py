@@ -242,9 +242,11 @@ def training_kernels(dim: int, tokens: int) -> Iterator[Compiled]:
     )
     row, causal = torch.empty(1, 8, tokens), Spans.causal(tokens)
     spans = span_operand(causal.start, causal.end, None, None)
-    nothing = (None, None, None, None)  # mask, bias, sinks, dropout
     config = forward_config("sm_90", query.dtype, dim, dim, tokens, has_tiles=False, has_dropout=False)
-    given = kernel_arguments(query, key, value, output, output, row, spans, *nothing, 0.1, None, config)
+    given = kernel_arguments(
+        query, key, value, output, output, row, spans=spans, mask=None, bias=None, sinks=None, dropout=None, scale=0.1,
+        softcap=None, config=config,
+    )  # fmt: skip
     yield compile_ahead(forward_kernel, "sm_90", given)
     call = Call(query, key, value, output, row, row, spans, None, None, None, 0.1, None)
     with assuming("sm_90"):

@@ -51,7 +51,9 @@ def simulated_attention(problem: Problem, programs: int = 3, source: str = SOURC
     lse = torch.full((batch, heads, query_len), math.nan)
     operands = span_operand(spans.start, spans.end, spans.key_mask, spans.gap_count)
     scale = dim**-0.5 if problem.scale is None else problem.scale
-    arguments = launching.kernel_arguments(query, key, value, output, rounding, lse, operands, problem.sinks, scale)
+    arguments = launching.kernel_arguments(
+        query, key, value, output, rounding, lse, spans=operands, sinks=problem.sinks, scale=scale
+    )
     del arguments["num_warps"]
     for name, given in arguments.items():
         if hasattr(given, "block_shape"):

@@ -167,9 +167,9 @@ def _gluon(case: Case) -> tuple[Any, dict[str, Any]]:
     from ..hopper import gluon_forward, launching
 
     query, key, value, output = tensors(case.dtype, case.dim)
-    spans, row = extras()["spans"], torch.empty(2, 4, QUERY_LEN)
+    row = torch.empty(2, 4, QUERY_LEN)
     return gluon_forward.forward_kernel, launching.kernel_arguments(
-        query, key, value, output, output, row, spans, torch.zeros(4), 0.1
+        query, key, value, output, output, row, spans=extras()["spans"], sinks=torch.zeros(4), scale=0.1
     )
 
 
@@ -205,16 +205,18 @@ def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
     # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
     kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
     pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
+    scales = torch.ones(9, 2, 16)
     given, offsets = extras(query_len), None
     if variant == "(pages)":
         given, offsets = spans_alone(query_len), torch.zeros(3, dtype=torch.int32)
+    del given["dropout"]  # there is none in decoding
     assert isinstance(case.config, DecodeConfig)
     config = whole_if_narrow(case.config, case.dim)
     return decoding.decode_kernel, decoding.decode_arguments(
-        query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), given["spans"],
-        given["mask"], given["bias"], torch.zeros(8), 0.1, given["softcap"], torch.zeros(2, 32, dtype=torch.int32),
-        torch.ones(2, dtype=torch.int32), offsets, torch.ones(9, 2, 16), torch.ones(9, 2, 16), KEY_LEN, len(query),
-        config, searching=offsets is not None and rows == "many",
+        query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), **given,
+        sinks=torch.zeros(8), scale=0.1, block_table=torch.zeros(2, 32, dtype=torch.int32),
+        seq_lens=torch.ones(2, dtype=torch.int32), query_offsets=offsets, key_scale=scales, value_scale=scales,
+        key_len=KEY_LEN, sequences=len(query), searching=offsets is not None and rows == "many", config=config,
     )  # fmt: skip
 
 

@@ -69,8 +69,10 @@ def forward(arguments: Arguments, *, wants_rounding: bool) -> tuple[Tensor, Tens
     output = token_major_memory(query)
     rounding = token_major_memory(query) if wants_rounding else None
     lse = memory(query, *query.shape[:3], dtype=torch.float32)
-    spans = span_operand(*arguments.spans)
-    given = kernel_arguments(query, key, value, output, rounding, lse, spans, arguments.sinks, arguments.scale)
+    given = kernel_arguments(
+        query, key, value, output, rounding, lse, spans=span_operand(*arguments.spans), sinks=arguments.sinks,
+        scale=arguments.scale,
+    )  # fmt: skip
     programs = min(processors(query.device), given["work"].num_tiles)
     with launching_on(query):
         launch(forward_kernel, (programs,), given)
@@ -84,6 +86,7 @@ def kernel_arguments(
     output: Tensor,
     rounding: Tensor | None,
     lse: Tensor,
+    *,
     spans: SpanOperand,
     sinks: Tensor | None,
     scale: float,
