@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans
-from attention_kernels.blockwise.pieces import Piece, plan_batch
+from attention_kernels.blockwise.pieces import Piece
+from attention_kernels.blockwise.plan import plan_batch
 from attention_kernels.configs import CONFIGS, architecture, forward_config, unsupported_device
 from attention_kernels.paths import interpreting, triton_installed
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import accumulator, how_to_share
-from .blockwise.pieces import FEW_ROWS, cut_batch
+from .blockwise.plan import FEW_ROWS, cut_batch
 from .operators import attention
 from .paths import log_once
 from .scratch import Scratch

@@ -19,15 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_kernels import Spans, attention, attention_reference, blockwise, paths
-from attention_kernels.blockwise.pieces import (
-    TILE_ROWS,
-    Piece,
-    Sharing,
-    _recent_plans,
-    plan_batch,
-    plan_few_rows,
-    plan_rows,
-)
+from attention_kernels.blockwise.pieces import TILE_ROWS, Piece
+from attention_kernels.blockwise.plan import Sharing, _recent_plans, plan_batch, plan_few_rows, plan_rows
 from attention_kernels.paths import interpreting
 
 import helpers

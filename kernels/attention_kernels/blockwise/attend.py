@@ -12,7 +12,8 @@ from torch import Tensor
 from . import tokens
 from .fused import Result, as_multiplied, attend_fused, may_have_wrong_nan, shared_results, takes_strips
 from .log_sums import log_of_sum, share_of
-from .pieces import Group, Piece, uncovered
+from .pieces import Piece, uncovered
+from .plan import Group
 from .problem import Problem, accumulator
 from .sinks import with_sinks
 from .written_out import attend_written_out

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .operands import additive_mask, cut_piece, equal_dims, four_dimensional, piece_operands
-from .pieces import Group, Piece, uncovered
+from .pieces import Piece, uncovered
+from .plan import Group
 from .problem import Problem, accumulator, has_nan
 from .written_out import dropout_factor, finite_or_zero, narrow_pieces, over_group, per_group, score_tile
 

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from .pieces import Piece, Plan
+from .pieces import Piece
+from .plan import Plan
 from .problem import Problem, has_nan
 
 KEPT_SCORES = 1 << 21

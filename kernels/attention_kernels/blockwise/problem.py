@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import Arguments
 from . import processor
-from .pieces import Group, Plan, Sharing, plan_batch
+from .plan import Group, Plan, Sharing, plan_batch
 
 CALL_NUMBERS = 1 << 18
 """What one more call of fused attention costs: as much time as reading so many numbers of keys and values."""

@@ -22,7 +22,7 @@ from . import tokens
 from .attend import forward, is_one_call
 from .fused import FEWEST_FOUND, FusedCall, fused_call, is_multiplied_as_given, may_have_wrong_nan
 from .operands import KEPT_SCORES
-from .pieces import Group, versions
+from .plan import Group, versions
 from .problem import Problem, has_nan
 from .sinks import with_sinks, without_share_of
 

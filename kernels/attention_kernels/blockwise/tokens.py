@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import processor
 from .fused import decodes_folded, flash
-from .pieces import check_bounds, cut_batch
+from .plan import check_bounds, cut_batch
 from .problem import Problem, accumulator, how_to_share
 
 FEWEST_ROWS = {} if processor.AMX else {torch.bfloat16: 2}
