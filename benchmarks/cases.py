@@ -24,6 +24,8 @@ class Sizes:
         window: keys that a row of a windowed case sees.
         decode_batch: sequences of a decoding case.
         batch: how often the sequences of any other case are repeated.
+        new_tokens: how many of the last tokens are queries, where the others are in a cache; None is all of them.
+            Decoding has one.
     """
 
     tokens: int
@@ -34,6 +36,7 @@ class Sizes:
     decode_batch: int = 8
     batch: int = 1
     value_dim: int | None = None
+    new_tokens: int | None = None
 
 
 SIZES = {
@@ -65,7 +68,7 @@ class Case:
 
     Attributes:
         name: how tables, JSON and the command line call it.
-        description: for a reader; `{tokens}`, `{window}`, `{batch}` and `{padded}` are filled in.
+        description: for a reader; `{tokens}`, `{window}`, `{batch}`, `{padded}`, `{new}` and `{before}` are filled in.
         causal: whether a row sees only keys up to its own position.
         windowed: whether a row sees only the last `Sizes.window` keys.
         real_shares: for each sequence of the batch, the share of it that is no padding.
@@ -131,11 +134,18 @@ def case_named(name: str) -> Case:
 
 @dataclass(frozen=True)
 class Point:
-    """A case at some sizes; `label` is what tables and JSON call it, and tells it from every other point."""
+    """A case at some sizes.
+
+    Attributes:
+        label: what tables and JSON call it; it tells it from every other point.
+        case, sizes: what is measured.
+        piece: sizes of a piece of a prompt that is in the same batch (the case `PIECE`), or None where there is none.
+    """
 
     label: str
     case: Case
     sizes: Sizes
+    piece: Sizes | None = None
 
 
 @dataclass(frozen=True)
@@ -146,13 +156,15 @@ class Sweep:
         name: how the command line calls it.
         description: for a reader, with where its sizes are from.
         points: by device type and thoroughness.
+        one_block: whether the points are measured with the keys of a sequence in one block of memory.
         backward: whether the backward pass is timed as well, by itself.
-        pages: whether the points are decoded from pages as well, plain and in float8.
+        pages: whether the points are measured with keys in pages, plain and in float8.
     """
 
     name: str
     description: str
     points: dict[tuple[str, str], tuple[Point, ...]]
+    one_block: bool = True
     backward: bool = False
     pages: bool = False
 
@@ -216,6 +228,39 @@ DECODE = Sweep(
         ("cpu", "full"): decoding((1, 8, 32), (1024, 4096, 16384), 2**17, (8, 2, 64)),
         ("cpu", "quick"): decoding((1, 8), (1024, 4096), 2**15, (8, 2, 64)),
     },
+    pages=True,
+)
+
+SINGLE_TOKENS = Case("singles", "one new token for each of {batch} sequences over up to {tokens} keys", decode=True)
+PIECE = Case("piece", "{new} new tokens of a prompt after {before} others")
+
+
+def mixed(batches: Sequence[int], keys: int, pieces: Sequence[tuple[int, int]], heads: tuple[int, int, int]) -> Points:
+    """Every batch of single tokens over up to `keys` keys beside every piece: its new tokens, and those before it."""
+    return tuple(
+        Point(
+            f"mixed {batch}x{keys} + {new} after {before}",
+            SINGLE_TOKENS,
+            Sizes(keys, *heads, decode_batch=batch),
+            Sizes(before + new, *heads, new_tokens=new),
+        )
+        for batch in batches
+        for new, before in pieces
+    )
+
+
+MIXED = Sweep(
+    "mixed",
+    "what an engine's scheduler hands to attention in one call: 31 or 255 sequences with one new token each over up to "
+    "4k keys, beside a piece of 2,048 or 7,936 tokens of a long prompt, at its beginning or after 8k others; from "
+    "pages, and from pages in float8; smaller on a CPU",
+    {
+        ("cuda", "full"): mixed((31, 255), 4096, ((2048, 0), (2048, 8192), (7936, 0), (7936, 8192)), (32, 8, 128)),
+        ("cuda", "quick"): mixed((31,), 4096, ((2048, 0), (2048, 8192)), (32, 8, 128)),
+        ("cpu", "full"): mixed((7, 31), 2048, ((256, 0), (256, 1792), (1024, 0), (1024, 3072)), (8, 2, 64)),
+        ("cpu", "quick"): mixed((7, 31), 1024, ((256, 0), (256, 768)), (8, 2, 64)),
+    },
+    one_block=False,
     pages=True,
 )
 
@@ -330,4 +375,4 @@ RANKS = Sweep(
     },
 )
 
-SWEEPS = {sweep.name: sweep for sweep in (LENGTHS, DECODE, HEAD_DIMS, RANKS)}
+SWEEPS = {sweep.name: sweep for sweep in (LENGTHS, DECODE, MIXED, HEAD_DIMS, RANKS)}

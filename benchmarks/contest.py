@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .measure import Call, Effort, Result, brief, dtype_name, interleaved
-from .problem import Problem
 from .providers import OWN, Provider
 from .work import Work
 
@@ -20,10 +19,11 @@ Judge = Callable[[Run, Result], bool]
 """Runs a provider once and says whether it is right; notes in the result what it found."""
 
 
-def enter(
-    section: str, problem: Problem, providers: Sequence[Any], work: Work, label: str | None = None
-) -> list[Result]:
-    """An empty result for each provider, with how much there is to do; `label` in place of the case's name."""
+def enter(section: str, problem: Any, providers: Sequence[Any], work: Work, label: str | None = None) -> list[Result]:
+    """An empty result for each provider, with how much there is to do; `label` in place of the case's name.
+
+    The problem is a `Problem`, or beside a label of another kind that has a query, a description and a shape.
+    """
     dtype, description = dtype_name(problem.query.dtype), problem.description
     details = {"work": work.to_json(), "shape": problem.shape}
     return [

@@ -78,6 +78,7 @@ PARTS = (
     Part("overview", ("benchmarks", "kernels"), 80),
     Part("lengths", ("benchmarks", "kernels", "--sweep", "lengths", "--against", *FUSED), 130),
     Part("decode", ("benchmarks", "kernels", "--sweep", "decode", "--against", *FUSED), 70),
+    Part("mixed", ("benchmarks", "kernels", "--sweep", "mixed", "--against", *FUSED), 30),
     Part("training", ("benchmarks", "training", "--against", *FUSED, "eager"), 50),
     Part("host", ("benchmarks", "host"), 15),
     Part("head-dims", ("benchmarks", "kernels", "--sweep", "head_dims", "--against", *FUSED), 25),

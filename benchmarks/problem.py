@@ -68,7 +68,9 @@ class Problem:
         batch, _, key_len, _ = self.key.shape
         tokens = key_len if self.case.decode else batch * key_len
         window = "" if self.window is None else f"{self.window:,}"
-        return self.case.description.format(tokens=f"{tokens:,}", window=window, batch=batch, padded=f"{key_len:,}")
+        sizes = {"tokens": tokens, "padded": key_len, "new": self.query.shape[2], "before": self.query_offset}
+        texts = {name: f"{size:,}" for name, size in sizes.items()}
+        return self.case.description.format(window=window, batch=batch, **texts)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -138,7 +140,7 @@ def build_problem(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.de
     case = replace(case, real_shares=shares_of(case, sizes))
     batch = len(case.real_shares)
     key_len = sizes.tokens if case.decode else sizes.tokens * sizes.batch // batch
-    query_len = 1 if case.decode else key_len
+    query_len = 1 if case.decode else sizes.new_tokens or key_len
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)

@@ -14,6 +14,7 @@ from . import cases, host, kernels, memory, models, paged, serve, tensor_paralle
 from .cases import Point, Sizes, Sweep
 from .measure import Effort, Result
 from .options import Run, providers_of
+from .paged import PagedProvider
 from .problem import build_problem
 from .providers import BASELINE, FALLBACK_BASELINE, OURS, PROVIDERS, Provider
 
@@ -69,6 +70,12 @@ def chosen_providers(run: Run, *, slow: bool = True) -> list[Provider]:
 
 COMPILING = "left out by --quick: compiling it takes seconds for every case"
 WRITING_SCORES = "left out on a CPU: it writes all scores to memory, as eager does; --against sdpa_math measures it"
+
+
+def chosen_paged(run: Run) -> list[PagedProvider]:
+    """Those of the implementations over pages that the run compares."""
+    names = providers_of(run, slow=False)
+    return [provider for provider in paged.PROVIDERS if provider.name in names]
 
 
 def left_out(provider: Provider, reason: str) -> Provider:
@@ -127,21 +134,24 @@ def points_of(run: Run, sweep: Sweep) -> tuple[Point, ...]:
 
 
 def run_sweep(run: Run, sweep: Sweep, progress: Progress) -> Rows:
-    """All points of a sweep: forward, and where the sweep says so from pages, and backward."""
+    """All points of a sweep, as the sweep says: with keys in one block and in pages, and backward."""
     providers, effort = chosen_providers(run, slow=False), SWEEP_EFFORT[run.thoroughness]
     points = list(points_of(run, sweep))
     if run.seconds is not None:
         # What time is left for is then spread over the sweep.
         random.Random(0).shuffle(points)
-    task = Task(progress, sweep.name, len(points) * len(run.dtypes) * (1 + sweep.backward + 2 * sweep.pages))
+    passes = sweep.one_block + sweep.backward + 2 * sweep.pages
+    task = Task(progress, sweep.name, len(points) * len(run.dtypes) * passes)
+    over_pages = (run.device, effort, task.say, chosen_paged(run))
     for dtype in run.dtypes:
         for point in points:
             place = (point.case, point.sizes, dtype, run.device, providers, effort, task.say)
-            yield of_sweep(sweep, kernels.run_case(*place, label=point.label))
-            task.done()
+            if sweep.one_block:
+                yield of_sweep(sweep, kernels.run_case(*place, label=point.label))
+                task.done()
             if sweep.pages:
                 for kept in (dtype, paged.FLOAT8):
-                    yield of_sweep(sweep, paged.run_point(point, dtype, kept, run.device, effort, task.say))
+                    yield of_sweep(sweep, paged.run_point(point, dtype, kept, *over_pages))
                     task.done()
             if sweep.backward:
                 yield of_sweep(sweep, training.run_case(*place, label=point.label, forward=False))

@@ -47,6 +47,9 @@ class Work:
     flops: int
     bytes: int
 
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def to_json(self) -> dict[str, int]:
         """The fields by name."""
         return dict(vars(self))

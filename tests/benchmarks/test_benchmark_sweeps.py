@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps, the work that problems are, decoding from pages, and the limits of the machine."""
+"""Sweeps, the work that problems are, and the limits of the machine."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_kernels import Spans
-from attention_kernels.paged import causal_spans
 from benchmarks import __main__ as runner
-from benchmarks import cases, measure, paged, plots, problem, saved, sections, training, work
+from benchmarks import cases, measure, plots, problem, saved, sections, training, work
 from benchmarks.rows import share_of_limit
 
 CPU = torch.device("cpu")
@@ -53,6 +50,12 @@ def test_points_of_sweeps_have_names_of_their_own_and_room(sweep: cases.Sweep) -
             sizes = point.sizes
             assert sizes.num_heads % sizes.num_kv_heads == 0 and 1 <= sizes.head_dim <= 512
             tokens = sizes.tokens * (sizes.decode_batch if point.case.decode else sizes.batch)
+            if point.piece is not None:
+                piece = point.piece
+                heads = (piece.num_heads, piece.num_kv_heads, piece.head_dim)
+                assert heads == (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+                assert 1 < piece.new_tokens <= piece.tokens
+                tokens += piece.tokens
             # Keys and values of the largest problem in bfloat16 leave a GPU of 80 GB room for copies.
             assert 4 * tokens * sizes.num_kv_heads * sizes.head_dim <= 2**33, point.label
 
@@ -69,6 +72,8 @@ def test_sweeps_follow_the_papers() -> None:
     }
     decode = {(point.sizes.decode_batch, point.sizes.tokens) for point in cases.DECODE.points["cuda", "full"]}
     assert {1, 128} <= {batch for batch, _ in decode} and {1024, 131072} <= {keys for _, keys in decode}
+    mixed = {(p.sizes.decode_batch, p.piece.new_tokens) for p in cases.MIXED.points["cuda", "full"]}
+    assert mixed == {(batch, new) for batch in (31, 255) for new in (2048, 7936)}
     dims = {(p.sizes.head_dim, p.sizes.value_dim) for p in cases.HEAD_DIMS.points["cuda", "full"]}
     assert {(72, 72), (80, 80), (96, 96), (192, 128), (512, 512)} <= dims
 
@@ -81,45 +86,6 @@ def test_ranks_hold_whole_heads() -> None:
         cases.MODELS["llama3-8b"].on_rank(3)
     sinks = [p for p in cases.RANKS.points["cuda", "full"] if p.label.startswith("gpt-oss-20b TP8")]
     assert len(sinks) == 3 and all(p.case.sinks and p.sizes.num_heads == 8 for p in sinks)
-
-
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, paged.FLOAT8], ids=measure.dtype_name)
-def test_decoding_from_pages_is_right(kept: torch.dtype) -> None:
-    dtype = torch.bfloat16 if kept == paged.FLOAT8 else kept
-    point = cases.Point("decode 3x96", cases.DECODE_EVEN, SMALL)
-    results = {each.provider: each for each in paged.run_point(point, dtype, kept, CPU, TWICE)}
-    assert results["my_triton"].measured and results["sdpa"].measured
-    if importlib.util.find_spec("flash_attn") is None:
-        assert results["flash_attention_2"].status == "unavailable" and results["flash_attention_2"].reason
-    keys, rows = 3 * 96 * 2 * 32 * kept.itemsize, 3 * 4 * 32 * dtype.itemsize
-    assert results["my_triton"].details["work"]["bytes"] == keys + rows
-
-
-def test_spans_that_are_found_beforehand_are_those_that_count() -> None:
-    """As on a GPU, where finding them takes a call longer than decoding over few keys."""
-    posed = paged.in_pages(
-        problem.build_problem(cases.DECODE_EVEN, SMALL, torch.float32, CPU), paged.PAGE_SIZE, torch.float32
-    )
-    assert posed.spans is None  # on a CPU
-    output = paged.run_ours(replace(posed, spans=causal_spans(posed.cache, 1, None)))
-    assert torch.equal(output, paged.run_ours(posed))
-    first = paged.run_ours(replace(posed, spans=Spans.sliding(1, posed.cache.key_len, left=0, offset=0)))
-    assert not torch.allclose(first, output)
-
-
-def test_pages_that_are_read_wrongly_fail() -> None:
-    def unshuffled(posed: paged.PagedProblem) -> torch.Tensor:
-        table = torch.arange(posed.cache.block_table.numel(), dtype=torch.int32).view_as(posed.cache.block_table)
-        return paged.run_ours(replace(posed, cache=replace(posed.cache, block_table=table)))
-
-    wrong = replace(paged.PROVIDERS[0], name="wrong", run=unshuffled)
-    point = cases.Point("decode 3x96", cases.DECODE_EVEN, SMALL)
-    (result,) = paged.run_point(point, torch.float32, torch.float32, CPU, TWICE, providers=[wrong])
-    assert result.status == "failed" and "wrong result" in result.reason and not result.samples
-    with pytest.raises(ValueError, match="must fill pages of 16"):
-        paged.in_pages(
-            problem.build_problem(point.case, replace(SMALL, tokens=90), torch.float32, CPU), 16, paged.FLOAT8
-        )
 
 
 def test_the_backward_pass_is_timed_by_itself() -> None:

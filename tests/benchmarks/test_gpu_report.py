@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import gpu_report, options, providers
+from benchmarks import cases, gpu_report, options, providers
 from benchmarks.gpu_report import Part
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -184,6 +184,8 @@ def test_parts_name_what_there_is() -> None:
         module, *arguments = part.command
         if module == "benchmarks":
             options.parse(arguments[0], [*arguments[1:], "--device", "cpu"], "", "")
+    swept = {name for part in gpu_report.PARTS for name in part.command if name in cases.SWEEPS}
+    assert swept == set(cases.SWEEPS)
     tests = {part.name: part.command for part in gpu_report.PARTS if part.command[0] == "pytest"}
     assert all((REPOSITORY / name).exists() for name in (*gpu_report.GPU_TESTS, gpu_report.GLUON_TESTS))
     assert set(gpu_report.GPU_TESTS) <= set(tests["tests"])
