@@ -93,6 +93,9 @@ def _empty_like(tensor: Tensor | None) -> Tensor:
 
 # ---------------------------------------------------------------------- autograd
 
+_DIFFERENTIABLE = [Arguments._fields.index(name) for name in ("query", "key", "value", "bias", "sinks")]
+"""Where the inputs that have gradients stand, in the order of the gradients."""
+
 ComputeGradients = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Wanted, Arguments], Iterable[Any]]
 """`passes.backward`, or the registered operator in its place."""
 
@@ -110,15 +113,16 @@ def _gradients(
     """A gradient for each input of the forward pass, None for most."""
     output, lse, rounding, *tensors = ctx.saved_tensors  # those of `Arguments` come before its numbers
     arguments = Arguments._make([*tensors, ctx.scale, ctx.softcap, ctx.dropout_p])
-    needed: dict[str, bool] = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=False))
-    wanted = Wanted(needed["query"], needed["key"] or needed["value"], needed["bias"], needed["sinks"])
+    needed = ctx.needs_input_grad
+    query, key, value, bias, sinks = (needed[place] for place in _DIFFERENTIABLE)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
+    wanted = Wanted(query, key or value, bias, sinks)
     computed = compute(output, lse, rounding, grad_output, grad_lse, wanted, arguments)
-    found: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields)
-    for name, gradient in zip(("query", "key", "value", "bias", "sinks"), computed, strict=True):
-        found[name] = gradient if needed[name] else None
-    return (*found.values(), *[None] * (len(ctx.needs_input_grad) - len(found)))
+    gradients: list[Tensor | None] = [None] * len(needed)
+    for place, gradient in zip(_DIFFERENTIABLE, computed, strict=True):
+        gradients[place] = gradient if needed[place] else None
+    return tuple(gradients)
 
 
 def _call_backward(*given: Any) -> Iterable[Tensor]:

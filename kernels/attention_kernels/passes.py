@@ -116,24 +116,23 @@ def launch_backward(
     known_spans: prebound.KnownSpans | None,
 ) -> tuple[Tensor | None, ...]:
     """As `backward`, by the kernels."""
-    from .backward import Gradients, sink_gradient, whole_bias_gradient
-    from .backward import backward as triton_backward
+    from . import backward as kernels
 
     if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
         grad_output = grad_output.contiguous()
 
-    def launch() -> Gradients:
-        return triton_backward(output, lse, rounding, grad_output, grad_lse, wanted, arguments)
+    def launch() -> kernels.Gradients:
+        return kernels.backward(output, lse, rounding, grad_output, grad_lse, wanted, arguments)
 
     inputs = *arguments.beside_spans, output, lse, rounding, grad_output, grad_lse
     # The sinks' gradient follows from what the kernels give in any case.
     asked = ("backward", *wanted[:3], arguments.scale, arguments.softcap, arguments.dropout_p)
     if known_spans is None or not known_spans.are(*arguments.spans):
         known_spans = prebound.describe_spans(*arguments.spans)
-    found = Gradients(*prebound.launched(launch, known_spans, inputs, asked))
+    found = kernels.Gradients(*prebound.launched(launch, known_spans, inputs, asked))
     bias, sinks = arguments.bias, arguments.sinks
     return (
         *found[:3],
-        None if bias is None or found.bias is None else whole_bias_gradient(found.bias, bias),
-        sink_gradient(sinks, found.lse2, found.delta) if wanted.sinks and sinks is not None else None,
+        None if bias is None or found.bias is None else kernels.whole_bias_gradient(found.bias, bias),
+        kernels.sink_gradient(sinks, found.lse2, found.delta) if wanted.sinks and sinks is not None else None,
     )
