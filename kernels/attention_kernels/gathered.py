@@ -8,6 +8,7 @@ one call: a call for each sequence would take longer than reading its keys does.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,11 @@ def forward(
         everything = rows.size == tokens.shape[0]
         own = tokens if everything else tokens.index_select(0, torch.from_numpy(rows.ravel()).to(query.device))
         own = own.unflatten(0, rows.shape).transpose(1, 2)
-        with torch.autocast(query.device.type, enabled=False):  # the kernels that read pages know nothing of it either
-            part, part_lse = attention(own, *gather(seen, group, rows, cache, query.dtype), return_lse=True, **options)
+        pages = group.size * int(seen.pages[group].max())
+        # Without autocast: the kernels that read pages know nothing of it either.
+        with torch.autocast(query.device.type, enabled=False), room(cache, pages) as kept:
+            operands = gather(seen, group, rows, cache, query.dtype, kept)
+            part, part_lse = attention(own, *operands, return_lse=True, **options)
         results.append((rows.ravel(), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)))
     if len(results) == 1 and results[0][0].size == tokens.shape[0]:
         output, lse = results[0][1:]
@@ -137,20 +141,20 @@ def groups(seen: Seen, cache: PagedCache, *, alone: bool) -> Iterator[np.ndarray
             yield from (group[first : first + together] for first in range(0, group.size, together))
 
 
-def room(cache: PagedCache, pages: int) -> list[Tensor] | None:
-    """Where to gather some pages of keys and values: memory that the thread has used before; None if that is too much.
+def room(cache: PagedCache, pages: int) -> AbstractContextManager[list[Tensor] | None]:
+    """Where to gather some pages of keys and values: memory that the thread has used before, or None (`Scratch.lent`).
 
     On the CPU only: elsewhere torch keeps memory itself.
     """
     if cache.key.device.type != "cpu":
-        return None
-    return _scratch.room([(pages, *tensor.shape[1:]) for tensor in (cache.key, cache.value)], cache.key.dtype)
+        return nullcontext()
+    return _scratch.lent([(pages, *tensor.shape[1:]) for tensor in (cache.key, cache.value)], cache.key.dtype)
 
 
 def gather(
-    seen: Seen, group: np.ndarray, rows: np.ndarray, cache: PagedCache, dtype: torch.dtype
+    seen: Seen, group: np.ndarray, rows: np.ndarray, cache: PagedCache, dtype: torch.dtype, kept: list[Tensor] | None
 ) -> tuple[Tensor, Tensor, Spans]:
-    """Keys and values `[members, num_kv_heads, keys, dim]` of a group, and what its `rows` see of them."""
+    """Keys and values `[members, num_kv_heads, keys, dim]` of a group, in `kept`, and what its `rows` see of them."""
     first_page, pages = seen.first_page[group, None], seen.pages[group, None]
     start, end = (np.maximum(bound[rows] - first_page * cache.page_size, 0) for bound in (seen.start, seen.end))
     ends = (end * (start < end)).max(1, keepdims=True)
@@ -162,7 +166,7 @@ def gather(
     # What lies behind a sequence may be anything, also NaN, for which a careful loop would look.
     behind = np.flatnonzero(np.arange(key_len) >= ends) if ends.min() < key_len else ends[:0]
     operands = []
-    for taken in cache.take(torch.from_numpy(numbers).to(cache.key.device), dtype, room(cache, numbers.size)):
+    for taken in cache.take(torch.from_numpy(numbers).to(cache.key.device), dtype, kept):
         if behind.size:
             taken.flatten(0, 1).index_fill_(0, torch.from_numpy(behind).to(taken.device), 0.0)
         operands.append(taken.view(len(group), -1, *taken.shape[2:])[:, : ends.max()].transpose(1, 2))

@@ -646,8 +646,8 @@ def test_long_16_bit_operands_are_widened_where_that_is_faster(dtype, wide, monk
             *(each[:1].expand(batch, -1, -1, -1) if batch > 2 else each for each in (key, value)),
         )
         problem = blockwise.Problem(*given, spans.start, spans.end, None, None, bias, None, None, 1.0, None, 0.0)
-        changed = blockwise.fused.as_multiplied(problem)
-        return changed.key.dtype, changed.key.is_contiguous()
+        with blockwise.fused.as_multiplied(problem) as changed:
+            return changed.key.dtype, changed.key.is_contiguous()
 
     affected = wide and dtype != torch.float32
     assert as_multiplied() == ((torch.float32, True) if affected else (dtype, False))

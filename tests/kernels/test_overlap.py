@@ -111,8 +111,8 @@ def test_masks_and_biases_have_the_plain_loop(name):
     def overlaps(**given):
         given = {"mask": None, "bias": None} | given
         return kernel_arguments(
-            query, key, value, query, None, query, operand, **given, sinks=None, dropout=None, scale=1.0, softcap=2.0,
-            config=config,
+            query, key, value, query, None, query, spans=operand, **given, sinks=None, dropout=None, scale=1.0,
+            softcap=2.0, config=config,
         )["OVERLAP"]  # fmt: skip
 
     assert overlaps()

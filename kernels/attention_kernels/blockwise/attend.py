@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     that was not or no gradients follow.
     """
     with torch.autocast(problem.query.device.type, enabled=False):  # or products of float32 would be rounded to 16 bits
-        output, lse = _forward(as_multiplied(problem) if problem.fused else problem.widened, fused=problem.fused)
+        with as_multiplied(problem) if problem.fused else nullcontext(problem.widened) as operands:
+            output, lse = _forward(operands, fused=problem.fused)
         if problem.fused and may_have_wrong_nan(problem.value, output, lse):
             # The careful loop tells whose NaN it is.
             output, lse = _forward(problem.widened, fused=False)

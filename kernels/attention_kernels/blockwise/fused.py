@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,36 +47,41 @@ FEWEST_FOUND = 16
 """Keys from which on torch's fused attention finds a NaN that is all a row sees: numbers in a processor's vector. What
 is left over after whole vectors it searches in another way, which finds no NaN, and gives such a row an output of 0."""
 
+LEAST_KEPT_BYTES = 4 << 20
+"""Copies from which on filling new memory may take longer than finding the memory that is kept."""
+
 _scratch = Scratch()
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 """Views of an output and a log-sum-exp, and what belongs there."""
 
 
-def as_multiplied(problem: Problem) -> Problem:
+@contextmanager
+def as_multiplied(problem: Problem) -> Iterator[Problem]:
     """The problem with its operands as torch's fused attention multiplies them fastest.
 
     Where a processor's products of 16 bits are not faster than those of float32, all of it is faster in float32, and
     triangles can be halved. Gradients need an output that was not rounded. A bias of 16 bits would have to be widened
     for every tile, so it stays; then there each head's tokens are laid together, as keys and values are packed anew for
     every block of rows, which takes 3 to 15 % longer where other heads lie between.
+
+    Copies are good within the block only, where they are large: then they lie in memory that the thread keeps.
     """
     if is_multiplied_as_given(problem):
-        return problem
-    if problem.trains or problem.bias is None:
-        return widened_for_now(problem)
-    return replace(problem, **{name: getattr(problem, name).contiguous() for name in ("query", "key", "value")})
-
-
-def widened_for_now(problem: Problem) -> Problem:
-    """`problem.widened`, in memory that is good until the thread's next call: its pages need not be filled anew."""
-    query, key, value = problem.query, problem.key, problem.value
-    by_token = query.transpose(1, 2)  # as the output is stored, for which torch takes the queries' layout
-    room = _scratch.room([by_token.shape, key.shape, value.shape], accumulator(query.dtype))
-    if room is None:
-        return problem.widened
-    wide = [place.copy_(given) for place, given in zip(room, (by_token, key, value), strict=True)]
-    return replace(problem, query=wide[0].transpose(1, 2), key=wide[1], value=wide[2])
+        yield problem
+    elif problem.trains or problem.bias is None:
+        by_token = problem.query.transpose(1, 2)  # as the output is stored, for which torch takes the queries' layout
+        tensors, wide = (by_token, problem.key, problem.value), accumulator(problem.query.dtype)
+        shapes = [tensor.shape for tensor in tensors]
+        large = sum(tensor.numel() for tensor in tensors) * wide.itemsize >= LEAST_KEPT_BYTES
+        with _scratch.lent(shapes, wide) if large else nullcontext() as kept:
+            if kept is None:
+                yield problem.widened
+            else:
+                query, key, value = (place.copy_(tensor) for place, tensor in zip(kept, tensors, strict=True))
+                yield replace(problem, query=query.transpose(1, 2), key=key, value=value)
+    else:
+        yield replace(problem, **{name: getattr(problem, name).contiguous() for name in ("query", "key", "value")})
 
 
 def is_multiplied_as_given(problem: Problem) -> bool:
