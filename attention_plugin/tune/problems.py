@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention_reference, tuned
-from attention_kernels.arguments import Wanted, arguments_of
+from attention_kernels.arguments import Returned, Wanted, arguments_of
 from attention_kernels.config_tables import (
     CONFIGS,
     DECODE_CONFIGS,
@@ -130,10 +130,11 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
         return lambda: forward.forward(given, wants_rounding=False)[:1]
     output, lse, rounding = forward.forward(given, wants_rounding=True)
     gradient = torch.ones_like(output)
+    returned = Returned(output, lse, rounding, gradient, None)
     wanted = Wanted(query=kind == "query", key_value=kind != "query", bias=False, sinks=False)
 
     def run() -> tuple[Tensor, ...]:
-        grads = backward.backward(output, lse, rounding, gradient, None, wanted, given)
+        grads = backward.backward(returned, wanted, given)
         return tuple(grad for grad in grads[:3] if grad is not None)
 
     return run

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, configs
-from attention_kernels.arguments import Arguments, Wanted, arguments_of
+from attention_kernels.arguments import Arguments, Returned, Wanted, arguments_of
 from attention_kernels.passes import launch_forward
 
 from ..explain import Report
@@ -163,7 +163,7 @@ def _prompt(
     if training:
         output, lse, rounding = launch_forward(arguments, True, None)
         wanted = Wanted(query=True, key_value=True, bias=kind.has_bias, sinks=kind.has_sinks)
-        backward.backward(output, lse, rounding, output, None, wanted, arguments)
+        backward.backward(Returned(output, lse, rounding, output, None), wanted, arguments)
 
 
 def _next_token(kind: Kind, dtype: torch.dtype, batch: int, length: int, masked: bool, device: torch.device) -> None:

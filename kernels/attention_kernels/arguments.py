@@ -45,6 +45,23 @@ class Arguments(NamedTuple):
         return self.query, self.key, self.value, self.sinks, self.dropout_seed, self.mask, self.bias
 
 
+class Returned(NamedTuple):
+    """What a forward pass returned, and the gradients of it: what its backward pass begins with.
+
+    Attributes:
+        output, lse: as `operators.attention` returns them.
+        rounding: what the output lost when it was rounded to 16 bits, of its shape, or empty.
+        grad_output: gradient of the output, of its shape; any strides.
+        grad_lse: gradient of the log-sum-exp; None where nothing depends on it.
+    """
+
+    output: Tensor
+    lse: Tensor
+    rounding: Tensor
+    grad_output: Tensor
+    grad_lse: Tensor | None
+
+
 class Wanted(NamedTuple):
     """Of which inputs the backward pass is to give gradients."""
 
@@ -59,6 +76,9 @@ ARGUMENTS = (
     "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float? softcap, float dropout_p"
 )
 """`Arguments` in the words of `torch.library`."""
+
+RETURNED = "Tensor output, Tensor lse, Tensor rounding, Tensor grad_output, Tensor? grad_lse"
+"""`Returned`, likewise."""
 
 WANTED = "bool wants_query, bool wants_key_value, bool wants_bias, bool wants_sinks"
 """`Wanted`, likewise."""

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .arguments import Arguments, Wanted
+from .arguments import Arguments, Returned, Wanted
 from .backward_kernels import (
     ROWS_PER_SCAN,
     bias_kernel,
@@ -52,21 +52,11 @@ class Gradients(NamedTuple):
     delta: Tensor
 
 
-def backward(
-    output: Tensor,
-    lse: Tensor,
-    rounding: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    wanted: Wanted,
-    arguments: Arguments,
-) -> Gradients:
+def backward(returned: Returned, wanted: Wanted, arguments: Arguments) -> Gradients:
     """Launch the kernels whose gradients are wanted.
 
     Args:
-        output, lse, rounding: from `forward.forward`; `rounding` may be empty.
-        grad_output: gradient of the output, of its shape; any strides, best without gaps in a row.
-        grad_lse: gradient of the log-sum-exp, or None.
+        returned: from `forward.forward`, and the gradients of it; that of the output best without gaps in a row.
         wanted: which gradients; that of the sinks is `sink_gradient`.
         arguments: those of the forward pass.
 
@@ -74,6 +64,7 @@ def backward(
         Gradients of query, key and value, each in the shape and dtype of what it belongs to and stored token by token,
         as the output is, or None where not wanted; and what `whole_bias_gradient` and `sink_gradient` take.
     """
+    output, lse, rounding, grad_output, grad_lse = returned
     query, key, value, bias = arguments.query, arguments.key, arguments.value, arguments.bias
     if INTERPRETED and query.dtype == torch.bfloat16:
         # As in the forward pass: the interpreter cannot multiply bf16.
@@ -81,7 +72,8 @@ def backward(
         wide = arguments._replace(
             query=query.float(), key=key.float(), value=value.float(), bias=None if bias is None else bias.float()
         )
-        results = backward(exact, lse, rounding.new_empty(0), grad_output.float(), grad_lse, wanted, wide)
+        exactly = Returned(exact, lse, rounding.new_empty(0), grad_output.float(), grad_lse)
+        results = backward(exactly, wanted, wide)
         named = zip(results._fields, results, (query, key, value, bias), strict=False)
         return results._replace(
             **{name: each.to(of.dtype) for name, each, of in named if each is not None and of is not None}

@@ -53,7 +53,12 @@ def checked_call(
 
 
 def fitting_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value that fit each other, expanded to one batch."""
+    """Query, key and value that fit each other, expanded to one batch.
+
+    Raises:
+        TypeError: dtypes differ, or are not served.
+        ValueError: shapes or devices do not fit.
+    """
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
         if tensor.ndim != 4:
@@ -104,7 +109,11 @@ def fitting_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 
 def fitting_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
-    """The spans of a call, which fit its tensors; all keys where none were given."""
+    """The spans of a call, which fit its tensors; all keys where none were given.
+
+    Raises:
+        ValueError: they are for other sizes, or on another device.
+    """
     (batch, _, query_len, _), key_len = query.shape, key.shape[2]
     if spans is None:
         return Spans.full(query_len, key_len, device=query.device)
@@ -119,7 +128,11 @@ def fitting_spans(spans: Spans | None, query: Tensor, key: Tensor) -> Spans:
 
 
 def checked_seed(seed: Tensor | None, device: torch.device) -> Tensor:
-    """The seed of dropout, int64 `[1]` on `device`: the one that was given, or a new one."""
+    """The seed of dropout, int64 `[1]` on `device`: the one that was given, or a new one.
+
+    Raises:
+        TypeError, ValueError: the one that was given is something else.
+    """
     if seed is None:
         return draw_seed(device)
     if not isinstance(seed, Tensor):

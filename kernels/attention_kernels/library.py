@@ -17,14 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import blockwise, passes
-from .arguments import ARGUMENTS, WANTED, Arguments, Wanted
+from .arguments import ARGUMENTS, RETURNED, WANTED, Arguments, Returned, Wanted
 
 _library = torch.library.Library("attention_kernels", "DEF")
 _library.define(f"forward({ARGUMENTS}, bool wants_gradient, int? num_splits) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "backward(Tensor output, Tensor lse, Tensor rounding, Tensor grad_output, Tensor? grad_lse, "
-    f"{WANTED}, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"backward({RETURNED}, {WANTED}, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def are_real(*tensors: Tensor | None) -> bool:
@@ -53,19 +50,15 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, lse, torch.empty_like(output) if passes.has_rounding(query, trains) else query.new_empty(0)
 
 
-def _backward(
-    output: Tensor, lse: Tensor, rounding: Tensor, grad_output: Tensor, grad_lse: Tensor | None, *others: Any
-) -> tuple[Tensor, ...]:
-    """`passes.backward`, empty where a gradient is not wanted; the others are `Wanted` and `Arguments`."""
-    gradients = passes.backward(output, lse, rounding, grad_output, grad_lse, *_wanted_and_arguments(others))
-    return tuple(output.new_empty(0) if gradient is None else gradient for gradient in gradients)
+def _backward(*inputs: Any) -> tuple[Tensor, ...]:
+    """`passes.backward`, empty where a gradient is not wanted; the inputs are `Returned`, `Wanted` and `Arguments`."""
+    gradients = passes.backward(*_parts_of(inputs))
+    return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(
-    output: Tensor, lse: Tensor, rounding: Tensor, grad_output: Tensor, grad_lse: Tensor | None, *others: Any
-) -> tuple[Tensor, ...]:
+def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     """Empty tensors in the shapes, dtypes and strides of what `_backward` returns."""
-    wanted, given = _wanted_and_arguments(others)
+    (output, *_), wanted, given = _parts_of(inputs)
     return (
         _empty_token_major(given.query) if wanted.query else output.new_empty(0),
         *(_empty_token_major(each) if wanted.key_value else output.new_empty(0) for each in (given.key, given.value)),
@@ -74,9 +67,10 @@ def _backward_fake(
     )
 
 
-def _wanted_and_arguments(given: tuple[Any, ...]) -> tuple[Wanted, Arguments]:
-    flags = len(Wanted._fields)
-    return Wanted(*given[:flags]), Arguments(*given[flags:])
+def _parts_of(inputs: tuple[Any, ...]) -> tuple[Returned, Wanted, Arguments]:
+    returned = len(Returned._fields)
+    wanted = returned + len(Wanted._fields)
+    return Returned(*inputs[:returned]), Wanted(*inputs[returned:wanted]), Arguments(*inputs[wanted:])
 
 
 def _empty_token_major(tensor: Tensor) -> Tensor:
@@ -96,7 +90,7 @@ def _empty_like(tensor: Tensor | None) -> Tensor:
 _DIFFERENTIABLE = [Arguments._fields.index(name) for name in ("query", "key", "value", "bias", "sinks")]
 """Where the inputs that have gradients stand, in the order of the gradients."""
 
-ComputeGradients = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Wanted, Arguments], Iterable[Any]]
+ComputeGradients = Callable[[Returned, Wanted, Arguments], Iterable[Any]]
 """`passes.backward`, or the registered operator in its place."""
 
 
@@ -118,17 +112,16 @@ def _gradients(
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     wanted = Wanted(query, key or value, bias, sinks)
-    computed = compute(output, lse, rounding, grad_output, grad_lse, wanted, arguments)
+    computed = compute(Returned(output, lse, rounding, grad_output, grad_lse), wanted, arguments)
     gradients: list[Tensor | None] = [None] * len(needed)
     for place, gradient in zip(_DIFFERENTIABLE, computed, strict=True):
         gradients[place] = gradient if needed[place] else None
     return tuple(gradients)
 
 
-def _call_backward(*given: Any) -> Iterable[Tensor]:
+def _call_backward(returned: Returned, wanted: Wanted, arguments: Arguments) -> Iterable[Tensor]:
     """The registered operator, as `ComputeGradients`."""
-    *others, wanted, arguments = given
-    return torch.ops.attention_kernels.backward(*others, *wanted, *arguments)
+    return torch.ops.attention_kernels.backward(*returned, *wanted, *arguments)
 
 
 def _autograd(

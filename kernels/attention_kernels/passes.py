@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import blockwise, hopper, prebound
-from .arguments import Arguments, Wanted
+from .arguments import Arguments, Returned, Wanted
 from .configs import SHORT
 from .paths import log_once, runs_triton
 
@@ -81,50 +81,36 @@ def has_rounding(query: Tensor, trains: bool) -> bool:
 
 
 def backward(
-    output: Tensor,
-    lse: Tensor,
-    rounding: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    wanted: Wanted,
-    arguments: Arguments,
-    known_spans: prebound.KnownSpans | None = None,
+    returned: Returned, wanted: Wanted, arguments: Arguments, known_spans: prebound.KnownSpans | None = None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias and sinks; None where not wanted.
 
     Args:
-        output, lse, rounding: what `forward` returned.
-        grad_output, grad_lse: gradients of output and log-sum-exp; None where nothing depends on the latter.
+        returned: what `forward` returned, and the gradients of it.
         wanted: which gradients.
         arguments: of the call.
         known_spans: as for `forward`.
     """
     if runs_triton(arguments.query):
-        return launch_backward(output, lse, rounding, grad_output, grad_lse, wanted, arguments, known_spans)
+        return launch_backward(returned, wanted, arguments, known_spans)
     problem = blockwise.Problem.of(arguments, trains=True)
-    return blockwise.backward(problem, output, lse, rounding, grad_output, grad_lse, *wanted)
+    return blockwise.backward(problem, *returned, *wanted)
 
 
 def launch_backward(
-    output: Tensor,
-    lse: Tensor,
-    rounding: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    wanted: Wanted,
-    arguments: Arguments,
-    known_spans: prebound.KnownSpans | None,
+    returned: Returned, wanted: Wanted, arguments: Arguments, known_spans: prebound.KnownSpans | None
 ) -> tuple[Tensor | None, ...]:
     """As `backward`, by the kernels."""
     from . import backward as kernels
 
-    if grad_output.stride(-1) != 1:  # a sum's gradient, for example, has strides of 0: slow to read column by column
-        grad_output = grad_output.contiguous()
+    # A sum's gradient, for example, has strides of 0: slow to read column by column.
+    if returned.grad_output.stride(-1) != 1:
+        returned = returned._replace(grad_output=returned.grad_output.contiguous())
 
     def launch() -> kernels.Gradients:
-        return kernels.backward(output, lse, rounding, grad_output, grad_lse, wanted, arguments)
+        return kernels.backward(returned, wanted, arguments)
 
-    inputs = *arguments.beside_spans, output, lse, rounding, grad_output, grad_lse
+    inputs = *arguments.beside_spans, *returned
     # The sinks' gradient follows from what the kernels give in any case.
     asked = ("backward", *wanted[:3], arguments.scale, arguments.softcap, arguments.dropout_p)
     if known_spans is None or not known_spans.are(*arguments.spans):

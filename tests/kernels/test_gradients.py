@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention_kernels import Spans, attention, attention_reference
-from attention_kernels.arguments import Arguments, Wanted
+from attention_kernels.arguments import Arguments, Returned, Wanted
 from attention_kernels.paths import runs_triton
 
 from helpers import (
@@ -336,14 +336,14 @@ def test_operators_pass_opcheck(features, dtype):
 
 
 def test_operators_are_registered_with_the_names_of_their_arguments():
-    """Those of the two tuples that are handed to them, in their order."""
+    """Those of the tuples that are handed to them, in their order."""
     arguments, wanted = list(Arguments._fields), [f"wants_{name}" for name in Wanted._fields]
     forward, backward = (
         [each.name for each in getattr(torch.ops.attention_kernels, name).default._schema.arguments]
         for name in ("forward", "backward")
     )
     assert forward == [*arguments, "wants_gradient", "num_splits"]
-    assert backward[-len(wanted + arguments) :] == wanted + arguments
+    assert backward == [*Returned._fields, *wanted, *arguments]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from attention_kernels import Spans, attention, backward, decode, launch, prebound
-from attention_kernels.arguments import Wanted, arguments_of
+from attention_kernels.arguments import Returned, Wanted, arguments_of
 from attention_kernels.paths import interpreting
 from attention_kernels.tiles import place_of
 
@@ -81,7 +81,8 @@ def test_gradients_of_many_keys(grids, bias):
     spans, row = Spans.full(*scores), torch.empty(1, 1, scores[0])
     given = {None: None, "rows": empty(1, 1, 1, scores[1]), "keys": empty(1, 1, scores[0], 1)}[bias]
     wanted = Wanted(query=False, key_value=bias is None, bias=bias is not None, sinks=False)
-    backward.backward(query, row, torch.empty(0), query, None, wanted, arguments_of(query, key, key, spans, bias=given))
+    returned = Returned(query, row, torch.empty(0), query, None)
+    backward.backward(returned, wanted, arguments_of(query, key, key, spans, bias=given))
     check(grids, "key_value_kernel" if bias is None else "bias_kernel")
     assert max(grid[0] for grid in grids.values()) > MOST_IN_OTHERS
 

@@ -22,7 +22,7 @@ from attention_kernels import (
     tuned,
     write_cache,
 )
-from attention_kernels.arguments import Wanted, arguments_of
+from attention_kernels.arguments import Returned, Wanted, arguments_of
 from attention_kernels.launch import INTERPRETED, operand
 from attention_kernels.paths import interpreting
 
@@ -566,9 +566,8 @@ def test_grids_of_gradients_hold_as_many_heads_as_there_are(monkeypatch):
     spans = Spans(torch.zeros(65536, 2, dtype=torch.int32), torch.full((65536, 1), 2, dtype=torch.int32), 2, 2)
     bias, lse = torch.zeros(65536, 1, 2, 2, dtype=torch.float16), torch.zeros(65536, 1, 2)
     wanted = Wanted(query=True, key_value=True, bias=True, sinks=False)
-    backward.backward(
-        query, lse, torch.empty(0).half(), query, None, wanted, arguments_of(query, query, query, spans, bias=bias)
-    )
+    returned = Returned(query, lse, torch.empty(0).half(), query, None)
+    backward.backward(returned, wanted, arguments_of(query, query, query, spans, bias=bias))
     grids = {name: [grid for grid, _, _ in recorder.calls] for name, recorder in recorders.items()}
     assert {"row_bounds_kernel", "bias_kernel", "key_value_kernel", "query_kernel"} <= {n for n in grids if grids[n]}
     assert all(max(grid[1:]) <= 65535 for each in grids.values() for grid in each)

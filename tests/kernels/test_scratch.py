@@ -17,7 +17,7 @@ from attention_kernels.scratch import KEPT_BYTES, LINE, Scratch
 
 SHAPES = [(2, 3, 5), (7,), (0, 4), (1, 1, 33)]
 
-on_the_torch_path = pytest.mark.skipif(interpreting(), reason="CPU tensors run kernels here, which copy nothing")
+outside_the_interpreter = pytest.mark.skipif(interpreting(), reason="CPU tensors run kernels here, which copy nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
@@ -80,7 +80,7 @@ def widened(monkeypatch):
     monkeypatch.setattr(fused, "LEAST_KEPT_BYTES", 0)
 
 
-@on_the_torch_path
+@outside_the_interpreter
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("layout", ["by head", "by token"])
 def test_results_outlast_the_calls_after_them(layout, trains, widened, monkeypatch):
@@ -111,7 +111,7 @@ def test_results_outlast_the_calls_after_them(layout, trains, widened, monkeypat
         same(list(threads.map(run, calls * 3)), alone * 3)
 
 
-@on_the_torch_path
+@outside_the_interpreter
 def test_a_call_in_the_middle_of_another_leaves_it_alone(widened, monkeypatch):
     """As a signal's handler may make one."""
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_a_call_in_the_middle_of_another_leaves_it_alone(widened, monkeypatch):
     torch.testing.assert_close(within[0], expected[1])
 
 
-@on_the_torch_path
+@outside_the_interpreter
 def test_pages_that_are_gathered_in_the_middle_of_another_call_leave_it_alone(monkeypatch):
     torch.manual_seed(0)
     tokens = [torch.randn(4, 16, 2, 16) for _ in range(4)]
