@@ -85,9 +85,25 @@ def test_triangles_are_halved(rows, smallest, monkeypatch):
         seen.append(own)
 
 
-def test_triangles_whose_halves_spare_little_stay_whole():
-    plan = plan_batch(*bounds_of(Spans.causal(4096, 4096)), 1, 4096, tiles_only=False)
+@pytest.mark.parametrize(
+    "spans",
+    [Spans.causal(4096), Spans.causal(2048), Spans.packed_lengths([1000, 600, 448]) & Spans.causal(2048)],
+    ids=["4096", "2048", "packed"],
+)
+def test_triangles_that_are_not_worth_more_calls_stay_whole(spans):
+    plan = plan_batch(*bounds_of(spans), 1, spans.query_len, tiles_only=False)
     assert plan.halved == plan.groups
+    triangles = [piece for piece in plan.groups[0].pieces if piece.kind == "causal"]
+    assert not any(blockwise.fused.takes_strips(piece, torch.empty(1, 8, piece.shape[0], 64)) for piece in triangles)
+
+
+@pytest.mark.parametrize("before", [0, 700])
+def test_lone_triangles_are_marked(before):
+    """The rows of a prompt beside whatever was there before it, and of one that was padded left."""
+    padded = Spans.causal(900) & Spans.padded(torch.arange(900)[None] >= 100, 900)
+    for spans in (Spans.causal(900, 900 + before), padded):
+        plan = plan_batch(*bounds_of(spans), 1, 900, tiles_only=False)
+        assert [piece.lone for piece in plan.groups[0].pieces if piece.kind == "causal"] == [True]
 
 
 @pytest.mark.parametrize(("rows", "window"), [(192, 5), (1000, 1), (1000, 70), (700, 640), (4000, 3500)])
@@ -148,15 +164,15 @@ def test_triangles_of_all_sizes(dtype, wide, tokens, kind, monkeypatch):
         eager, _ = attention_reference(query, key, value, mask=mask, sinks=sinks, dtype=dtype)
         assert_within_bound(output, eager, exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
-    if kind in ("causal", "cached") and not interpreting():
-        assert bool(strips) == (tokens >= 256 and (wide or dtype.itemsize > 2))
+    if kind in ("causal", "cached", "packed") and not interpreting():
+        assert bool(strips) == (kind != "packed" and 256 <= tokens <= 1152 and (wide or dtype.itemsize > 2))
 
 
 @pytest.mark.parametrize("fewest", [0, 4 * 450 * 24, 4 * 450 * 24 + 1])
 def test_strips_take_enough_queries(fewest, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(blockwise.fused, "FEWEST_STRIP_NUMBERS", fewest)
-    piece = Piece(slice(0, 450), slice(0, 450), "causal")
+    piece = Piece(slice(0, 450), slice(0, 450), "causal", lone=True)
     for batch in (1, 3):  # a sequence's bits do not depend on its neighbours
         assert blockwise.fused.takes_strips(piece, torch.empty(batch, 4, 450, 24)) == (fewest <= 4 * 450 * 24)
 
@@ -167,6 +183,7 @@ def test_heads_with_keys_of_their_own(amx, window, monkeypatch):
     """Their triangles are not halved on processors with AMX."""
     torch.manual_seed(0)
     monkeypatch.setattr(blockwise.processor, "AMX", amx)
+    monkeypatch.setattr(blockwise.pieces, "LARGEST_HALVED", 1200)  # more than strips are worth their calls for
     query, key, value = (torch.randn(1, 4, 1200, 24) for _ in range(3))
     left = None if window is None else window - 1
     problem = Problem(query, key, value, Spans.sliding(1200, left=left))

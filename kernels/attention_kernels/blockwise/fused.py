@@ -265,12 +265,12 @@ def spread_operands(problem: Problem, element: int, piece: Piece) -> tuple[Tenso
 
 
 def takes_strips(piece: Piece, query: Tensor) -> bool:
-    """Whether a piece is a causal triangle, or some, that is computed in strips.
+    """Whether a piece is a lone triangle, or halves of one, that is computed in strips.
 
     Whatever the batch: a sequence's bits must not depend on its neighbours.
     """
     rows = piece.shape[0]
-    if not is_square(piece) or not STRIP_ROWS < rows <= MOST_STRIP_ROWS:
+    if not (piece.lone and is_square(piece)) or not STRIP_ROWS < rows <= MOST_STRIP_ROWS:
         return False
     if query.element_size() == 2 and processor.MULTIPLIES_16_BITS:
         return False  # keys and values are packed before such products, which each strip would do anew

@@ -32,9 +32,9 @@ SMALLEST_HALF = 384 if processor.AVX512 else 192
 """Rows of a causal triangle whose halves are not halved again; `Plan.halved` says why triangles are. The wider a
 processor's instructions, the larger a product must be to be worth its call."""
 
-LARGEST_HALVED = 2048
+LARGEST_HALVED = 1152
 """Rows of a causal triangle up to which it is halved at all: the more rows, the smaller the part of a triangle that
-halves spare, and of 4,096 rows merging takes longer."""
+halves spare. Of 2,048 rows it is a twentieth at best, and beside other work the calls take longer than that."""
 
 
 class Piece(NamedTuple):
@@ -52,6 +52,9 @@ class Piece(NamedTuple):
     """Whether an earlier piece has the same rows, whose result this one's is merged into."""
     blind: bool = False
     """Whether some of its rows see nothing."""
+    lone: bool = False
+    """Whether it is a causal triangle and all rows of its sequence are its own, so that it may be worth many calls. Each
+    call waits for its slowest thread: beside other work the calls of eight packed documents would add up."""
     times: int = 1
     """How many of it there are, to be computed at once; `rows` and `keys` are those of the first."""
     step: int = 0
@@ -117,10 +120,13 @@ def _part_of_band(piece: Piece, first: int, last: int) -> Piece:
 
 
 def halves_of(piece: Piece) -> Iterator[Piece]:
-    """A causal triangle as small ones of equal size, squares, and a strip of the few rows that are left."""
+    """A lone triangle as small ones of equal size, squares, and a strip of the few rows that are left.
+
+    Any other piece as it is.
+    """
     rows, first, first_key = piece.shape[0], piece.rows.start, piece.keys.start
     halvings = max(0, (rows // SMALLEST_HALF).bit_length() - 1)
-    if not halvings or rows > LARGEST_HALVED:
+    if not piece.lone or not halvings or rows > LARGEST_HALVED:
         yield piece
         return
     smallest, count = rows >> halvings, 1 << halvings
@@ -128,12 +134,20 @@ def halves_of(piece: Piece) -> Iterator[Piece]:
     def part(row: int, last_row: int, last_key: int) -> tuple[slice, slice]:
         return slice(first + row, first + last_row), slice(first_key, first_key + last_key)
 
-    yield Piece(*part(0, smallest, smallest), "causal", piece.follows, times=count, step=smallest)
+    yield Piece(*part(0, smallest, smallest), "causal", piece.follows, lone=True, times=count, step=smallest)
     for level in range(halvings):
         half = smallest << level
         yield Piece(*part(half, 2 * half, half), "all", True, times=count >> (level + 1), step=2 * half)
     if count * smallest < rows:
         yield Piece(*part(count * smallest, rows, rows), "causal", piece.follows)
+
+
+def marked_if_lone(pieces: list[Piece]) -> list[Piece]:
+    """The pieces of a sequence, its causal triangle marked as lone if no other piece has other rows."""
+    rows = {(piece.rows.start, piece.rows.stop) for piece in pieces}
+    if len(rows) != 1:
+        return pieces
+    return [piece._replace(lone=True) if piece.kind == "causal" else piece for piece in pieces]
 
 
 def uncovered(pieces: list[Piece], query_len: int) -> Iterator[slice]:

@@ -22,6 +22,7 @@ from .pieces import (
     Piece,
     halves_of,
     joined,
+    marked_if_lone,
     masked_tiles,
     tiles_of_band,
 )
@@ -89,11 +90,11 @@ class Plan:
 
     @cached_property
     def halved(self) -> list[Group]:
-        """The groups, with bands likewise, and causal triangles of few rows as two and a square, again and again.
+        """The groups, with bands likewise, and lone triangles of few rows as two and a square, again and again.
 
         Torch's fused attention computes 512 keys at a time, seen or not: of a triangle of 1,024 rows half as much again
         as is seen, of one of 4,096 an eighth. A square wastes nothing, and small triangles have ways of their own,
-        but merging takes time: `LARGEST_HALVED`. Squares of one size share a call, and so do the small triangles.
+        but calls and merging take time: `LARGEST_HALVED`. Squares of one size share a call, and so do small triangles.
         """
         return self._cut(lambda piece: halves_of(piece) if piece.kind == "causal" else tiles_of_band(piece, BAND_TILES))
 
@@ -212,7 +213,7 @@ def plan_rows(start: Tensor, end: Tensor, *, tiles_only: bool = False) -> list[P
             else:
                 pieces += _run(first, last, int(start[first]), int(end[first]), grows=slopes == (0, 1))
             planned = last
-    return [*pieces, *_tiles(start, end, planned, query_len)]
+    return marked_if_lone([*pieces, *_tiles(start, end, planned, query_len)])
 
 
 def plan_few_rows(start: Tensor, end: Tensor, batch: int, sharing: Sharing | None) -> Iterator[Group]:
