@@ -53,8 +53,8 @@ class Piece(NamedTuple):
     blind: bool = False
     """Whether some of its rows see nothing."""
     lone: bool = False
-    """Whether it is a causal triangle and all rows of its sequence are its own, so that it may be worth many calls. Each
-    call waits for its slowest thread: beside other work the calls of eight packed documents would add up."""
+    """Whether it is a causal triangle and all rows of its sequence are its own, so that it may be worth many calls.
+    Each waits for its slowest thread: beside other work the calls of eight packed documents would add up."""
     times: int = 1
     """How many of it there are, to be computed at once; `rows` and `keys` are those of the first."""
     step: int = 0
