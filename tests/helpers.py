@@ -223,6 +223,6 @@ def random_problem(seed: int) -> Problem:
         mask=torch.rand(broadcast_shape(), device=DEVICE) > 0.2 if draw.random() < 0.3 else None,
         bias=bias,
         sinks=torch.randn(num_heads, 2, device=DEVICE)[:, 1] if draw.random() < 0.3 else None,
-        scale=draw.choice([None, None, 0.3, 1.0]),
+        scale=draw.choice([None, 0.3, 1.0, -0.4]),
         softcap=draw.choice([None, None, 1.5, 30.0]),
     )

@@ -395,7 +395,7 @@ def larger_problem(seed):
         spans=random_spans(draw, 1, 700, key_len),
         bias=torch.randn(1, draw.choice([1, 8]), draw.choice([1, 700]), key_len).to(dtype) if seed % 3 == 0 else None,
         sinks=torch.randn(8) if seed % 2 == 0 else None,
-        scale=draw.choice([None, 0.3, 1.0]),
+        scale=draw.choice([None, 1.0, -0.3]),
         softcap=draw.choice([None, None, 30.0]),
     )
 

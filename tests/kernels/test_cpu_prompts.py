@@ -69,6 +69,16 @@ def test_layers_are_checked_once(case, layout, num_kv_heads, dtype, checked_call
     assert len(checked_calls) == 1
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_scales_that_are_not_positive(case, dtype, scale):
+    """Torch multiplies the -inf of hidden scores by the scale."""
+    torch.manual_seed(0)
+    for _ in range(2):
+        Problem(*operands(CASES[case], dtype), CASES[case], scale=scale).check()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_output_alone_has_the_same_bits(case):
     torch.manual_seed(0)

@@ -116,8 +116,11 @@ def flash(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, in whatever layout, by torch's fused attention; NaN where that may have lost a NaN.
 
-    It gives rows of few keys whose scores are all NaN the log-sum-exp 0, which a row can have otherwise.
+    It gives rows of few keys whose scores are all NaN the log-sum-exp 0, which a row can have otherwise; and it hides
+    a score of a causal triangle before it multiplies by the scale, so that a negative one would show it.
     """
+    if causal and scale < 0:
+        query, scale = -query, -scale
     # torch's own name for it takes two thirds of the time that torch.ops takes.
     output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, is_causal=causal, attn_mask=mask, scale=scale
