@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_kernels import Spans
 from attention_kernels.blockwise.pieces import Piece
 from attention_kernels.blockwise.plan import plan_batch
-from attention_kernels.configs import CONFIGS, architecture, forward_config, unsupported_device
+from attention_kernels.configs import CONFIGS, architecture, forward_config, needs_tiles, unsupported_device
 from attention_kernels.paths import interpreting, triton_installed
 
 from ..command import UsageError
@@ -144,10 +144,13 @@ def path_of(call: Call, target: Target) -> str:
 def tile_of(call: Call, target: Target) -> tuple[int, int]:
     """Rows and keys of a tile of the forward kernel."""
     assert target.architecture is not None
-    hides = call.dense is not None or (call.spans is not None and call.spans.key_mask is not None)
+    has_tiles = needs_tiles(
+        mask=call.dense is not None, bias=call.bias is not None, softcap=call.softcap is not None,
+        hidden_keys=call.spans is not None and call.spans.key_mask is not None,
+    )  # fmt: skip
     config = forward_config(
         target.architecture, target.dtype, call.head_dim, call.value_dim, call.scores[2],
-        has_tiles=hides or call.bias is not None, has_dropout=False,
+        has_tiles=has_tiles, has_dropout=False,
     )  # fmt: skip
     return config.block_m, config.block_n
 

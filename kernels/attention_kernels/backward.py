@@ -210,7 +210,7 @@ def query_gradient(call: Call) -> Tensor:
     if grad_query.numel():
         arguments = query_arguments(call, grad_query, call.config("query"))
         tiles = triton.cdiv(query_len, arguments["BLOCK_M"]) * batch * num_heads
-        launch(query_kernel, (tiles, triton.cdiv(arguments["BLOCK_D"], arguments["PIECE_D"])), arguments)
+        launch(query_kernel, (tiles, triton.cdiv(arguments["HEAD_DIM"], arguments["PIECE_D"])), arguments)
     return grad_query
 
 
@@ -238,8 +238,8 @@ def key_value_gradients(call: Call, spans_batch: int) -> tuple[Tensor, Tensor]:
     ))  # fmt: skip
     arguments = key_value_arguments(call, grad_key, grad_value, bounds, config)
     pieces = max(
-        triton.cdiv(arguments["BLOCK_D"], arguments["PIECE_D"]),
-        triton.cdiv(arguments["BLOCK_DV"], arguments["PIECE_DV"]),
+        triton.cdiv(arguments["HEAD_DIM"], arguments["PIECE_D"]),
+        triton.cdiv(arguments["VALUE_DIM"], arguments["PIECE_DV"]),
     )
     launch(key_value_kernel, (tiles * batch * num_kv_heads, pieces), arguments)
     return grad_key, grad_value

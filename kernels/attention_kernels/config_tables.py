@@ -14,8 +14,8 @@ MOST_ROWS = 128
 """The most rows, and the most keys, of a tile; `launch.within_reach` counts on it."""
 
 Work = Literal["spans", "tiles", "dropout", "short"]
-"""What a call needs: spans, and perhaps a softcap; a mask, a bias or hidden keys between besides; dropout, with any of
-these; or few query rows, with anything."""
+"""What a call needs: spans, and perhaps hidden keys between or a softcap; a mask or a bias besides, or both of these;
+dropout, with any of these; or few query rows, with anything."""
 
 
 class ForwardConfig(NamedTuple):
@@ -37,8 +37,11 @@ class ForwardConfig(NamedTuple):
     descriptors: bool = False
 
 
-Rows = Literal["few", "many"]
-"""Query rows of a group against a cache: up to `SHORT`, or more."""
+Rows = Literal["few", "many", "few pages", "many pages"]
+"""Query rows of a group against a cache: up to `SHORT`, or more; and whether the cache lies in pages."""
+
+CONTIGUOUS: tuple[Rows, ...] = ("few", "many")
+"""Of these, those of caches that do not lie in pages."""
 
 Pass = Literal["query", "key_value", "bias", "statistics"]
 """The kernels of the backward pass that have tile shapes of their own."""
@@ -146,7 +149,14 @@ BACK_FEW_ROWS = "16 rows leave registers for dropout beside everything else"
 ONE_WARP_BRINGS = "two groups of 64 rows share a warp that brings tiles; the most keys whose scores fit the registers"
 MEMORY_BOUND = "few rows wait for memory: narrow tiles, and as many stages as fit 64 KB"
 MEMORY_HOPPER = "few rows wait for memory: 227 KB hold one more stage than elsewhere"
-MANY_ROWS = "rows of a whole group against each key; one stage leaves registers for pages, scales and masks"
+MANY_ROWS = "rows of a whole group against each key; one stage leaves registers for scales, a mask and a bias"
+TABLE_FIRST = "entries of the block table are read three stages before keys: five leave two tiles of keys on their way"
+PAGES_GROUPS = "prompts over pages: 128 rows for two warp groups, which read each key half as often as 64"
+PAGES_WIDE = "prompts over pages: 64 rows for a warp group; 128 rows of 256 columns spill"
+PAGES_WARPS = "prompts over pages: 128 rows for 8 warps; a stage goes to the block table"
+PAGES_IN_PIECES = (
+    "three pieces for the 576 columns of latent attention: each is a wait for memory, so few and wide ones"
+)
 
 
 def _any_work(size: int, dim: int, config: ForwardConfig) -> dict[tuple[int, int, Work], ForwardConfig]:
@@ -385,14 +395,14 @@ _DECODE_ANYWHERE: dict[tuple[int, int, Rows], DecodeConfig] = {
     **{
         (4, dim, rows): DecodeConfig(16, 32 if dim == 64 else 16, 8, 1, 32, EXACT)
         for dim in (64, 128, 256, 512)
-        for rows in ("few", "many")
+        for rows in CONTIGUOUS
     },
 }
 
 _DECODE_EXACT: dict[tuple[int, int, Rows], DecodeConfig] = {
-    (4, dim, rows): DecodeConfig(16, block_n, num_warps, 1, 16, EXACT_NVIDIA)
-    for dim, block_n, num_warps in ((64, 64, 4), (128, 32, 8), (256, 32, 8), (512, 16, 8))
-    for rows in get_args(Rows)
+    (4, dim, rows): DecodeConfig(16, block_n, 8, 1, 16, EXACT_NVIDIA)
+    for dim, block_n in ((64, 32), (128, 32), (256, 32), (512, 16))
+    for rows in CONTIGUOUS
 }
 
 _DECODE_HOPPER: dict[tuple[int, int, Rows], DecodeConfig] = {
@@ -407,17 +417,50 @@ _DECODE_INTERPRETED: dict[tuple[int, int, Rows], DecodeConfig] = {
     (size, dim, rows): DecodeConfig(16 if rows == "few" else 64, 32, 1, 1, 0 if dim <= 128 else 64, INTERPRETER)
     for size in (2, 4)
     for dim in (64, 128, 256, 512)
-    for rows in get_args(Rows)
+    for rows in CONTIGUOUS
 }
 
+_PAGES_CONSUMER: dict[tuple[int, int, Rows], DecodeConfig] = {
+    # A tile of keys waits for its entries of the block table, which Triton reads some stages ahead.
+    (2, 64, "few pages"): DecodeConfig(16, 32, 4, 5, reason=TABLE_FIRST),
+    (2, 128, "few pages"): DecodeConfig(16, 32, 4, 5, reason=TABLE_FIRST),
+    (2, 64, "many pages"): DecodeConfig(128, 64, 8, 3, reason=PAGES_WARPS),
+    (2, 128, "many pages"): DecodeConfig(128, 32, 8, 3, reason=PAGES_WARPS),
+}
+
+_PAGES_AMPERE: dict[tuple[int, int, Rows], DecodeConfig] = {
+    **_PAGES_CONSUMER,
+    (2, 64, "few pages"): DecodeConfig(16, 64, 4, 5, reason=TABLE_FIRST),
+}
+
+_PAGES_HOPPER: dict[tuple[int, int, Rows], DecodeConfig] = {
+    **_PAGES_AMPERE,
+    (2, 256, "few pages"): DecodeConfig(16, 32, 4, 5, reason=TABLE_FIRST),
+    (2, 512, "few pages"): DecodeConfig(16, 64, 8, 1, 256, reason=PAGES_IN_PIECES),
+    (2, 64, "many pages"): DecodeConfig(128, 64, 8, 3, reason=PAGES_GROUPS),
+    (2, 128, "many pages"): DecodeConfig(128, 64, 8, 3, reason=PAGES_GROUPS),
+    (2, 256, "many pages"): DecodeConfig(64, 32, 8, 3, reason=PAGES_WIDE),
+    (2, 512, "many pages"): DecodeConfig(32, 32, 8, 1, 256, reason=PAGES_IN_PIECES),
+}
+
+
+def _and_pages(
+    table: dict[tuple[int, int, Rows], DecodeConfig], own: dict[tuple[int, int, Rows], DecodeConfig] | None = None
+) -> dict[tuple[int, int, Rows], DecodeConfig]:
+    """A table of rows for contiguous caches, and for pages the same but for those that have rows of their `own`."""
+    pages: dict[Rows, Rows] = {"few": "few pages", "many": "many pages"}
+    same = {(size, dim, pages[rows]): config for (size, dim, rows), config in table.items()}
+    return table | same | (own or {})
+
+
 DECODE_CONFIGS: dict[str, dict[tuple[int, int, Rows], DecodeConfig]] = {
-    "sm_80": _DECODE_ANYWHERE | _DECODE_EXACT,
-    "sm_86": _DECODE_ANYWHERE | _DECODE_EXACT,
-    "sm_89": _DECODE_ANYWHERE | _DECODE_EXACT,
-    "sm_90": _DECODE_ANYWHERE | _DECODE_HOPPER,
-    "sm_100": _DECODE_ANYWHERE | _DECODE_HOPPER,
-    "sm_120": _DECODE_ANYWHERE | _DECODE_EXACT,
-    "gfx942": _DECODE_ANYWHERE,
-    "interpreter": _DECODE_INTERPRETED,
+    "sm_80": _and_pages(_DECODE_ANYWHERE | _DECODE_EXACT, _PAGES_AMPERE),
+    "sm_86": _and_pages(_DECODE_ANYWHERE | _DECODE_EXACT, _PAGES_CONSUMER),
+    "sm_89": _and_pages(_DECODE_ANYWHERE | _DECODE_EXACT, _PAGES_CONSUMER),
+    "sm_90": _and_pages(_DECODE_ANYWHERE | _DECODE_HOPPER, _PAGES_HOPPER),
+    "sm_100": _and_pages(_DECODE_ANYWHERE | _DECODE_HOPPER, _PAGES_HOPPER),
+    "sm_120": _and_pages(_DECODE_ANYWHERE | _DECODE_EXACT, _PAGES_CONSUMER),
+    "gfx942": _and_pages(_DECODE_ANYWHERE),
+    "interpreter": _and_pages(_DECODE_INTERPRETED),
 }
 """Configurations of the kernel for caches, by architecture."""

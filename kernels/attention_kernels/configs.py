@@ -48,7 +48,7 @@ def forward_config(
     has_dropout: bool,
     device: torch.device | None = None,
 ) -> ForwardConfig:
-    """The tile shape for a call. `has_tiles`: whether it has a mask, a bias or hidden keys besides its spans.
+    """The tile shape for a call. `has_tiles`: whether it reads tiles of a mask or a bias, as `needs_tiles` says.
 
     With `device`, what was measured on it goes before the tables.
     """
@@ -60,6 +60,14 @@ def forward_config(
     if head_dim > WIDEST and not config.chunk_d:
         return config._replace(chunk_d=PIECE)
     return whole_if_narrow(config, head_dim)
+
+
+def needs_tiles(*, mask: bool, bias: bool, hidden_keys: bool, softcap: bool) -> bool:
+    """Whether a forward pass that has these needs the row with room for tiles of a mask and of a bias.
+
+    Rows for spans have room for hidden keys or a softcap, but not for both.
+    """
+    return mask or bias or (hidden_keys and softcap)
 
 
 def backward_config(
@@ -91,10 +99,14 @@ def decode_config(
     value_dim: int,
     rows: int,
     device: torch.device | None = None,
+    *,
+    in_pages: bool = False,
 ) -> DecodeConfig:
     """The tile shape for queries of `dtype` of which a group of heads has `rows` (query tokens times group size)."""
     widest = widest_row(head_dim, value_dim)
     kind: Rows = "few" if rows <= SHORT else "many"
+    if in_pages:
+        kind = "few pages" if kind == "few" else "many pages"
     own: Any = device and tuned_rows(device).get(("decode", dtype.itemsize, widest, kind))
     return whole_if_narrow(own or DECODE_CONFIGS[architecture][dtype.itemsize, widest, kind], head_dim)
 

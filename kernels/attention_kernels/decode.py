@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import DecodeConfig, architecture, choose_splits, decode_config, padded_dim
-from .launch import INTERPRETED, launch, launching_on, memory, operand, score_operand, span_operand, token_major_memory
+from .launch import (
+    INTERPRETED,
+    columns_within_reach,
+    launch,
+    launching_on,
+    memory,
+    operand,
+    score_operand,
+    span_operand,
+    token_major_memory,
+)
 from .tiles import (
     FAR,
     LN2,
@@ -146,7 +156,7 @@ def packed_tile(offsets_ptr, sequences, tile, group_size, BLOCK_M: tl.constexpr)
     """The sequence that a tile of rows belongs to, which of its tiles it is, and whether it has any rows.
 
     Each sequence is given one tile more than its rows fill, so that where its tiles begin follows from its own offset;
-    that tile is left over if the rows need no other.
+    that tile is left over if the rows need no other. Rows before the first sequence's are of none.
     """
     b, beyond = 0, sequences
     while beyond - b > 1:
@@ -154,8 +164,9 @@ def packed_tile(offsets_ptr, sequences, tile, group_size, BLOCK_M: tl.constexpr)
         begins_later = first_packed_tile(offsets_ptr, middle, group_size, BLOCK_M) > tile
         b, beyond = tl.where(begins_later, b, middle), tl.where(begins_later, middle, beyond)
     row_tile = tile - first_packed_tile(offsets_ptr, b, group_size, BLOCK_M)
-    query_len = tl.load(offsets_ptr + b + 1) - tl.load(offsets_ptr + b)
-    return b, row_tile, row_tile * BLOCK_M < query_len * group_size
+    rows = (tl.load(offsets_ptr + b + 1) - tl.load(offsets_ptr + b)) * group_size
+    row_tile = tl.where(row_tile < 0, tl.cdiv(rows, BLOCK_M), row_tile)
+    return b, row_tile, row_tile * BLOCK_M < rows
 
 
 @triton.jit
@@ -347,6 +358,7 @@ def decode(
             key_scale=key_scale, value_scale=value_scale, num_splits=num_splits,
         )  # fmt: skip
         return output.to(torch.bfloat16) if out is None else out.copy_(output), lse
+    query, key, value = columns_within_reach(query, key, value)
     batch, num_heads, query_len, _ = query.shape
     num_kv_heads, value_dim = value.shape[1], value.shape[3]
     output = token_major_memory(query, value_dim) if out is None else out
@@ -359,7 +371,10 @@ def decode(
     # The longest sequence would choose the tile shape here. With a number of splits that was asked for, a sequence's
     # bits must not depend on others, so one query chooses it.
     choosing = rows if num_splits is None or query_offsets is None else rows // longest
-    config = decode_config(architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device)
+    config = decode_config(
+        architecture(query.device), query.dtype, query.shape[3], value_dim, choosing, query.device,
+        in_pages=block_table is not None,
+    )  # fmt: skip
     key_len = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     tiles = triton.cdiv(rows, config.block_m)
     # A long prompt beside many sequences of one new token each would have them all take as many tiles as it takes.

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import Arguments
-from .configs import ForwardConfig, architecture, forward_config, padded_dim
+from .configs import ForwardConfig, architecture, forward_config, needs_tiles, padded_dim
 from .launch import (
     INTERPRETED,
     dropout_operand,
@@ -332,7 +332,10 @@ def forward(arguments: Arguments, *, wants_rounding: bool) -> tuple[Tensor, Tens
     rounding = token_major_memory(output) if wants_rounding else query.new_empty(0)
     lse = memory(query, batch, num_heads, query_len, dtype=torch.float32)
     if query_len and batch:
-        has_tiles = mask is not None or bias is not None or arguments.key_mask is not None
+        has_tiles = needs_tiles(
+            mask=mask is not None, bias=bias is not None, hidden_keys=arguments.key_mask is not None,
+            softcap=arguments.softcap is not None,
+        )  # fmt: skip
         config = forward_config(
             architecture(query.device), query.dtype, query.shape[-1], value.shape[-1], query_len,
             has_tiles=has_tiles, has_dropout=arguments.dropout_seed is not None, device=query.device,

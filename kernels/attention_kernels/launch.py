@@ -100,6 +100,14 @@ def within_reach(*tensors: Tensor | None) -> list[Any]:
     return [tensor if tensor is None or _is_within_reach(tensor) else tensor.contiguous() for tensor in tensors]
 
 
+def columns_within_reach(*tensors: Tensor) -> list[Tensor]:
+    """As `within_reach`, for kernels whose rows may lie anywhere: with a copy where columns lie too far apart."""
+    return [
+        tensor if (min(tensor.shape[3], MOST_COLUMNS) - 1) * tensor.stride(3) < 1 << 31 else tensor.contiguous()
+        for tensor in tensors
+    ]
+
+
 def _is_within_reach(tensor: Tensor) -> bool:
     (rows, columns), (row_stride, column_stride) = tensor.shape[2:], tensor.stride()[2:]
     reach = (min(rows, MOST_ROWS) - 1) * row_stride + (min(columns, MOST_COLUMNS) - 1) * column_stride

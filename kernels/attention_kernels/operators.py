@@ -111,7 +111,8 @@ def attention(
         Output `[batch, num_heads, query_len, value_dim]`; its transpose to `[batch, query_len, num_heads, value_dim]`
         is contiguous. With `return_lse` also the natural log-sum-exp, float32 (float64 for float64)
         `[batch, num_heads, query_len]`, sinks included. A row that sees no key has output 0 and log-sum-exp -inf (its
-        sink, where it has one). NaN and Inf in keys and values reach only the rows that see them.
+        sink, where it has one). NaN and Inf in keys and values reach only the rows that see them; where a value is Inf,
+        all columns of such a row may be NaN.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message says which, and what to do.

@@ -116,7 +116,7 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if spans is not None:
         _check_spans(spans, query, cache)
-    if runs_triton(query):
+    if runs_triton(query) and len(cache.seq_lens):  # no sequences leave nothing to launch for
         if (reason := unsupported_dtype(query.device, cache.key.dtype)) is not None:
             raise TypeError(f"paged_attention: {reason}")
         spans = causal_spans(cache, query.shape[2], query_offsets) if spans is None else spans

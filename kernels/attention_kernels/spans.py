@@ -52,7 +52,8 @@ class Spans:
         key_mask: bool `[batch or 1, key_len]` or None. Keys that no row sees although they lie inside spans: padding in
             the middle of a sequence. O(keys), so a batch with such padding still needs no dense mask.
         gap_count: int32 `[batch or 1]` beside `key_mask`: how many keys `key_mask` hides between the first and the last
-            key that it shows. The kernel reads it on the device to treat a batch element without gaps at full speed.
+            key that it shows, between which spans must lie. The kernel reads it on the device to treat a batch element
+            without gaps at full speed: it does not look at that element's `key_mask` then.
 
     `start` and `end` may each be broadcast, so a left-padded causal batch shares one `end` row between its elements.
 
@@ -466,8 +467,8 @@ class Spans:
     @property
     def batch(self) -> int:
         """1 if all batch elements share the mask."""
-        masked = 1 if self.key_mask is None else self.key_mask.shape[0]
-        return max(self.start.shape[0], self.end.shape[0], masked)
+        parts = (self.start, self.end, self.key_mask)
+        return next((len(part) for part in parts if part is not None and len(part) != 1), 1)
 
     @property
     def device(self) -> torch.device:

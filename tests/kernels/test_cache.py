@@ -462,6 +462,25 @@ def test_no_sequences_have_no_longest_one():
     offsets = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     output = paged_attention(key.new_zeros(1, 4, 0, 16), cache, query_offsets=offsets, max_query_len=5, check=True)
     assert output.shape == (1, 4, 0, 16)
+    output = paged_attention(key.new_zeros(1, 4, 3, 16), cache, query_offsets=offsets)  # rows of no sequence
+    assert output.shape == (1, 4, 3, 16)
+    assert paged_attention(key.new_zeros(0, 4, 3, 16), cache).shape == (0, 4, 3, 16)
+
+
+@pytest.mark.parametrize("first", [1, 5, 33])
+@pytest.mark.parametrize("query_lens", [[40, 20], [1, 40], [1, 1]])
+def test_rows_before_the_first_sequence(first, query_lens):
+    """They belong to none, and what is beside the output stays as it was."""
+    torch.manual_seed(0)
+    cache = random_cache(random.Random(0), [50, 45], 16, 2, (16, 16), torch.float32, None)
+    offsets = torch.tensor([first, *query_lens], device=DEVICE).cumsum(0).int()
+    query = tensor(1, 8, first + sum(query_lens), 16)
+    options = {"sinks": torch.randn(8, device=DEVICE), "scale": None, "softcap": None, "num_splits": None}
+    memory = torch.full((2 * first + sum(query_lens) + 70, 8, 16), 7.0, device=DEVICE)
+    place = slice(first + 35, 2 * first + 35 + sum(query_lens))
+    problem = PagedProblem(query, cache, offsets, query_lens, None, options)
+    problem.check(out=memory[place][None].transpose(1, 2))
+    assert (memory[: place.start] == 7).all() and (memory[place.stop :] == 7).all()
 
 
 def test_forward_differentiation_is_refused():

@@ -87,6 +87,17 @@ def test_gradients_of_many_keys(grids, bias):
     assert max(grid[0] for grid in grids.values()) > MOST_IN_OTHERS
 
 
+@pytest.mark.parametrize(("dim", "value_dim", "pieces"), [(576, 512, 5), (320, 320, 3), (160, 512, 4), (64, 64, 1)])
+def test_no_program_has_a_piece_without_columns(grids, dim, value_dim, pieces):
+    """Pieces have 128 columns here; heads are padded to the next power of two."""
+    query, value = empty(1, 1, 16, dim), empty(1, 1, 16, value_dim)
+    spans, row = Spans.full(16), torch.empty(1, 1, 16)
+    wanted = Wanted(query=True, key_value=True, bias=False, sinks=False)
+    returned = Returned(value, row, torch.empty(0), value, None)
+    backward.backward(returned, wanted, arguments_of(query, query, value, spans))
+    assert grids["query_kernel"][1] == -(-dim // 128) and grids["key_value_kernel"][1] == pieces
+
+
 # ---------------------------------------------------------------------- the order of tiles
 
 runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="kernels run on GPUs, or interpreted")

@@ -176,6 +176,19 @@ def test_rows_that_lie_far_apart(far):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("far", ["query", "key", "value"])
+@pytest.mark.parametrize("query_len", [4, 20])
+def test_columns_that_lie_far_apart(far, query_len):
+    """As those of a cache that is stored `[columns, tokens]`."""
+    torch.manual_seed(0)
+    tensors = {name: tensor(1, 1, 30, 64, dtype=torch.float16) for name in ("query", "key", "value")}
+    tensors["query"] = tensors["query"][:, :, :query_len]
+    stride = (1 << 31) // 63 + 100
+    memory = torch.empty(64 * stride, dtype=torch.float16, device=DEVICE)
+    apart = memory.as_strided(tensors[far].shape, (stride, stride, 1, stride)).copy_(tensors[far])
+    assert torch.equal(attention(**tensors | {far: apart}), attention(**tensors))
+
+
 def test_a_batch_element_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     query, key, value = tensor(3, 4, 70, 32), tensor(3, 2, 90, 32), tensor(3, 2, 90, 32)
@@ -276,7 +289,9 @@ def test_this_process_runs_the_path_it_says():
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="the torch path has no tile shapes")
-@pytest.mark.parametrize("extra", ["nothing", "softcap", "sinks", "hidden keys", "mask", "bias", "dropout"])
+@pytest.mark.parametrize(
+    "extra", ["nothing", "softcap", "sinks", "hidden keys", "softcap and hidden keys", "mask", "bias", "dropout"]
+)
 def test_the_forward_kernel_is_launched_in_the_row_for_what_a_call_has(extra, monkeypatch):
     from attention_kernels import forward
 
@@ -286,13 +301,14 @@ def test_the_forward_kernel_is_launched_in_the_row_for_what_a_call_has(extra, mo
     causal, scores = Spans.causal(40, device=DEVICE), torch.zeros(1, 1, 40, 40, device=DEVICE)
     options = {
         "nothing": {}, "softcap": {"softcap": 5.0}, "sinks": {"sinks": torch.zeros(1, device=DEVICE)},
-        "hidden keys": {}, "mask": {"mask": scores == 0}, "bias": {"bias": scores}, "dropout": {"dropout_p": 0.1},
+        "hidden keys": {}, "softcap and hidden keys": {"softcap": 5.0}, "mask": {"mask": scores == 0},
+        "bias": {"bias": scores}, "dropout": {"dropout_p": 0.1},
     }[extra]  # fmt: skip
     asked, choose = [], forward.forward_config
     monkeypatch.setattr(forward, "forward_config", lambda *given, **has: asked.append(has) or choose(*given, **has))
-    attention(query, key, value, causal & Spans.padded(shown, 40) if extra == "hidden keys" else causal, **options)
+    attention(query, key, value, causal & Spans.padded(shown, 40) if "hidden keys" in extra else causal, **options)
     (has,) = asked
-    assert has["has_tiles"] == (extra in ("hidden keys", "mask", "bias"))
+    assert has["has_tiles"] == (extra in ("softcap and hidden keys", "mask", "bias"))
     assert has["has_dropout"] == (extra == "dropout")
 
 

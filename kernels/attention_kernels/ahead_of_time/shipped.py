@@ -17,6 +17,7 @@ from ..config_tables import (
     BACKWARD_CONFIGS,
     BACKWARD_FASTER_CONFIGS,
     CONFIGS,
+    CONTIGUOUS,
     DECODE_CONFIGS,
     GLUON_CONFIGS,
     SERVES,
@@ -47,9 +48,10 @@ class Case:
         element_size: bytes of an element of the operands.
         dim: columns of queries, keys and values.
         work: the row's own name: "spans", "tiles", "dropout" or "short", with " (overlap)" for the loop of calls that
-            have no mask and no bias, and " (softcap)" for calls that have one; the backward kernel, with " (spans)" for
-            the faster row of calls with spans alone, or the most that such a row serves, by its name in `SERVES`; "few"
-            or "many"; "" where there is one only.
+            have no mask and no bias, and " (softcap)" or " (hidden keys)" for calls that have these; the backward
+            kernel, with " (spans)" for the faster row of calls with spans alone, or the most that such a row serves, by
+            its name in `SERVES`; "few" or "many", with " pages" and " (float8)" for pages of that dtype; "" where there
+            is one only.
         config: the tile shape, or None where the kernel has none.
     """
 
@@ -87,7 +89,8 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
     for (size, dim, work), config in CONFIGS[architecture].items():
         yield Case(architecture, "forward", size, dim, work, config)
         if work == "spans":
-            yield Case(architecture, "forward", size, dim, "spans (softcap)", config)
+            for extra in ("softcap", "hidden keys"):
+                yield Case(architecture, "forward", size, dim, f"spans ({extra})", config)
         elif config.overlap:
             yield Case(architecture, "forward", size, dim, f"{work} (overlap)", config)
     for dim, config in GLUON_CONFIGS.get(architecture, {}).items():
@@ -99,9 +102,9 @@ def shipped_cases(architecture: str) -> Iterator[Case]:
         for each in faster:
             yield Case(architecture, "backward", size, dim, f"{kernel} ({each.serves})", each.config)
     for (size, dim, rows), few_or_many in DECODE_CONFIGS[architecture].items():
-        if size == 2:
-            yield Case(architecture, "decode", size, dim, f"{rows} (pages)", few_or_many)
         yield Case(architecture, "decode", size, dim, rows, few_or_many)
+        if rows not in CONTIGUOUS:
+            yield Case(architecture, "decode", size, dim, f"{rows} (float8)", few_or_many)
     for part in ("merge", "statistics"):
         for dim in DIMS:
             yield Case(architecture, part, 2, dim, "", None)
@@ -157,6 +160,8 @@ def _forward(case: Case) -> tuple[Any, dict[str, Any]]:
         given |= {"mask": None, "bias": None}
     if variant == "(softcap)":
         given |= {"softcap": 30.0}
+    if variant == "(hidden keys)":
+        given |= {"spans": extras(query_len)["spans"]}
     return forwarding.forward_kernel, forwarding.kernel_arguments(
         query, key, value, output, output if case.element_size == 2 else None, torch.empty(2, 4, query_len),
         sinks=torch.zeros(4), scale=0.1, config=config, **given,
@@ -194,29 +199,32 @@ def _backward(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _decode(case: Case) -> tuple[Any, dict[str, Any]]:
-    """With everything there is: pages, float8 with scales, a mask, a bias, sinks, a softcap, split keys.
+    """With sinks, a softcap and split keys; and a mask, a bias and padding, or pages, which have none of these.
 
-    Or, as an engine's batch of sequences in pages has it: without a mask, a bias, padding and a softcap, but with
-    sequences of unequal lengths if they have many rows.
+    Pages are those of an engine's batch: of sequences of unequal lengths if they have many rows.
     """
-    rows, _, variant = case.work.partition(" ")
+    rows, *variant = case.work.split()
     query_len = 1 if rows == "few" else 8
-    query = torch.empty(2, query_len, 8, case.dim, dtype=case.dtype).transpose(1, 2)
-    # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
-    kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
-    pages = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
-    scales = torch.ones(9, 2, 16)
-    given, offsets = extras(query_len), None
-    if variant == "(pages)":
-        given, offsets = spans_alone(query_len), torch.zeros(3, dtype=torch.int32)
+    query, key, value, _ = tensors(case.dtype, case.dim, query_len)
+    given = extras(query_len)
+    pages: dict[str, Any] = dict.fromkeys(("block_table", "seq_lens", "query_offsets", "key_scale", "value_scale"))
+    if variant:
+        given |= spans_alone(query_len) | {"softcap": given["softcap"]}
+        kind = case.dtype
+        if "(float8)" in variant:
+            # Older chips have the other float8 only; `unsupported_dtype` says so to their users.
+            kind = torch.float8_e5m2 if case.architecture in WITHOUT_E4M3 else torch.float8_e4m3fn
+            pages |= dict.fromkeys(("key_scale", "value_scale"), torch.ones(9, 2, 16))
+        key = value = torch.empty(9, 16, 2, case.dim, dtype=kind).transpose(1, 2)
+        pages["block_table"] = torch.zeros(2, 32, dtype=torch.int32)
+        pages["seq_lens"], pages["query_offsets"] = torch.ones(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     del given["dropout"]  # there is none in decoding
     assert isinstance(case.config, DecodeConfig)
-    config = whole_if_narrow(case.config, case.dim)
+    parts, part_lse = torch.empty(4, 2, query_len, 4, case.dim), torch.empty(4, 2, 4, query_len)
     return decoding.decode_kernel, decoding.decode_arguments(
-        query, pages, pages, torch.empty(4, 2, query_len, 8, case.dim), torch.empty(4, 2, 8, query_len), **given,
-        sinks=torch.zeros(8), scale=0.1, block_table=torch.zeros(2, 32, dtype=torch.int32),
-        seq_lens=torch.ones(2, dtype=torch.int32), query_offsets=offsets, key_scale=scales, value_scale=scales,
-        key_len=KEY_LEN, sequences=len(query), searching=offsets is not None and rows == "many", config=config,
+        query, key, value, parts, part_lse, **given, **pages, sinks=torch.zeros(4), scale=0.1, key_len=KEY_LEN,
+        sequences=len(query), searching=bool(variant) and rows == "many",
+        config=whole_if_narrow(case.config, case.dim),
     )  # fmt: skip
 
 

@@ -116,8 +116,9 @@ def flash(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, in whatever layout, by torch's fused attention; NaN where that may have lost a NaN.
 
-    It gives rows of few keys whose scores are all NaN the log-sum-exp 0, which a row can have otherwise; and it hides
-    a score of a causal triangle before it multiplies by the scale, so that a negative one would show it.
+    It gives rows of few keys whose scores are all NaN the log-sum-exp 0, which a row can have otherwise, and in 16 bits
+    rows with a score of Inf an output of 0. It hides a score of a causal triangle before it multiplies by the scale, so
+    that a negative one would show it.
     """
     if causal and scale < 0:
         query, scale = -query, -scale
@@ -126,10 +127,16 @@ def flash(
         query, key, value, is_causal=causal, attn_mask=mask, scale=scale
     )
     if key.shape[2] < FEWEST_FOUND and not lse.all():
-        lost = lse == 0
-        output.masked_fill_(lost[..., None], math.nan)
-        lse.masked_fill_(lost, math.nan)
+        lose(output, lse, lse == 0)
+    if query.element_size() == 2 and not math.isfinite(lse.sum()):
+        lose(output, lse, lse == math.inf)
     return output, lse
+
+
+def lose(output: Tensor, lse: Tensor, rows: Tensor) -> None:
+    """Make NaN of rows of a result, in place."""
+    output.masked_fill_(rows[..., None], math.nan)
+    lse.masked_fill_(rows, math.nan)
 
 
 class FusedCall(NamedTuple):
