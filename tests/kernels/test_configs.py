@@ -38,7 +38,7 @@ from attention_kernels.backward import Call
 from attention_kernels.forward import forward_kernel, kernel_arguments
 from attention_kernels.launch import COMPILER_OPTIONS, score_operand, span_operand
 from attention_kernels.spans import Spans
-from attention_kernels.write import write_kernel
+from attention_kernels.write import write_arguments, write_kernel
 
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
 
@@ -226,13 +226,18 @@ def test_quantising_keeps_nan_and_rounds_as_torch_does(stored):
     """Hopper's min and max pass over a NaN unless they are told not to, and its quick quotient is not the nearest."""
     new, pages = torch.empty(8, 2, 64, dtype=torch.bfloat16), torch.empty(4, 16, 2, 64, dtype=stored)
     slots, scale = torch.empty(8, dtype=torch.int64), torch.empty(1)
-    strides = *new.stride(), pages, *pages.stride(), scale, 0, 0, 0
-    given = (new, *strides, slots, 16, 448.0, 64, 64, stored == torch.int8)
-    arguments = dict(zip(write_kernel.arg_names, given, strict=True)) | {"num_warps": 4, "num_stages": 1}
-    code = compile_ahead(write_kernel, "sm_90", arguments).binary["ptx"]
+    code = compile_ahead(write_kernel, "sm_90", write_arguments(new, pages, scale, slots)).binary["ptx"]
     bounds = re.findall(r"\b(?:min|max)\.[\w.]*f32", code)  # Triton 3.9 has one instruction for both
     assert bounds and all(".NaN." in instruction for instruction in bounds)
     assert "div.rn.f32" in code and "div.full.f32" not in code
+
+
+@compiles
+def test_caches_are_written_16_bytes_at_a_time():
+    new, pages = torch.empty(8, 8, 128, dtype=torch.bfloat16), torch.empty(4, 16, 8, 128, dtype=torch.bfloat16)
+    arguments = write_arguments(new, pages, None, torch.empty(8, dtype=torch.int64))
+    code = compile_ahead(write_kernel, "sm_90", arguments).binary["ptx"]
+    assert re.findall(r"(?:ld|st)\.global\S*", code) == ["ld.global.b64", "ld.global.v4.b32", "st.global.v4.b32"]
 
 
 def training_kernels(dim: int, tokens: int) -> Iterator[Compiled]:
