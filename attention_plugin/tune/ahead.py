@@ -163,17 +163,19 @@ def unfit(key: tuned.Key, config: tuned.Config, architecture: str) -> str | None
     from attention_kernels.config_tables import SHARED_MEMORY
 
     part, size, dim, kind = key
-    kind += {"forward": " (softcap)", "backward": " (spans)"}.get(part, "")
-    case = Case(architecture, part, size, dim, kind, config)
-    try:
-        kernel, arguments = case.kernel()
-        compiled = compile_ahead(kernel, case.architecture, arguments)
-        spills = compiled.spills
-    except Exception as error:
-        return f"does not compile: {type(error).__name__}"
-    if compiled.shared_memory > SHARED_MEMORY[case.architecture]:
-        return "over the shared memory"
-    return "spills" if spills else None
+    for extra in {"forward": (" (softcap)", " (hidden keys)"), "backward": (" (spans)",)}.get(part, ("",)):
+        case = Case(architecture, part, size, dim, kind + extra, config)
+        try:
+            kernel, arguments = case.kernel()
+            compiled = compile_ahead(kernel, case.architecture, arguments)
+            spills = compiled.spills
+        except Exception as error:
+            return f"does not compile: {type(error).__name__}"
+        if compiled.shared_memory > SHARED_MEMORY[case.architecture]:
+            return "over the shared memory"
+        if spills:
+            return "spills"
+    return None
 
 
 def _cores() -> int:

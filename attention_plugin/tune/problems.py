@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attention_kernels import Spans, attention_reference, tuned
 from attention_kernels.arguments import Returned, Wanted, arguments_of
@@ -39,6 +40,7 @@ class Sizes:
     tokens: int = 4096
     decode_batch: int = 32
     decode_keys: int = 8192
+    page_size: int = 16
 
 
 CHECKED = Sizes(batch=2, heads=4, tokens=150, decode_batch=2, decode_keys=333)
@@ -68,7 +70,7 @@ def rows_to_measure(
     The Gluon kernel, which may hang, comes after all others.
     """
     name, size = architecture(device), dtype.itemsize
-    kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few",)}
+    kinds = {"forward": ("spans",), "backward": ("query", "key_value"), "decode": ("few", "few pages", "many pages")}
     found = []
     for dim, each in product(dims, passes):
         for kind in kinds[each]:
@@ -93,9 +95,20 @@ def _default(name: str, part: str, dtype: torch.dtype, dim: int, kind: str) -> A
 def _shapes(name: str, part: str, kind: str, default: Any) -> Iterator[tuned.Config]:
     """Shapes around those that are known to be good; those that do not fit a device are dropped untimed."""
     if part == "decode":
-        shapes = (32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2)
-        for block_n, warps, stages in shapes:
+        few = (32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2)
+        few_pages = (32, 4, 3), (32, 4, 5), (32, 4, 6), (64, 4, 3), (64, 4, 5), (64, 8, 5), (128, 8, 5)
+        for block_n, warps, stages in {"few": few, "few pages": few_pages}.get(kind, ()):
             yield DecodeConfig(default.block_m, block_n, warps, stages, default.chunk_d)
+        if kind == "many pages":
+            for shape in (
+                (64, 32, 4, 3),
+                (64, 64, 4, 3),
+                (64, 64, 8, 3),
+                (128, 32, 8, 3),
+                (128, 64, 8, 3),
+                (128, 64, 8, 4),
+            ):
+                yield DecodeConfig(*shape, default.chunk_d)
         return
     if part == "forward":
         for shape in ((64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2),
@@ -117,9 +130,14 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
     """A call that the row serves, through the launchers that every call goes through; returns its results."""
     from attention_kernels import backward, decode, forward
 
-    part, _, dim, kind = problem.key
-    query, key, value, spans = inputs(part, dim, device, dtype, sizes)
+    part, _, _, kind = problem.key
+    query, key, value, spans = inputs(problem.key, device, dtype, sizes)
     given = arguments_of(query, key, value, spans)
+    if part == "decode" and kind != "few":
+        key, value, block_table, seq_lens = in_pages(key, value, sizes.page_size)
+        return lambda: decode.decode(
+            query, key, value, *given.spans, scale=given.scale, block_table=block_table, seq_lens=seq_lens
+        )[:1]
     if part == "decode":
         return lambda: decode.decode(query, key, value, *given.spans, scale=given.scale)[:1]
     if part == "gluon":
@@ -140,13 +158,25 @@ def call(problem: Problem, device: torch.device, dtype: torch.dtype, sizes: Size
     return run
 
 
-def inputs(part: str, dim: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Any, ...]:
-    """Query, key and value, stored token by token, and their spans: causal, or all keys for one query.
+def in_pages(key: Tensor, value: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same keys and values in pages, as `decode.decode` takes them, with their block table and lengths."""
+    batch, _, tokens, _ = key.shape
+    pages = -(-tokens // page_size)
+    padded = (pad(each.transpose(1, 2), (0, 0, 0, 0, 0, pages * page_size - tokens)) for each in (key, value))
+    key, value = (each.unflatten(1, (pages, page_size)).flatten(0, 1).transpose(1, 2) for each in padded)
+    block_table = torch.arange(batch * pages, dtype=torch.int32, device=key.device).view(batch, pages)
+    return key, value, block_table, torch.full((batch,), tokens, dtype=torch.int32, device=key.device)
+
+
+def inputs(key: tuned.Key, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Any, ...]:
+    """Query, key and value of a row, stored token by token, and their spans: causal, or all keys for one query.
 
     On torch's meta device, where compiling is all that comes of a call, they have no content.
     """
-    batch, tokens = (sizes.decode_batch, sizes.decode_keys) if part == "decode" else (sizes.batch, sizes.tokens)
-    rows = 1 if part == "decode" else tokens
+    part, _, dim, kind = key
+    one_query = part == "decode" and kind != "many pages"
+    batch, tokens = (sizes.decode_batch, sizes.decode_keys) if one_query else (sizes.batch, sizes.tokens)
+    rows = 1 if one_query else tokens
     shapes = ((batch, count, heads, dim) for count, heads in ((rows, sizes.heads), (tokens, 2), (tokens, 2)))
     if device.type == "meta":
         drawn = (torch.empty(shape, device=device) for shape in shapes)
@@ -166,8 +196,8 @@ def is_right(problem: Problem, device: torch.device, dtype: torch.dtype) -> bool
 @cache
 def _truth(key: tuned.Key, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The exact results of a row's call at `CHECKED`, and the largest error that is right."""
-    part, _, dim, kind = key
-    query, keys, value, _ = inputs(part, dim, device, dtype, CHECKED)
+    part, _, _, kind = key
+    query, keys, value, _ = inputs(key, device, dtype, CHECKED)
     rows, tokens = query.shape[2], keys.shape[2]
     mask = torch.ones(rows, tokens, dtype=torch.bool, device=device).tril(tokens - rows)
     results = []

@@ -141,11 +141,11 @@ def last_cache(device: torch.device) -> int:
 def choose_splits(programs: int, key_len: int, block_n: int, device: torch.device) -> int:
     """In how many parts to split the keys, so that `programs` times as many fill the device.
 
-    From shapes alone, without looking at lengths on the device. At most 64, and a part has room for at least four tiles
-    of keys, since merging takes time as well.
+    From shapes alone, without looking at lengths on the device. At most 128, and a part has room for at least four
+    tiles of keys, since merging takes time as well.
     """
     wanted = -(-2 * processors(device) // max(1, programs))
-    return max(1, min(wanted, key_len // (4 * block_n), 64))
+    return max(1, min(wanted, key_len // (4 * block_n), 128))
 
 
 def padded_dim(dim: int) -> int:

@@ -289,9 +289,12 @@ def group_state(sinks_ptr, h, split, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constex
 @triton.jit
 def merge_kernel(
     parts_ptr, part_lse_ptr, output_ptr, output_lse, num_splits, num_heads, query_len, tokens, lse_stride_split,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The whole from its parts, for one query of one head; the grid is (tokens, heads)."""
+    """The whole from its parts, for one query of one head; the grid is (tokens, heads).
+
+    BLOCK_SPLITS parts are read at once: one after the other, each would be a wait for memory.
+    """
     token, h = tl.program_id(0), tl.program_id(1)
     b, q_pos = token // query_len, token % query_len
     columns = tl.arange(0, BLOCK_DV)
@@ -299,16 +302,20 @@ def merge_kernel(
     m = tl.full([], NEG_INF, tl.float32)
     l = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    for split in tl.range(0, num_splits):
-        lse = tl.load(part_lse_ptr + tl.cast(split, tl.int64) * lse_stride_split + lse_place) * LOG2E
-        place = (tl.cast(split, tl.int64) * tokens + token) * num_heads + h
-        part = tl.load(parts_ptr + place * VALUE_DIM + columns, mask=columns < VALUE_DIM, other=0.0)
-        m_new = tl.maximum(m, lse)
+    for first in tl.range(0, num_splits, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)
+        inside, far = split < num_splits, split.to(tl.int64)
+        lse = tl.load(part_lse_ptr + far * lse_stride_split + lse_place, mask=inside, other=NEG_INF) * LOG2E
+        place = (far * tokens + token) * num_heads + h
+        both = inside[:, None] & (columns < VALUE_DIM)[None, :]
+        parts = tl.load(parts_ptr + place[:, None] * VALUE_DIM + columns[None, :], mask=both, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, 0))
         m_safe = tl.where(m_new == NEG_INF, 0.0, m_new)
-        alpha, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
+        alpha, weights = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
         # A part that sees nothing is 0, and stays 0 whatever the others are.
-        acc = acc * alpha + tl.where(weight == 0.0, 0.0, part * weight)
-        l = l * alpha + weight
+        seen = tl.where((weights == 0.0)[:, None], 0.0, parts * weights[:, None])
+        acc = acc * alpha + tl.sum(seen, 0)
+        l = l * alpha + tl.sum(weights, 0)
         m = m_new
     total = tl.where(l == 0.0, 1.0, l)
     place = (tl.cast(token, tl.int64) * num_heads + h) * VALUE_DIM
@@ -414,6 +421,7 @@ def merge_arguments(parts: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor
         parts_ptr=parts, part_lse_ptr=part_lse, output_ptr=output, output_lse=row_operand(lse),
         num_splits=parts.shape[0], num_heads=num_heads, query_len=query_len, tokens=batch * query_len,
         lse_stride_split=part_lse.stride(0), VALUE_DIM=value_dim, BLOCK_DV=padded_dim(value_dim),
+        BLOCK_SPLITS=min(16, 4096 // padded_dim(value_dim)),
     )  # fmt: skip
 
 

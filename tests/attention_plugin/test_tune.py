@@ -328,8 +328,8 @@ def test_every_pass_of_a_head_dim_comes_before_the_next():
     with assuming("sm_90"):
         rows = rows_to_measure(CPU, PASSES, (64, 128, 256), torch.bfloat16)
     rows, gluon = rows[:-3], rows[-3:]
-    assert [problem.key[2] for problem in rows] == [64] * 4 + [128] * 4 + [256] * 4
-    assert [problem.key[0] for problem in rows] == ["forward", "backward", "backward", "decode"] * 3
+    assert [problem.key[2] for problem in rows] == [64] * 6 + [128] * 6 + [256] * 6
+    assert [problem.key[0] for problem in rows] == ["forward", "backward", "backward", *["decode"] * 3] * 3
     assert [problem.key[:3] for problem in gluon] == [("gluon", 2, 64), ("gluon", 2, 128), ("gluon", 2, 256)]
 
 
@@ -397,6 +397,7 @@ def compile_to_measure(problem, config):
             call(problem, CPU, torch.bfloat16, sizes)()
 
 
+EXHAUSTIVE = ("spans", "query", "key_value", "many pages")
 SMALL = Sizes(batch=1, tokens=256, decode_keys=1024)
 """What Triton tells apart is the same as of `Sizes()`."""
 
@@ -404,7 +405,7 @@ SMALL = Sizes(batch=1, tokens=256, decode_keys=1024)
 @compiles
 @pytest.mark.parametrize(
     "kind",
-    ["few", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("spans", "query", "key_value"))],
+    ["few", "few pages", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in EXHAUSTIVE)],
 )
 def test_what_is_compiled_ahead_is_what_measuring_launches(kind, compiled):
     with assuming("sm_90"):
