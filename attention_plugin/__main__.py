@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import ModuleType
 
 from .command import PROGRAM, OneLineParser, UsageError, one_line
@@ -28,7 +29,8 @@ def command_module(name: str) -> ModuleType:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the program and of its commands."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+    parser = OneLineParser(prog=PROGRAM, description="What works on this machine, and what a model gets.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version('my-triton-attention')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = command_module(name)
@@ -37,13 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a bad finding, 2 for what cannot be done."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0, 1 for a bad finding, 2 for what cannot be done, 130 for what was interrupted.
+    """
     options = build_parser().parse_args(arguments)
     try:
         return command_module(options.command).run(options)
     except UsageError as error:
         print(f"{PROGRAM} {options.command}: {one_line(error, limit=2000)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {options.command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0

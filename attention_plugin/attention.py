@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import Spans, attention, attention_weights, draw_seed
-from attention_kernels.checks import check_whole, is_one_or
+from attention_kernels.checks import check_tensors, check_whole, is_one_or
 from attention_kernels.shared_spans import window_spans
 from attention_kernels.spans import rise_within, values_at_hand
 
@@ -19,8 +19,10 @@ from .documents import document_ids
 from .selected_keys import selected_keys
 from .support import (
     check_dropout,
+    check_head_sinks,
     check_keywords,
     check_position_bias,
+    check_scaling,
     is_causal_without_mask,
     note_kept_lengths,
     refuse_alignment,
@@ -66,7 +68,8 @@ def attention_forward(
             is drawn from torch's generator of the device.
         scaling: factor of the scores, default `head_dim ** -0.5`; a learned one is a tensor of one number.
         is_causal: overrides `module.is_causal`; both give way to a mask.
-        sliding_window: number of keys a row sees, used where there is no mask (a mask has it already).
+        sliding_window: number of keys a row of causal attention sees, used where there is no mask (a mask has it
+            already).
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: sinks, `[num_heads]`.
         position_bias: added to the scores, broadcastable to `[batch, num_heads, query_len, key_len]`.
@@ -97,7 +100,15 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", "CrossAttention" not in type(module).__name__)
         if attention_mask is None and is_causal:
             is_causal = is_causal_without_mask(type(module).__module__)
-    (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
+    try:
+        (batch, num_heads, query_len, _), (key_batch, _, key_len, _) = query.shape, key.shape
+    except (AttributeError, ValueError):
+        attention(query, key, value)  # says what they must be
+        raise
+    if position_ids is not None:
+        check_tensors("my_triton attention", {"position_ids": position_ids})
+    if s_aux is not None:
+        check_head_sinks(s_aux)
     scores = (batch if batch > key_batch else key_batch, num_heads, query_len, key_len)
     has_lengths, chunk_size = cu_seq_lens_q is not None or cu_seq_lens_k is not None, None
     if has_lengths and isinstance(attention_mask, SpanMask) and attention_mask.counts_chunks:
@@ -115,6 +126,7 @@ def attention_forward(
     if selected is not None:
         mask = selected if mask is None else mask & selected
     if isinstance(scaling, Tensor) and scaling.requires_grad:  # a learned one
+        check_scaling(scaling)
         query, scaling = (query * scaling).to(query.dtype), 1.0
     options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
     wanted = weights_wanted(module, output_attentions)
@@ -219,7 +231,8 @@ def _within_lengths(
         ("cu_seq_lens_q", cu_seq_lens_q, query_len),
         ("cu_seq_lens_k", cu_seq_lens_k, key_len),
     ):
-        if not isinstance(offsets, Tensor) or (values_at_hand(offsets) and not _are_cumulative(offsets, tokens)):
+        is_list = isinstance(offsets, Tensor) and offsets.ndim > 0
+        if not is_list or (values_at_hand(offsets) and not _are_cumulative(offsets, tokens)):
             raise ValueError(
                 f"my_triton attention: `{name}` must be a tensor of cumulative lengths, from 0 on, never falling and "
                 f"not beyond the {tokens} tokens there are, got "

@@ -219,7 +219,7 @@ class SpanMask:
         return function(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or hasattr(type(self), name):  # or an error inside a property would be the model's
             raise AttributeError(name)
         if name == "dtype" and self.dense_dtype is not None:
             return self.dense_dtype

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_kernels.checks import check_tensors
+
 from .support import log_once
 
 
@@ -38,6 +40,8 @@ def selected_keys(
         "each query and key"
     )
     batch, num_heads, query_len, key_len = scores
+    given = {"indices": indices, "block_indices": block_indices}
+    check_tensors("my_triton attention", {name: each for name, each in given.items() if each is not None})
     selected = None
     if indices is not None:
         _check("indices", indices, (batch, query_len), indices.shape[:-1])

@@ -132,6 +132,32 @@ def check_position_bias(bias: Any, scores: tuple[int, ...]) -> None:
         )
 
 
+def check_head_sinks(sinks: Any) -> None:
+    """Refuse sinks that are not one for each head, by the name that models give them.
+
+    Raises:
+        ValueError: they are no tensor of one dimension.
+    """
+    if not isinstance(sinks, torch.Tensor) or sinks.ndim != 1:
+        raise ValueError(
+            f"my_triton attention: `s_aux` must be [num_heads], one sink for each head, got {_brief(sinks)}; sinks "
+            "that differ between tokens are `sinks`, [batch, num_heads, query_len, 1]"
+        )
+
+
+def check_scaling(scaling: torch.Tensor) -> None:
+    """Refuse a learned factor of the scores that is more than one number.
+
+    Raises:
+        ValueError: it is.
+    """
+    if scaling.numel() != 1:
+        raise ValueError(
+            f"my_triton attention: `scaling` must be one number, got {_brief(scaling)}; multiply the queries by "
+            "factors of heads or columns in the model"
+        )
+
+
 def refuse_padding_mask(mask: torch.Tensor, batch_size: int) -> NoReturn:
     """Refuse a mask that is none of padding.
 

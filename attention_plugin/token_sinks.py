@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_kernels.checks import is_one_or
+from attention_kernels.checks import check_tensors, is_one_or
 
 
 def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -24,6 +24,7 @@ def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:
     Raises:
         ValueError: `sinks` is not floating point or does not broadcast.
     """
+    check_tensors("my_triton attention", {"sinks": sinks})
     shape = (*lse.shape, 1)
     fits = sinks.ndim == 4 and all(map(is_one_or, sinks.shape, shape))
     if not fits or not sinks.is_floating_point():

@@ -102,7 +102,7 @@ def measure(run: Run, console: Console) -> int:
     """Run the sections that were asked for, and show what came out.
 
     Returns:
-        1 if this project's own attention was wrong anywhere, else 0.
+        1 if this project's own attention was wrong anywhere, 130 if it was interrupted, else 0.
     """
     transformers_logging.disable_progress_bar()
     if {"models", "tp", "serve"} & set(run.sections):
@@ -115,14 +115,19 @@ def measure(run: Run, console: Console) -> int:
         recorder.limits = limits.to_json()
     ends = None if run.seconds is None else time.monotonic() + run.seconds
     stopped = False
-    with make_progress(console) as progress:
-        for section in run.sections:
-            for results in sections.RUNNERS[section](run, progress):
-                recorder.add(results)
-                if ends is not None and (stopped := time.monotonic() > ends):
+    try:
+        with make_progress(console) as progress:
+            for section in run.sections:
+                for results in sections.RUNNERS[section](run, progress):
+                    recorder.add(results)
+                    if ends is not None and (stopped := time.monotonic() > ends):
+                        break
+                if stopped:
                     break
-            if stopped:
-                break
+    except KeyboardInterrupt:
+        show(recorder.results, limits, console)
+        console.print(f"Interrupted. What was measured is in {relative(run.json)}.", style="yellow")
+        return 130
     if stopped:
         console.print(f"Stopped after --seconds {run.seconds:g}: not all cases were measured.", style="yellow")
     pictures = {f"picture: {name}": relative(path) for name, path in draw(recorder, limits, run.plot).items()}
@@ -136,7 +141,11 @@ def measure(run: Run, console: Console) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for; 1 if this project's own attention failed anywhere, 2 for unusable arguments."""
+    """Run what was asked for.
+
+    Returns:
+        0; 1 if this project's own attention failed anywhere, 2 for unusable arguments, 130 for an interruption.
+    """
     console = make_console()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = arguments[0] if arguments else ""

@@ -106,9 +106,14 @@ def run_gpu_report(arguments: Sequence[str], parser: argparse.ArgumentParser, co
         parser.error("torch finds no GPU here; `make bench` measures on the CPU, --device cpu rehearses this command")
     if options.archive is not None and not options.archive.resolve().parent.is_dir():
         parser.error(f"--archive: there is no folder {options.archive.resolve().parent}; make it, or choose another")
+    if not options.seconds > 0:  # nor is NaN
+        parser.error(f"--seconds must be positive, got {options.seconds:g}; the default is 520")
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
     folder = (options.folder or FOLDER / "results" / device_slug(options.device)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--folder: results cannot be kept in {folder} ({error}); choose another")
     ends = time.monotonic() + options.seconds
     training = train_beside(options.device) if any(part.name == "models" for part in parts) else None
     outcomes = {}

@@ -155,6 +155,10 @@ def load(path: Path) -> dict[str, Any]:
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this program reads {FORMAT}; measure again with this version")
+    if missing := {"machine", "results"} - document.keys():
+        raise ValueError(
+            f"{path} has no {' and no '.join(sorted(missing))}; `python -m benchmarks --json PATH` writes both"
+        )
     return document
 
 

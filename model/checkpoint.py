@@ -10,6 +10,8 @@ that reads images instead: see `model.multimodal_checkpoint`.
 
 import argparse
 import ast
+import contextlib
+import importlib
 import os
 import random
 import sys
@@ -18,11 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerFast
 
 from .configuration_reference import ReferenceConfig
 from .modeling_reference import ReferenceForCausalLM
-from .multimodal_checkpoint import write_multimodal_checkpoint
 from .training import UnusableInput, idle_cores, prepare, train_on, train_tokenizer
 
 SEQUENCE_LENGTH = 256
@@ -163,10 +164,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--multimodal", action="store_true", help="a model that reads images of coloured squares")
     parser.add_argument("--train-seconds", type=float, help="time to train (default: 60, with --multimodal 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches (default: 0)")
-    parser.add_argument("--attn-implementation", default="sdpa", help="attention used in training (default: sdpa)")
+    parser.add_argument(
+        "--attn-implementation", default="sdpa", help="used in training, such as my_triton; default: sdpa"
+    )
     options = parser.parse_args(arguments)
+    if options.attn_implementation not in AttentionInterface():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("attention_plugin")  # registers "my_triton"; of others transformers knows none
     try:
-        write = write_multimodal_checkpoint if options.multimodal else write_checkpoint
+        write = write_checkpoint
+        if options.multimodal:
+            from .multimodal_checkpoint import write_multimodal_checkpoint as write  # needs Pillow
         seconds = {} if options.train_seconds is None else {"train_seconds": options.train_seconds}
         write(options.out, seed=options.seed, attn_implementation=options.attn_implementation, **seconds)
     except (UnusableInput, ImportError, OSError) as error:

@@ -137,7 +137,7 @@ def write_tables(rows: Sequence[Row], path: Path) -> None:
         UsageError: the file has no marks.
     """
     before, after = around_marks(path)
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{after}")
+    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{after}", encoding="utf-8")
 
 
 def around_marks(path: Path) -> tuple[str, str]:
@@ -146,7 +146,10 @@ def around_marks(path: Path) -> tuple[str, str]:
     Raises:
         UsageError: the file has no marks.
     """
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--write: {str(path)!r} is no text ({error})") from error
     if BEGIN not in text or END not in text:
         raise UsageError(f"--write: {str(path)!r} must have the lines {BEGIN!r} and {END!r}, between which tables go")
     return text[: text.index(BEGIN)], text[text.index(END) :]

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..command import UsageError, require
-from .inputs import Prompts, check_lengths, default_lengths
+from .inputs import Layout, Prompts, check_lengths, default_lengths
 from .layers import ARCHITECTURES, Target, rows_of
 from .probe import probe
 from .report import Report, as_json, show
 from .sources import load_config
 
-__all__ = ["Report", "add_arguments", "as_json", "explain", "run", "show"]
+__all__ = ["Report", "UsageError", "add_arguments", "as_json", "explain", "run", "show"]
 
 
 def explain(
-    source: str,
+    source: str | os.PathLike[str],
     prompt_lengths: Sequence[int] | None = None,
     *,
-    layout: Literal["left", "right", "packed"] = "left",
+    layout: Layout = "left",
     architecture: str | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
@@ -43,11 +44,10 @@ def explain(
     Raises:
         UsageError: there is no such model, it has no attention layers, or the lengths make no batch.
     """
-    if prompt_lengths is not None:
-        check_lengths(prompt_lengths, layout)
+    check_lengths((1,) if prompt_lengths is None else prompt_lengths, layout)
     if architecture is not None and architecture not in ARCHITECTURES:
         raise UsageError(f"--architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    config = load_config(source, trust_remote_code=trust_remote_code)
+    config = load_config(os.fspath(source), trust_remote_code=trust_remote_code)
     prompts = Prompts(tuple(prompt_lengths or default_lengths(config)), layout)
     found = probe(config, prompts, trust_remote_code=trust_remote_code)
     if not found.calls and not found.refusals:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ DEFAULT_TOKENS = 1024
 MOST_DEFAULT_TOKENS = 1 << 15
 
 
+Layout = Literal["left", "right", "packed"]
+"""Padding on the left or right, or prompts packed into one row."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """A batch of texts: how long each is, and how they share one tensor."""
 
     lengths: tuple[int, ...]
-    layout: Literal["left", "right", "packed"] = "left"
+    layout: Layout = "left"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,6 +57,10 @@ def check_lengths(lengths: Sequence[int], layout: str) -> None:
     Raises:
         UsageError: names the rule and the lengths.
     """
+    if layout not in get_args(Layout):
+        raise UsageError(f"the layout of prompts must be one of {', '.join(get_args(Layout))}, got {layout!r}")
+    if not all(isinstance(length, int) for length in lengths):
+        raise UsageError(f"--prompt-lengths must be whole numbers, got {list(lengths)}; round them")
     if not lengths:
         raise UsageError("--prompt-lengths is empty; give numbers of tokens, such as --prompt-lengths 300 120")
     if min(lengths) < 1:

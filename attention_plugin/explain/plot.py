@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _shares(mask: Mask, element: int, report: Report) -> str:
     spans = element_of(mask.call, element)
     dense = None if mask.call.dense is None else mask.call.dense[min(element, len(mask.call.dense) - 1)][None]
     scores = (1, *mask.call.scores[1:])
-    call = type(mask.call)(**{**vars(mask.call), "spans": spans, "scores": scores, "dense": dense})
+    call = replace(mask.call, spans=spans, scores=scores, dense=dense)
     work: Work = work_of(call, report.target)
     return f"{share(work.visible, work.dense)} seen, {share(work.computed, work.dense)} computed"
 
@@ -125,7 +126,7 @@ def rasterize(mask: Mask, element: int, target: Target) -> np.ndarray:
     bounds = spans.tile_bounds(block_m)
     first, last = tile_columns(spans, block_m, block_n)
     tile = torch.from_numpy(rows).long() // block_m
-    column = np.arange(width)[None] * 0 + keys[None]
+    column = keys[None]
     inside = (column >= (first[tile] * block_n).numpy()[:, None]) & (column < (last[tile] * block_n).numpy()[:, None])
     body_first = -(-bounds.body_first[0][tile].numpy() // block_n) * block_n
     body_last = bounds.body_last[0][tile].numpy() // block_n * block_n

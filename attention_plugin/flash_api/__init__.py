@@ -2,7 +2,7 @@
 """The functions of the flash-attn package, for code that was written for it.
 
 Names, signatures, layouts and meanings are those of flash-attn 2.8 (Dao, "FlashAttention-2", 2023;
-`flash_attn/flash_attn_interface.py`). What differs: float32 and float64 are served too, as is any head dim up to 512; a
+`flash_attn/flash_attn_interface.py`). What differs: float32 and float64 are served too, as is any head dim up to 576; a
 row that sees no key has the log-sum-exp -inf (there +inf) beside its output of 0; the same bits come back every time,
 so `deterministic` changes nothing; the log-sum-exp has gradients. What is not served is refused by name.
 """

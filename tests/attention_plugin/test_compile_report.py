@@ -217,6 +217,9 @@ def test_a_file_without_marks_is_refused_before_anything_is_compiled(tmp_path, c
     file.write_text("text")
     assert main(["compile-report", "--write", str(file)]) == 2
     assert "must have the lines" in capsys.readouterr().err and file.read_text() == "text"
+    file.write_bytes(b"\xff\xfe")
+    assert main(["compile-report", "--write", str(file)]) == 2
+    assert "is no text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

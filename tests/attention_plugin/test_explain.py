@@ -456,6 +456,32 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("lengths", "layout", "words"),
+    [
+        ([5, 9], "middle", "one of left, right, packed, got 'middle'"),
+        ([5.5, 9], "left", r"whole numbers, got \[5.5, 9\]"),
+    ],
+)
+def test_prompts_that_are_none(lengths, layout, words):
+    with pytest.raises(UsageError, match=words):
+        explain("llama", lengths, layout=layout)
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    AutoConfig.for_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    assert explain(tmp_path).serves
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attention_plugin.explain.explain", interrupted)
+    assert main(["explain", "llama"]) == 130
+    assert capsys.readouterr().err == "my-triton explain: interrupted\n"
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_explained_is_said_in_one_line(case, tmp_path, capsys):
     (tmp_path / "text.json").write_text("no JSON")

@@ -172,6 +172,16 @@ PLUGIN_REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
             "[2, 4, 6, 6], got torch.float32 [1, 4, 6, 7]",
         ),
     ),
+    "sinks of tokens as those of heads": (
+        lambda: call(s_aux=torch.zeros(BATCH, HEADS, TOKENS, 1)),
+        ValueError,
+        ("`s_aux` must be [num_heads]", "got torch.float32 [2, 4, 6, 1]", "differ between tokens are `sinks`"),
+    ),
+    "a factor for each column": (
+        lambda: call(scaling=torch.ones(16, requires_grad=True)),
+        ValueError,
+        ("`scaling` must be one number, got torch.float32 [16]", "multiply the queries"),
+    ),
     "a position bias for other keys": (
         lambda: call(position_bias=torch.zeros(2, 4, 6, 5)),
         ValueError,
@@ -303,6 +313,33 @@ def test_masks_of_padding_of_another_shape(shape: tuple[int, ...]):
         span_mask(2, 6, 6, attention_mask=torch.ones(shape))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"sinks": [1.0]}, {"indices": [1]}, {"block_indices": [1]}, {"position_ids": [0, 1]}],
+    ids=lambda given: next(iter(given)),
+)
+def test_arguments_that_are_no_tensors(given: dict[str, Any]):
+    with raises(TypeError, "my_triton attention: ", f"`{next(iter(given))}` must be a tensor, got list"):
+        call(**given)
+
+
+def test_operands_of_another_shape():
+    query, key, value = tensors()
+    with raises(ValueError, "`query` must", "got"):
+        attention_forward(torch.nn.Module().eval(), query[0], key, value, None)
+    with raises(TypeError, "`query` must be a tensor, got list"):
+        attention_forward(torch.nn.Module().eval(), [1.0], key, value, None)
+
+
+def test_offsets_that_are_one_number():
+    offsets = torch.tensor(0)
+    with raises(ValueError, "my_triton attention: ", "`cu_seq_lens_q` must be a tensor of cumulative lengths"):
+        attention_forward(
+            torch.nn.Module().eval(), *(each[:1] for each in tensors()), None, cu_seq_lens_q=offsets,
+            cu_seq_lens_k=offsets, max_length_q=1, max_length_k=1,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", PLUGIN_REFUSALS)
 def test_plugin(name: str):
     refused, error, words = PLUGIN_REFUSALS[name]
@@ -311,13 +348,13 @@ def test_plugin(name: str):
 
 
 def messages_of(module: Any) -> set[tuple[str, int]]:
-    """File and first line of each `raise` that says something. `raise AttributeError(name)` is Python's protocol."""
+    """File and first line of each `raise` that says something of its own. `raise AttributeError(name)` is protocol."""
     file = inspect.getsourcefile(module)
     assert file is not None
     return {
         (file, node.lineno)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Raise) and ast.unparse(node) != "raise AttributeError(name)"
+        if isinstance(node, ast.Raise) and ast.unparse(node) not in ("raise", "raise AttributeError(name)")
     }
 
 

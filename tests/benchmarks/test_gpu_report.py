@@ -147,6 +147,17 @@ def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
     assert f"--archive:thereisnofolder{tmp_path / 'nowhere'};makeit,orchooseanother" in shown
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seconds", "-5"), ("--seconds", "nan"), ("--folder", "file")])
+def test_what_cannot_be_measured_is_said_in_one_line(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as error:
+        runner.main(["gpu-report", "--device", "cpu", option, value])
+    assert error.value.code == 2 and option in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full_ends_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What could be archived at the end is; what could not is an error then."""
     written: list[Path] = []

@@ -119,13 +119,15 @@ def test_the_tables_of_the_documents_are_those_of_the_saved_run() -> None:
 
 
 def test_unusable_runs_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other, empty = tmp_path / "other.json", tmp_path / "empty.json"
+    other, bare, empty = (tmp_path / f"{name}.json" for name in ("other", "bare", "empty"))
     other.write_text('{"format": 0}', encoding="utf-8")
-    empty.write_text(json.dumps({"format": 1, "results": []}), encoding="utf-8")
+    bare.write_text('{"format": 1}', encoding="utf-8")
+    empty.write_text(json.dumps({"format": 1, "machine": {}, "results": []}), encoding="utf-8")
     (tmp_path / "none").mkdir()
     for arguments, words in (
         (["compare", str(tmp_path / "no.json"), str(SAVED)], "is no saved run"),
         (["compare", str(other), str(SAVED)], "has format 0"),
+        (["compare", str(bare), str(SAVED)], "has no machine and no results"),
         (["compare", str(empty), str(SAVED)], "no timed row in common"),
         (["kernels", "--against", str(other)], "--against"),
         (["readme", "--take", str(empty)], "must be a whole run on the CPU"),
