@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := checkpoints/reference
 
-.PHONY: bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-ptx test-transformers other-transformers models lint clean
+.DEFAULT_GOAL := help
+.PHONY: help bench bench-ci bench-ci-save compile-report gpu-report figures finetune test test-chips test-engines test-exhaustive test-models test-ptx test-transformers other-transformers models lint clean
+
+help:
+	@grep -E '^make [a-z-]+ +#' README.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -244,6 +244,8 @@ def engines_of(run: Run, parser: OneLineParser) -> list[tuple[str, Path]]:
     engines, python = getattr(run, "engine", []), getattr(run, "python", None)
     if python is not None and len(engines) != 1:
         parser.error(f"--python names the environment of one engine; give one with --engine, got {engines or 'none'}")
+    if python is not None and not python.exists():
+        parser.error(f"--python: there is no {python}; `make test-engines` makes environments")
     root = FOLDER.parent
     return [(engine, python or root / f".venv-{engine}" / "bin" / "python") for engine in engines]
 

@@ -34,7 +34,7 @@ from .arguments import (
     check_rotary,
     unpacked,
 )
-from .caches import appended, cache_lengths, clear_unused_rows, rotate, slots
+from .caches import appended, cache_lengths, check_leftpad, clear_unused_rows, rotate, slots
 from .positions import aligned_rows, aligned_spans, cache_rows, packed_rows, paged_rows
 
 __all__ = [
@@ -327,6 +327,7 @@ def flash_attn_with_kvcache(
         q = rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, moving)
         k = rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved)
     lengths = before if k is None else before + k.shape[1]
+    check_leftpad(name, cache_leftpad, lengths)
     query = q.transpose(1, 2)
     options: dict[str, Any] = {
         "scale": as_scale(name, softmax_scale),

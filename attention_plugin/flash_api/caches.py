@@ -95,6 +95,21 @@ def cache_lengths(name: str, seqlens: int | Tensor | None, q: Tensor, capacity: 
     return lengths
 
 
+def check_leftpad(name: str, leftpad: Tensor | None, lengths: Tensor) -> None:
+    """Refuse first tokens that lie before a sequence or behind it, where looking at them is free.
+
+    Args:
+        lengths: tokens of each sequence with those of this call, those to the left of the first included.
+    """
+    if leftpad is None or not values_at_hand(leftpad) or not values_at_hand(lengths):
+        return
+    if ((leftpad < 0) | (leftpad > lengths)).any():
+        raise ValueError(
+            f"{name}: `cache_leftpad` must be from 0 to the {lengths.tolist()} tokens of each sequence, got "
+            f"{leftpad.tolist()}; it is the first token's place in its row of the cache"
+        )
+
+
 def following(before: Tensor, new: int) -> Tensor:
     """Positions of the tokens after `before` others, int64 `[batch, new]`."""
     return before[:, None].long() + torch.arange(new, device=before.device)

@@ -631,6 +631,10 @@ def test_bad_calls_of_varlen(change, words):
         ({"softmax_scale": float("nan")}, "`softmax_scale` must be a finite number, got nan; pass None"),
         ({"softmax_scale": "1"}, "`softmax_scale` must be a finite number, got '1'"),
         ({"cache_batch_idx": INDEX.float()}, r"`cache_batch_idx` must be integers of shape \[batch\] = \[2\]"),
+        *(
+            ({"cache_leftpad": INDEX * 0 + first}, r"`cache_leftpad` must be from 0 to the \[4, 4\] tokens of each")
+            for first in ((-1, 5) if DEVICE == "cpu" else ())  # elsewhere looking is not free
+        ),
         ({"cache_leftpad": INDEX[:1]}, r"`cache_leftpad` must be integers of shape \[batch\] = \[2\]"),
         (
             {"k_cache": PAGES[:1], "v_cache": PAGES[:1]},

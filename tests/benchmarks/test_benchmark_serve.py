@@ -89,3 +89,6 @@ def test_serving_by_command(checkpoint_dir: Path, tmp_path: Path, monkeypatch, c
     with pytest.raises(SystemExit):
         runner.main(["serve", "--python", sys.executable])
     assert "--engine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runner.main(["serve", "--engine", "vllm", "--python", str(tmp_path / "none")])
+    assert "--python: there is no" in capsys.readouterr().err
